@@ -1,0 +1,25 @@
+"""Prune BERT-family models while you fine-tune them: a Trainer that draws, tries and keeps the best sparsity masks."""
+
+from .checkpoint import PruningState, verify
+from .config import PruningConfig
+from .distillation import Distiller
+from .masking.maskset import MaskSet
+from .masking.scores import WeightStats
+from .masking.targets import prunable_weights
+from .report import SparsityReport, sparsity_report
+from .trainer import PruningTrainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Distiller",
+    "MaskSet",
+    "PruningConfig",
+    "PruningState",
+    "PruningTrainer",
+    "SparsityReport",
+    "WeightStats",
+    "prunable_weights",
+    "sparsity_report",
+    "verify",
+]

@@ -1,0 +1,186 @@
+"""Masks by parameter name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+FORMAT_VERSION = 1
+# Gathers the low bits of eight little-endian bytes into the top byte of their product, first byte highest.
+_BITS = 0x8040201008040201 - (1 << 64)
+
+
+class MaskSet(Mapping[str, Tensor]):
+    """Boolean masks (True = kept) by parameter name.
+
+    At rest a pruned model *is* sparse under its ordinary names; masks live beside it, never inside its modules.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        for name, mask in masks.items():
+            if mask.dtype != torch.bool:
+                raise ValueError(f"the mask of {name} must be boolean, got {mask.dtype}")
+        self._masks = dict(masks)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    @classmethod
+    def ones(cls, weights: Mapping[str, Tensor]) -> MaskSet:
+        """Everything kept."""
+        return cls({name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()})
+
+    @classmethod
+    def from_zeros(cls, model: nn.Module, target_modules=None, exclude_modules=None) -> MaskSet:
+        """Masks of the zeros a model already has, over `prunable_weights(model, target_modules, exclude_modules)`."""
+        from .targets import prunable_weights
+
+        return cls({n: w.detach() != 0 for n, w in prunable_weights(model, target_modules, exclude_modules).items()})
+
+    # -- what it says ------------------------------------------------------------------------------------------------
+
+    @property
+    def total(self) -> int:
+        """Number of prunable weights."""
+        return sum(mask.numel() for mask in self.values())
+
+    @property
+    def kept(self) -> int:
+        """Number of True entries."""
+        return sum(int(torch.count_nonzero(mask)) for mask in self.values())
+
+    def density(self) -> float:
+        """Share of prunable weights that are kept, in [0, 1]."""
+        return self.kept / self.total
+
+    def sparsity(self) -> float:
+        """1 - density."""
+        return (self.total - self.kept) / self.total
+
+    def overlap(self, other: MaskSet) -> float:
+        """Share of this set's kept weights that `other` keeps too, in [0, 1]."""
+        common = sum(int(torch.count_nonzero(mask & other[name])) for name, mask in self.items())
+        return common / max(self.kept, 1)
+
+    def digest(self) -> str:
+        """SHA-256 over names, shapes and bits: equal digests are equal masks, on any rank and machine."""
+        sha = hashlib.sha256()
+        for name, bits in sorted(self.pack().items()):
+            sha.update(f"{name}:{tuple(self[name].shape)}:".encode())
+            sha.update(bits.numpy())
+        return sha.hexdigest()
+
+    # -- what it does ------------------------------------------------------------------------------------------------
+
+    def check_fits(self, weights: Mapping[str, Tensor]) -> None:
+        """Raise a ValueError unless the masks have exactly the names and shapes of `weights`."""
+        for name in [*weights.keys() - self.keys(), *self.keys() - weights.keys()]:
+            where = "the model but not the masks" if name in weights else "the masks but not the model"
+            raise ValueError(
+                f"the masks do not fit the model: {name} is prunable in {where} ({len(self)} masks, {len(weights)} "
+                "prunable weights); use the model, target_modules and exclude_modules that the masks were made with"
+            )
+        for name, weight in weights.items():
+            if weight.shape != self[name].shape:
+                raise ValueError(
+                    f"the masks do not fit the model: {name} has shape {tuple(weight.shape)} but its mask has "
+                    f"{tuple(self[name].shape)}; use the model that the masks were made with"
+                )
+
+    @torch.no_grad()
+    def apply_(self, model: nn.Module | Mapping[str, Tensor]) -> None:
+        """Zero the pruned weights in place."""
+        weights = dict(model.named_parameters()) if isinstance(model, nn.Module) else model
+        for name, mask in self.items():
+            weights[name].mul_(mask.to(weights[name].device, weights[name].dtype))
+
+    # -- bits --------------------------------------------------------------------------------------------------------
+
+    def pack(self) -> dict[str, Tensor]:
+        """uint8 tensors on the CPU, 8 weights a byte, first weight in the highest bit, the last byte padded with 0."""
+        return {name: pack_bits(mask) for name, mask in self.items()}
+
+    @classmethod
+    def unpack(cls, packed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> MaskSet:
+        """The inverse of `pack`, on the device and in the shape of `weights`."""
+        return cls({name: unpack_bits(packed[name], w.shape).to(w.device) for name, w in weights.items()})
+
+    def save(self, path: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
+        """Write packed masks as safetensors, under a temporary name first. Shapes, digest and `metadata` go into the
+        header."""
+        header = {f"shape.{name}": ",".join(map(str, mask.shape)) for name, mask in self.items()}
+        header |= {"format": "hf_maskselect.masks", "format_version": str(FORMAT_VERSION), "digest": self.digest()}
+        header |= dict(metadata or {})
+        temporary = f"{os.fspath(path)}.tmp"
+        save_file(self.pack(), temporary, metadata=header | {"checksum": _checksum(header)})
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> tuple[MaskSet, dict[str, str]]:
+        """Masks (on the CPU) and the metadata that `save` was given.
+
+        Raises:
+            ValueError: not such a file, another format version, or bits that do not match the digest.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{path} cannot be read as masks ({error}); restore the file or point to another checkpoint"
+            ) from error
+        if header.get("format") != "hf_maskselect.masks" or header.get("format_version") != str(FORMAT_VERSION):
+            raise ValueError(
+                f"{path} does not hold masks of format version {FORMAT_VERSION} (header says {header.get('format')!r} "
+                f"{header.get('format_version')!r}); point to a pruning_state.safetensors written by this version"
+            )
+        if _checksum({k: v for k, v in header.items() if k != "checksum"}) != header.get("checksum"):
+            raise ValueError(f"{path} is damaged: its header does not match its checksum; restore the file")
+        shapes = {
+            k.removeprefix("shape."): tuple(map(int, v.split(","))) for k, v in header.items() if k[:6] == "shape."
+        }
+        if shapes.keys() != packed.keys() or any(
+            packed[n].dtype != torch.uint8 or packed[n].numel() != (torch.Size(s).numel() + 7) // 8
+            for n, s in shapes.items()
+        ):
+            raise ValueError(f"{path} is damaged: its tensors do not match its header; restore the file")
+        masks = cls({name: unpack_bits(packed[name], shapes[name]) for name in packed})
+        if masks.digest() != header.get("digest"):
+            raise ValueError(f"{path} is damaged: its bits do not match its digest; restore the file")
+        return masks, {k: v for k, v in header.items() if not k.startswith("shape.")}
+
+
+def _checksum(header: Mapping[str, str]) -> str:
+    return hashlib.sha256(repr(sorted(header.items())).encode()).hexdigest()
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Boolean tensor of n entries -> ceil(n / 8) bytes on the CPU."""
+    flat = mask.detach().contiguous().view(-1)
+    padding = -flat.numel() % 8
+    if padding or flat.storage_offset() % 8:
+        flat = torch.cat([flat, flat.new_zeros(padding)])
+    # Eight 0/1 bytes are one int64; the product gathers them in its top byte. One pass, no loop over weights.
+    words = flat.view(torch.uint8).view(torch.int64)
+    return ((words * _BITS) >> 56).to(torch.uint8).cpu()
+
+
+def unpack_bits(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """The inverse of `pack_bits`."""
+    count = torch.Size(shape).numel()
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8)
+    table = ((torch.arange(256, dtype=torch.uint8)[:, None] >> shifts) & 1).contiguous().view(torch.int64).squeeze(1)
+    return table[packed.long()].view(torch.uint8)[:count].bool().view(shape)

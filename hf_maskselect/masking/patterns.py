@@ -1,0 +1,248 @@
+"""From scores to an exact mask. One class a pattern; each knows how many entries it keeps and where they may lie."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .ranking import top_k_masks
+
+SCOPES = ("layer", "balanced", "global")
+
+
+class Pattern(Protocol):
+    """What a pattern offers."""
+
+    def check(self, name: str, shape: Sequence[int]) -> None:
+        """Raise a ValueError when a weight of this shape cannot hold the pattern."""
+
+    def check_sparsity(self, sparsity: float) -> None:
+        """Raise a ValueError when the pattern cannot have this sparsity."""
+
+    def masks(
+        self,
+        scores: Mapping[str, Tensor],
+        sparsity: float,
+        alive: Mapping[str, Tensor] | None = None,
+        consume: bool = False,
+    ) -> dict[str, Tensor]:
+        """Boolean masks (True = kept) by name, shaped like the scores, with the exact count of zeros.
+
+        `scores`: float32, larger = more important; `alive`: masks of an earlier level, whose dead weights never
+        return; `consume`: the scores may be overwritten, which saves a copy of them.
+        """
+
+
+def kept_count(total: int, sparsity: float) -> int:
+    """How many of `total` weights stay at `sparsity` (a fraction in [0, 1)): the zeros are `round(total *
+    sparsity)`."""
+    return total - round(total * sparsity)
+
+
+def allocate(keep: int, sizes: Sequence[int], capacities: Sequence[int]) -> list[int]:
+    """Share `keep` over matrices in proportion to `sizes`, none above its capacity, the sum exact.
+
+    Matrices that cannot take their share are filled and their rest is shared again; fractions go to the largest
+    remainders, ties by index.
+    """
+    if keep > sum(capacities):
+        raise ValueError(_too_few(keep, sum(capacities)))
+    quotas = [0] * len(sizes)
+    open_ = list(range(len(sizes)))
+    left = keep
+    while True:
+        weight = sum(sizes[i] for i in open_)
+        full = [i for i in open_ if left * sizes[i] >= capacities[i] * weight]
+        if not full:
+            break
+        for i in full:
+            quotas[i] = capacities[i]
+            left -= capacities[i]
+        open_ = [i for i in open_ if i not in full]
+        if not open_:
+            return quotas
+    for i in open_:
+        quotas[i] = left * sizes[i] // weight
+    by_remainder = sorted(open_, key=lambda i: (-(left * sizes[i] % weight), i))
+    for i in by_remainder[: left - sum(quotas[i] for i in open_)]:
+        quotas[i] += 1
+    return quotas
+
+
+def _too_few(keep: int, alive: int) -> str:
+    return f"cannot keep {keep} weights: only {alive} are left alive; ask for a higher sparsity"
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Single weights, anywhere.
+
+    scope: "layer" gives every matrix the target sparsity (method 1's paper); "global" makes one ranking of all
+    matrices; "balanced" lies half-way: each matrix's scores are divided by the root of their mean, then ranked
+        together.
+    floor: in a joint ranking every matrix keeps at least this share of what "layer" would leave it, so that
+    none is emptied (0.125 by default; 0 switches it off).
+    """
+
+    scope: str = "layer"
+    floor: float = 0.125
+
+    def __post_init__(self) -> None:
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope={self.scope!r} is unknown: choose one of {', '.join(SCOPES)}")
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor={self.floor} must lie in [0, 1]: it is a share of the uniform allocation")
+
+    def check(self, name: str, shape: Sequence[int]) -> None:
+        """Every shape can hold it."""
+
+    def check_sparsity(self, sparsity: float) -> None:
+        """Every sparsity is possible."""
+
+    def masks(
+        self,
+        scores: Mapping[str, Tensor],
+        sparsity: float,
+        alive: Mapping[str, Tensor] | None = None,
+        consume: bool = False,
+    ) -> dict[str, Tensor]:
+        names = list(scores)
+        keep = kept_count(sum(s.numel() for s in scores.values()), sparsity)
+        sizes = [scores[name].numel() for name in names]
+        room = sizes if alive is None else [int(torch.count_nonzero(alive[name])) for name in names]
+        if self.scope == "layer":
+            quotas = allocate(keep, sizes, room)
+            return {
+                name: top_k_masks([_without_dead(scores[name], name, alive, consume)], quota)[0]
+                for name, quota in zip(names, quotas, strict=True)
+            }
+        ranked = []
+        for name in names:
+            score = scores[name]
+            if self.scope == "balanced" and alive is not None:  # the mean is that of the weights in force
+                dead = alive[name].logical_not()
+                score = score.masked_fill_(dead, 0) if consume else score.masked_fill(dead, 0)
+            score = self.comparable(score, consume)
+            ranked.append(_without_dead(score, name, alive, consume or score is not scores[name]))
+        if keep > sum(room):
+            raise ValueError(_too_few(keep, sum(room)))
+        floors = [min(r, math.ceil(self.floor * f)) for r, f in zip(room, allocate(keep, sizes, sizes), strict=True)]
+        return dict(zip(names, _joint_masks(ranked, keep, floors), strict=True))
+
+    def comparable(self, score: Tensor, consume: bool = False) -> Tensor:
+        """One matrix's scores as they enter the joint ranking (only "balanced" changes them; in place if
+        `consume`)."""
+        if self.scope != "balanced":
+            return score
+        root = score.mean().sqrt()
+        if not root > 0:
+            return score
+        return score.div_(root) if consume else score / root
+
+
+def _joint_masks(scores: list[Tensor], keep: int, floors: list[int]) -> list[Tensor]:
+    """One ranking of all matrices; those that would fall below their floor keep their own best, the rest is ranked
+    again."""
+    open_ = list(range(len(scores)))
+    masks: list[Tensor | None] = [None] * len(scores)
+    while True:
+        for i, mask in zip(open_, top_k_masks([scores[i] for i in open_], keep), strict=True):
+            masks[i] = mask
+        short = [i for i in open_ if int(torch.count_nonzero(masks[i])) < floors[i]]
+        if not short:
+            return masks
+        for i in short:
+            masks[i] = top_k_masks([scores[i]], floors[i])[0]
+            keep -= floors[i]
+        open_ = [i for i in open_ if i not in short]
+
+
+def _without_dead(score: Tensor, name: str, alive: Mapping[str, Tensor] | None, consume: bool) -> Tensor:
+    score = score.contiguous()
+    if alive is None:
+        return score
+    if consume:
+        return score.masked_fill_(alive[name].logical_not(), float("-inf"))
+    return torch.where(alive[name], score, float("-inf"))
+
+
+@dataclass(frozen=True)
+class NM:
+    """At most `n` of every `m` consecutive weights along the input axis (the last one, the reduction axis of the
+    GEMM)."""
+
+    n: int
+    m: int
+    scope: str = "layer"  # every group keeps the same count, so every matrix does
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise ValueError(f"pattern '{self.n}:{self.m}' must keep N of M with 0 < N < M, as in '2:4'")
+
+    def check(self, name: str, shape: Sequence[int]) -> None:
+        if shape[-1] % self.m:
+            raise ValueError(
+                f"pattern '{self.n}:{self.m}' does not fit {name}: its {shape[-1]} columns are no multiple of "
+                f"{self.m}; "
+                "leave the module out with exclude_modules or choose another M"
+            )
+
+    def check_sparsity(self, sparsity: float) -> None:
+        zeros = sparsity * self.m
+        if abs(zeros - round(zeros)) > 1e-9 or not 0 <= round(zeros) <= self.m - self.n:
+            raise ValueError(
+                f"sparsity {sparsity} is not possible with pattern '{self.n}:{self.m}': choose a multiple of "
+                f"1/{self.m} up "
+                f"to {1 - self.n / self.m:g}"
+            )
+
+    def masks(
+        self,
+        scores: Mapping[str, Tensor],
+        sparsity: float,
+        alive: Mapping[str, Tensor] | None = None,
+        consume: bool = False,
+    ) -> dict[str, Tensor]:
+        self.check_sparsity(sparsity)
+        keep = self.m - round(sparsity * self.m)
+        masks = {}
+        for name, score in scores.items():
+            self.check(name, score.shape)
+            groups = _without_dead(score, name, alive, consume).view(-1, self.m)
+            masks[name] = _best_of_groups(groups, keep).view(score.shape)
+        return masks
+
+
+def _best_of_groups(groups: Tensor, keep: int) -> Tensor:
+    """Mask of the `keep` largest per row of `groups` (rows, m), ties by index."""
+    size = groups.shape[1]
+    if size > 16:  # pairwise comparisons grow with the square of the group
+        best = groups.argsort(dim=1, descending=True, stable=True)[:, :keep]
+        return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, best, True)
+    columns = [column.contiguous() for column in groups.unbind(1)]
+    beaten = [torch.zeros(groups.shape[0], dtype=torch.int8, device=groups.device) for _ in columns]
+    for i in range(size):
+        for j in range(i + 1, size):
+            later_wins = columns[j] > columns[i]
+            beaten[i] += later_wins
+            beaten[j] += later_wins.logical_not_()
+    return torch.stack([count < keep for count in beaten], dim=1)
+
+
+def parse_pattern(text: str, scope: str = "layer", floor: float = 0.125) -> Unstructured | NM:
+    """`"unstructured"` or `"N:M"` -> the pattern.
+
+    Raises:
+        ValueError: the name is unknown, or N >= M.
+    """
+    if text == "unstructured":
+        return Unstructured(scope, floor)
+    if match := re.fullmatch(r"(\d+):(\d+)", text):
+        return NM(int(match[1]), int(match[2]))
+    raise ValueError(f"pattern={text!r} is unknown: use 'unstructured' or 'N:M' such as '2:4'")

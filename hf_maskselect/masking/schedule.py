@@ -1,0 +1,83 @@
+"""Optimizer step -> sparsity level. Pure functions of the configuration, so that resuming needs no state."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+def cubic_levels(sparsity: float, num_levels: int) -> list[float]:
+    """`sparsity * (1 - (1 - t / num_levels)^3)` for t = 1..num_levels: big cuts first, small ones near the target.
+
+    Four levels to 0.9375 give 0.542, 0.820, 0.923, 0.9375 (the list of "Randomized Pruning Mask Generation and
+    Selection", EMNLP Findings 2023, whose second value is rounded up to 0.83).
+    """
+    return [sparsity * (1 - (1 - t / num_levels) ** 3) for t in range(1, num_levels)] + [sparsity]
+
+
+def check_levels(levels: Sequence[float], sparsity: float) -> None:
+    """Raise a ValueError unless `levels` rise strictly within (0, 1) and end at `sparsity`."""
+    if not levels:
+        raise ValueError("levels is empty: give at least the target sparsity, as in levels=[0.54, 0.83, 0.9375]")
+    if any(not 0 < level < 1 for level in levels):
+        raise ValueError(f"levels={list(levels)} must lie inside (0, 1): they are fractions of zeros")
+    if any(a >= b for a, b in zip(levels, levels[1:], strict=False)):
+        raise ValueError(f"levels={list(levels)} must be strictly increasing: a pruned weight never returns")
+    if levels[-1] != sparsity:
+        raise ValueError(
+            f"levels={list(levels)} end at {levels[-1]} but sparsity={sparsity}: make the last level the target "
+            "sparsity"
+        )
+
+
+@dataclass(frozen=True)
+class LevelPlan:
+    """When each level starts and how long it lasts, in optimizer steps (never micro-steps).
+
+    starts[i] is the first step trained under the mask of level i; steps before starts[0] are dense warm-up.
+    """
+
+    levels: tuple[float, ...]
+    starts: tuple[int, ...]
+    max_steps: int
+
+    @classmethod
+    def build(
+        cls, levels: Sequence[float], max_steps: int, warmup_steps: int = 0, last_weight: float = 2.0
+    ) -> LevelPlan:
+        """Share `max_steps - warmup_steps` evenly over the levels, the last one `last_weight` times as long.
+
+        Raises:
+            ValueError: some level would get no step, so the target could not be reached.
+        """
+        steps = max_steps - warmup_steps
+        if steps < len(levels):
+            raise ValueError(
+                f"the plan cannot reach sparsity {levels[-1]}: {len(levels)} levels and {warmup_steps} dense "
+                "warm-up steps "
+                f"do not fit into {max_steps} optimizer steps; raise max_steps or num_train_epochs, or lower "
+                "num_levels "
+                "or pruning_warmup_steps"
+            )
+        weight = len(levels) - 1 + last_weight
+        starts = [warmup_steps + round(i * steps / weight) for i in range(len(levels))]
+        for i in range(len(levels)):  # very short plans: at least one step a level, in order
+            starts[i] = max(starts[i], starts[i - 1] + 1 if i else warmup_steps)
+            starts[i] = min(starts[i], max_steps - (len(levels) - i))
+        return cls(tuple(levels), tuple(starts), max_steps)
+
+    def level_at(self, step: int) -> int:
+        """Index of the level that optimizer step `step` (from 0) is trained under; -1 during dense warm-up."""
+        return bisect.bisect_right(self.starts, step) - 1
+
+    def span(self, level: int) -> tuple[int, int]:
+        """First step and one past the last step of `level`; level -1 is the dense warm-up."""
+        first = 0 if level < 0 else self.starts[level]
+        last = self.starts[level + 1] if level + 1 < len(self.starts) else self.max_steps
+        return first, last
+
+    def length(self, level: int) -> int:
+        """Optimizer steps of `level`."""
+        first, last = self.span(level)
+        return last - first

@@ -1,0 +1,145 @@
+"""How much a weight matters: criteria as pure functions of a weight and its gradient statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class WeightStats:
+    """Gradient statistics of one weight over `samples` small batches; float32, shaped like the weight.
+
+    square: sum of g^2 (diagonal empirical Fisher, up to a factor). product: sum of |g * w|. None when not collected.
+    """
+
+    square: Tensor | None
+    product: Tensor | None
+    samples: int
+
+
+ScoreFn = Callable[[str, Tensor, WeightStats], Tensor]
+
+
+def magnitude(name: str, weight: Tensor, stats: WeightStats) -> Tensor:
+    """|w|: the classic criterion, and the base of method 1's paper (EMNLP Findings 2023)."""
+    return weight.detach().abs().float()
+
+
+def fisher(name: str, weight: Tensor, stats: WeightStats) -> Tensor:
+    """w^2 * sum g^2: the loss increase expected from removing w under a diagonal Fisher (Optimal Brain Damage)."""
+    return weight.detach().float().square() * stats.square
+
+
+def taylor(name: str, weight: Tensor, stats: WeightStats) -> Tensor:
+    """sum |g * w|: the first-order change of each sample's loss when w is removed, without cancelling over samples."""
+    return stats.product
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A score and what belongs to it.
+
+    needs: the `WeightStats` fields it reads. vote_exponent: the power that turns the score into drawing probabilities,
+    5 for scores that grow like |w| (the paper's exponent) and 2.5 for those that grow like w^2.
+    """
+
+    score: ScoreFn
+    needs: tuple[str, ...]
+    vote_exponent: float
+
+
+CRITERIA: dict[str, Criterion] = {
+    "magnitude": Criterion(magnitude, (), 5.0),
+    "fisher": Criterion(fisher, ("square",), 2.5),
+    "taylor": Criterion(taylor, ("product",), 5.0),
+}
+
+
+def checked_score(score_fn: ScoreFn, name: str, weight: Tensor, stats: WeightStats) -> Tensor:
+    """Call a score function and refuse what cannot be ranked.
+
+    Returns:
+        float32 scores shaped like `weight`.
+
+    Raises:
+        ValueError: wrong shape, or NaN or infinity in the scores; the message names the tensor.
+    """
+    score = score_fn(name, weight, stats)
+    if not isinstance(score, Tensor) or score.shape != weight.shape:
+        got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+        raise ValueError(
+            f"the scores of {name} must be a tensor of shape {tuple(weight.shape)}, got {got}: check score_fn"
+        )
+    score = score.detach().to(weight.device, torch.float32, copy=True)  # may be overwritten from here on
+    score = score.contiguous()
+    if not bool(torch.isfinite(torch.stack(score.aminmax())).all()):
+        raise ValueError(
+            f"NaN or infinity in the scores of {name}: check the weights, and the loss that gave the gradients "
+            "(a smaller learning rate, or fp32 instead of fp16)"
+        )
+    return score
+
+
+class GradientStats:
+    """Collects gradient statistics over many small batches, in place and without keeping a graph.
+
+    Use as a context manager around plain `loss.backward()` calls; inside, gradients of the named weights are consumed
+    as soon as they are complete, and no gradient is computed for any other parameter, so the peak is the statistics
+    plus one matrix. On leaving, `requires_grad` and `.grad` are as they were.
+
+    Args:
+        weights: name -> parameter.
+        needs: which of "square" and "product" to collect; float32 each.
+    """
+
+    def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter], needs: set[str]) -> None:
+        self._model, self._weights = model, dict(weights)
+        self._square = {n: torch.zeros_like(w, dtype=torch.float32) for n, w in weights.items() if "square" in needs}
+        self._product = {n: torch.zeros_like(w, dtype=torch.float32) for n, w in weights.items() if "product" in needs}
+        self._samples = 0
+
+    def __enter__(self) -> GradientStats:
+        chosen = {id(w): n for n, w in self._weights.items()}
+        self._trained = {id(p): p.requires_grad for p in self._model.parameters()}
+        for parameter in self._model.parameters():
+            parameter.requires_grad_(id(parameter) in chosen)
+        # Gradients accumulated before must not be added to the samples.
+        self._kept = {name: weight.grad for name, weight in self._weights.items()}
+        for weight in self._weights.values():
+            weight.grad = None
+        self._hooks = [w.register_post_accumulate_grad_hook(self._take) for w in self._weights.values()]
+        self._names = chosen
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self._model.parameters():
+            parameter.requires_grad_(self._trained[id(parameter)])
+        for name, weight in self._weights.items():
+            weight.grad = self._kept[name]
+        del self._kept
+
+    def sample(self, loss: Tensor) -> None:
+        """Backpropagate one small batch's mean loss into the statistics."""
+        loss.backward()
+        self._samples += 1
+
+    def of(self, name: str) -> WeightStats:
+        """The statistics of one weight so far."""
+        return WeightStats(self._square.get(name), self._product.get(name), self._samples)
+
+    @torch.no_grad()
+    def _take(self, weight: Tensor) -> None:
+        # The hook fires once per backward and parameter, after shared layers (ALBERT) have summed their gradient.
+        name, grad = self._names[id(weight)], weight.grad
+        weight.grad = None
+        grad = grad.float()
+        if name in self._square:
+            self._square[name].addcmul_(grad, grad)
+        if name in self._product:
+            self._product[name].add_(grad.mul_(weight).abs_())

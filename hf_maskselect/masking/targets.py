@@ -1,0 +1,77 @@
+"""Which weights may be pruned."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+# A module name holding one of these is read as a regex, any other as a suffix.
+_REGEX_CHARACTERS = frozenset("*+?[](){}|^$\\")
+
+
+def prunable_weights(
+    model: nn.Module,
+    target_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+) -> dict[str, nn.Parameter]:
+    """Name -> weight matrix of everything that may be pruned, in model order, each parameter once.
+
+    By default these are the weights of every `nn.Linear` that lies in a stack of layers (an `nn.ModuleList`): the
+    encoder of BERT-like models, whatever its submodules are called. Embeddings and their projections, poolers, heads,
+    biases and norms lie outside the stack or are no `nn.Linear`, and stay dense.
+
+    Args:
+        model: any `nn.Module`, not wrapped (unwrap DDP or `torch.compile` first).
+        target_modules: module names to prune instead of the default choice, as in PEFT: a suffix (`"query"`,
+            `"output.dense"`) or a regex that must match the full module name (`r".*layer\\.[0-5]\\..*"`), or a list.
+        exclude_modules: module names, in the same notation, that are left dense.
+
+    Returns:
+        dict from parameter name (`"...query.weight"`) to a parameter of shape `(out_features, in_features)`. A layer
+        shared between depths (ALBERT) appears once, under its first name. A matrix tied to an embedding is left out.
+
+    Raises:
+        ValueError: nothing is left to prune.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    stacks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    weights: dict[str, nn.Parameter] = {}
+    seen = set(embeddings)
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or id(module.weight) in seen:
+            continue
+        wanted = name.startswith(stacks) if target_modules is None else _matches(name, target_modules)
+        if not wanted or (exclude_modules is not None and _matches(name, exclude_modules)):
+            continue
+        seen.add(id(module.weight))
+        weights[f"{name}.weight"] = module.weight
+    if not weights:
+        raise ValueError(
+            f"no weight to prune: target_modules={target_modules!r} with exclude_modules={exclude_modules!r} "
+            "matches no "
+            f"nn.Linear of {type(model).__name__}; its linear modules are named like {_examples(model)}, so name "
+            "one of "
+            "their suffixes (or leave target_modules unset for every linear layer of the encoder)"
+        )
+    return weights
+
+
+def _matches(name: str, patterns: str | Sequence[str]) -> bool:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if _REGEX_CHARACTERS & set(pattern):
+            try:
+                found = re.fullmatch(pattern, name)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} in target_modules or exclude_modules is no regex: {error}") from error
+            if found:
+                return True
+        elif name == pattern or name.endswith(f".{pattern}"):
+            return True
+    return False
+
+
+def _examples(model: nn.Module) -> list[str]:
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return names[:2] + names[-1:]
