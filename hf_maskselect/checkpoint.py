@@ -1,0 +1,195 @@
+"""What is written beside the weights, and how a saved folder is checked against it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .masking.maskset import MaskSet
+
+STATE_FILE = "pruning_state.safetensors"
+
+
+@dataclass(frozen=True)
+class PruningState:
+    """Masks in force and where the run stood; `pruning_state.safetensors` on disk, bit-packed, no pickle.
+
+    sparsity: the run's target; step: optimizer steps done; level: index of the level in force, -1 before the first
+    cut.
+    """
+
+    masks: MaskSet
+    method: str
+    pattern: str
+    sparsity: float
+    step: int
+    level: int
+    seed: int
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write the state into `folder`, under a temporary name first."""
+        fields = {
+            name: str(getattr(self, name)) for name in ("method", "pattern", "sparsity", "step", "level", "seed")
+        }
+        self.masks.save(Path(folder) / STATE_FILE, fields)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> PruningState:
+        """Read the state of a saved folder.
+
+        Raises:
+            ValueError: there is none, or it is damaged.
+        """
+        path = Path(folder) / STATE_FILE
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} has no {STATE_FILE}, so it is no checkpoint of a pruning run: point to a folder that "
+                "PruningTrainer saved, or start a new run from this model"
+            )
+        masks, meta = MaskSet.load(path)
+        if missing := {"method", "pattern", "sparsity", "step", "level", "seed"} - meta.keys():
+            raise ValueError(
+                f"{path} holds masks but no {sorted(missing)[0]}, so no run wrote it: point to a folder that "
+                "PruningTrainer saved"
+            )
+        return cls(
+            masks,
+            meta["method"],
+            meta["pattern"],
+            float(meta["sparsity"]),
+            int(meta["step"]),
+            int(meta["level"]),
+            int(meta["seed"]),
+        )
+
+    @classmethod
+    def find(cls, folder: str | os.PathLike) -> PruningState | None:
+        """`load`, or None where the folder has no such file."""
+        return cls.load(folder) if (Path(folder) / STATE_FILE).is_file() else None
+
+    def check_resumes(self, method: str, pattern: str, sparsity: float) -> None:
+        """Raise a ValueError when the run that wants to go on is another one."""
+        for name, now in (("method", method), ("pattern", pattern), ("sparsity", sparsity)):
+            then = getattr(self, name)
+            if then != now:
+                raise ValueError(
+                    f"the checkpoint was written with {name}={then!r} but this run has {name}={now!r}: resume with "
+                    "the same "
+                    "value, or start a new run from the checkpoint's model"
+                )
+
+
+def saved_tensors(folder: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of the weights saved in `folder`, one tensor in memory at a time.
+
+    Raises:
+        ValueError: no safetensors weights there.
+    """
+    folder = Path(folder)
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text())
+        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+    elif (folder / SAFE_WEIGHTS_NAME).is_file():
+        files = [folder / SAFE_WEIGHTS_NAME]
+    else:
+        raise ValueError(f"{folder} holds no {SAFE_WEIGHTS_NAME}: give the folder of a model saved by save_pretrained")
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    yield name, file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read as weights ({error}); restore the file") from error
+
+
+def check_zeros(folder: str | os.PathLike, masks: MaskSet) -> None:
+    """Re-read the saved weights and compare them with the masks.
+
+    Raises:
+        ValueError: a masked weight is missing, or not zero where its mask says so.
+    """
+    seen = set()
+    for name, tensor in saved_tensors(folder):
+        if name not in masks:
+            continue
+        seen.add(name)
+        if tensor.shape != masks[name].shape:
+            raise ValueError(
+                f"{folder}: {name} has shape {tuple(tensor.shape)} but its mask has {tuple(masks[name].shape)}; the "
+                "masks "
+                "are of another model"
+            )
+        alive = int(torch.count_nonzero(tensor.masked_fill(masks[name].cpu(), 0)))
+        if alive:
+            raise ValueError(
+                f"{folder}: {name} has {alive} non-zero weights where its mask is zero; the file was changed after "
+                "pruning or "
+                "written without it, so save it again from the trainer"
+            )
+    if missing := masks.keys() - seen:
+        raise ValueError(
+            f"{folder}: {sorted(missing)[0]} is masked but not in the file; the weights are of another model"
+        )
+
+
+def model_class(folder: str | os.PathLike) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    """The transformers class named in `config.json` (a look-up, no code from the config) and the configuration.
+
+    Raises:
+        ValueError: the configuration names no class of transformers.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{folder}: config.json cannot be read ({error}); restore the file") from error
+    name = (config.architectures or [""])[0]
+    cls = getattr(transformers, name, None) if name else None
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        raise ValueError(f"{folder}: config.json names the architecture {name!r}, which transformers does not have")
+    return cls, config
+
+
+def verify(folder: str | os.PathLike) -> PruningState:
+    """Everything a user may rely on: the zeros are the masks, the count is the target, the model loads plainly.
+
+    Returns:
+        the pruning state of the folder.
+
+    Raises:
+        ValueError: the first thing that does not hold, with the tensor or the counts.
+    """
+    state = PruningState.load(folder)
+    check_zeros(folder, state.masks)
+    for name, tensor in saved_tensors(folder):
+        if name not in state.masks:
+            continue
+        found, kept = int(tensor.count_nonzero()), int(state.masks[name].count_nonzero())
+        if found != kept:
+            raise ValueError(
+                f"{folder}: {name} has {found} non-zero weights but its mask keeps {kept}; the file was changed after "
+                "pruning, so save it again from the trainer"
+            )
+    zeros, wanted = state.masks.total - state.masks.kept, round(state.masks.total * state.sparsity)
+    if zeros != wanted:
+        raise ValueError(
+            f"{folder}: {zeros} of {state.masks.total} prunable weights are zero but the target {state.sparsity} "
+            "asks for "
+            f"{wanted}; the run had not reached its last level (step {state.step}, level {state.level + 1})"
+        )
+    cls, _ = model_class(folder)
+    _, info = cls.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise ValueError(
+                f"{folder}: loads with {kind.replace('_', ' ')} {sorted(info[kind])[:3]} in {cls.__name__}"
+            )
+    return state

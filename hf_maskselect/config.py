@@ -1,0 +1,343 @@
+"""`PruningConfig`: `TrainingArguments` plus what to prune, how, and how to choose among masks."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .masking.patterns import NM, SCOPES, Unstructured, parse_pattern
+from .masking.schedule import LevelPlan, check_levels, cubic_levels
+from .masking.scores import CRITERIA
+from .masking.votes import SAMPLING_RATIOS
+from .proposals import parse_proposal
+
+METHODS = ("random", *CRITERIA)
+SELECTIONS = ("halving", "early")
+SELECTION_LOSSES = ("loss", "teacher")
+WHOLE_NUMBERS = (
+    "num_levels",
+    "num_candidates",
+    "criterion_batches",
+    "criterion_batch_size",
+    "trial_steps",
+    "level_eval_steps",
+)
+NUMBERS = (
+    "sparsity",
+    "layer_floor",
+    "last_level_weight",
+    "pruning_warmup_steps",
+    "trial_learning_rate",
+    "selection_fraction",
+    "distill_logits",
+    "distill_hidden",
+    "distill_attention",
+    "distill_temperature",
+    "hard_label_weight",
+)
+
+
+@dataclass
+class PruningConfig(TrainingArguments):
+    """Arguments of [`PruningTrainer`]: everything of `TrainingArguments`, and the fields below.
+
+    > What to prune
+
+    Args:
+        method (`str`, defaults to `"random"`): `"random"` draws several masks a level and keeps the best after short
+            trials (arXiv 2310.13183); `"magnitude"`, `"fisher"` and `"taylor"` use one deterministic mask of that
+            criterion.
+        sparsity (`float`, *optional*): fraction of zeros over the prunable weights, in (0, 1), met to the exact count.
+            Defaults to 0.9375 (16x), or to what an N:M pattern implies.
+        pattern (`str`, defaults to `"unstructured"`): or `"N:M"`, at most N of M consecutive weights along the input
+            axis.
+        scope (`str`, *optional*): of candidate 0. `"layer"`: every matrix at the target; `"global"`: one ranking;
+            `"balanced"`: half-way (scores divided by the root of their matrix's mean, then one ranking). Defaults to
+            `"layer"` for magnitude (as in the paper) and to `"balanced"` for every other criterion.
+        layer_floor (`float`, defaults to 0.125): in a joint ranking every matrix keeps at least this share of what
+            `"layer"` would leave it.
+        target_modules, exclude_modules (`list[str]`, *optional*): module-name suffixes or regexes, as in PEFT.
+            Default: every `nn.Linear` of the encoder.
+
+    > When
+
+    Args:
+        levels (`list[float]`, *optional*): rising sparsities that end at `sparsity`.
+        num_levels (`int`, *optional*): number of cubic levels where `levels` is not given; defaults to 4, and to 1 for
+            N:M.
+        last_level_weight (`float`, defaults to 2): length of the last level, in lengths of the others.
+        pruning_warmup_steps (`float`, defaults to 0): dense optimizer steps before the first cut; below 1 a share of
+            all.
+        lr_rewind (`bool`, defaults to `True`): restart `lr_scheduler_type` (with `warmup_steps`) at every level.
+        level_eval_steps (`int`, defaults to 0): if positive, score the model on the selection split every so many
+            steps and at each level's end go on from the level's best weights.
+
+    > Which candidate
+
+    Args:
+        num_candidates (`int`, *optional*): masks tried at each level, candidate 0 being the deterministic one.
+            Defaults to 4 for `"random"`; the other methods have one.
+        proposals (`list[str]`, defaults to `["mixed"]`): `"mixed"` varies criterion, scope and randomness; `"paper"`
+            is votes around magnitude per layer; or a list of `criterion:scope[:votes]`, such as `"taylor:global"`.
+        criterion (`str`, *optional*): of candidate 0: `"magnitude"`, `"fisher"` or `"taylor"`. Defaults to `"taylor"`
+            for `"random"` (to `"magnitude"` with the paper's proposals).
+        criterion_batches (`int`, defaults to 256): gradient samples a level for fisher and taylor.
+        criterion_batch_size (`int`, defaults to 8): rows of one gradient sample.
+        selection (`str`, defaults to `"halving"`): `"halving"` drops the worse half after each rung and doubles the
+            steps; `"early"` gives every candidate one trial and averages its last evaluations (the paper's EMEP).
+        trial_steps (`int`, *optional*): optimizer steps of the first rung (of the whole trial for `"early"`). Defaults
+            to a third of the level: shorter trials rank masks at random (for `"early"`: one epoch, at most the level).
+        trial_learning_rate (`float`, *optional*): peak, decayed linearly to 0. Defaults to `learning_rate` (`"early"`:
+            4x).
+        sampling_ratios (`list[float]`): draws per removed weight of votes, rotating over the candidates.
+        selection_fraction (`float`, defaults to 0.1): share of the train split held out to choose on, where no
+            `selection_dataset` is given and the run chooses anything.
+        selection_metric (`str`, *optional*): what a trial is scored by on the selection split: `"loss"` (the label
+            loss), `"teacher"` (cross-entropy against the teacher's soft labels; both lower is better), or a key of
+            `compute_metrics` (higher is better; the paper's choice). Defaults to `"teacher"` where a teacher distils a
+            classification, else to `"loss"`: once the teacher is over-confident, the label loss prefers candidates
+            that have learned less from it.
+
+    > Distillation (used when a teacher is given; losses of arXiv 2310.13183)
+
+    Args:
+        distill_logits, distill_hidden (`float`, default 1): weights of the soft-label and hidden-state losses.
+        distill_attention (`float`, defaults to 0): weight of the attention-map loss; 1 in the paper. Needs eager
+            attention, which it switches on.
+        distill_temperature (`float`, defaults to 1), hard_label_weight (`float`, defaults to 0).
+
+    Raises:
+        ValueError: a field is out of range; the message names the field, the value and the remedy.
+    """
+
+    method: str = field(default="random", metadata={"help": "random, magnitude, fisher or taylor", "choices": METHODS})
+    sparsity: float | None = field(
+        default=None, metadata={"help": "Fraction of zeros over the prunable weights (0.9375)."}
+    )
+    pattern: str = field(default="unstructured", metadata={"help": "unstructured or N:M, such as 2:4."})
+    scope: str | None = field(default=None, metadata={"help": "Of candidate 0: layer, balanced or global."})
+    layer_floor: float = field(
+        default=0.125, metadata={"help": "Least share of the uniform allocation a matrix keeps."}
+    )
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Suffixes or regexes of modules to prune."}
+    )
+    exclude_modules: list[str] | None = field(
+        default=None, metadata={"help": "Suffixes or regexes of modules to leave."}
+    )
+
+    levels: list[float] | None = field(default=None, metadata={"help": "Rising sparsities that end at the target."})
+    num_levels: int | None = field(default=None, metadata={"help": "Number of cubic levels (4; for N:M 1)."})
+    last_level_weight: float = field(
+        default=2.0, metadata={"help": "Length of the last level in lengths of the others."}
+    )
+    pruning_warmup_steps: float = field(
+        default=0, metadata={"help": "Dense steps before the first cut; < 1: a share."}
+    )
+    lr_rewind: bool = field(default=True, metadata={"help": "Restart the learning-rate schedule at every level."})
+    level_eval_steps: int = field(
+        default=0, metadata={"help": "Keep each level's best weights, scored every so many steps."}
+    )
+
+    num_candidates: int | None = field(default=None, metadata={"help": "Masks tried at each level (4 for random)."})
+    proposals: list[str] = field(
+        default_factory=lambda: ["mixed"], metadata={"help": "mixed, paper, or a list of criterion:scope[:votes]."}
+    )
+    criterion: str | None = field(default=None, metadata={"help": "Of candidate 0: magnitude, fisher or taylor."})
+    criterion_batches: int = field(default=256, metadata={"help": "Gradient samples a level for fisher and taylor."})
+    criterion_batch_size: int = field(default=8, metadata={"help": "Rows of one gradient sample."})
+    selection: str = field(default="halving", metadata={"help": "halving or early.", "choices": SELECTIONS})
+    trial_steps: int | None = field(default=None, metadata={"help": "Steps of the first rung (a third of the level)."})
+    trial_learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate of the trials."})
+    sampling_ratios: list[float] = field(
+        default_factory=lambda: list(SAMPLING_RATIOS), metadata={"help": "Draws per removed weight, rotating."}
+    )
+    selection_fraction: float = field(
+        default=0.1, metadata={"help": "Share of the train split held out to choose on."}
+    )
+    selection_metric: str | None = field(
+        default=None, metadata={"help": "loss, teacher, or a key of compute_metrics (teacher where there is one)."}
+    )
+
+    distill_logits: float = field(default=1.0, metadata={"help": "Weight of the soft-label loss."})
+    distill_hidden: float = field(default=1.0, metadata={"help": "Weight of the hidden-state loss."})
+    distill_attention: float = field(default=0.0, metadata={"help": "Weight of the attention-map loss."})
+    distill_temperature: float = field(default=1.0, metadata={"help": "Temperature of the soft labels."})
+    hard_label_weight: float = field(default=0.0, metadata={"help": "Weight of the label loss beside the teacher's."})
+
+    def __post_init__(self) -> None:
+        self._check_pruning()
+        super().__post_init__()
+
+    @property
+    def mask_pattern(self) -> Unstructured | NM:
+        """The pattern with the scope of candidate 0."""
+        return parse_pattern(self.pattern, self.scope, self.layer_floor)
+
+    def plan(self, max_steps: int) -> LevelPlan:
+        """When each level starts in a run of `max_steps` optimizer steps.
+
+        Raises:
+            ValueError: the target cannot be reached within them.
+        """
+        warmup = self.pruning_warmup_steps
+        warmup = int(warmup * max_steps) if 0 < warmup < 1 else int(warmup)
+        return LevelPlan.build(self.levels, max_steps, warmup, self.last_level_weight)
+
+    @property
+    def searches(self) -> bool:
+        """Whether a mask is chosen among several."""
+        return self.num_candidates > 1
+
+    @property
+    def needs_selection_split(self) -> bool:
+        """Whether the run makes any choice that must not look at the evaluation data."""
+        return self.searches or self.level_eval_steps > 0
+
+    def _check_pruning(self) -> None:
+        for name in ("proposals", "target_modules", "exclude_modules"):  # a plain string is a list of one
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
+        self._check_types()
+        check_choice("method", self.method, METHODS)
+        check_choice("selection", self.selection, SELECTIONS)
+        self._check_candidates()
+        self._check_scope()
+        self._check_sparsity_and_levels()
+        self._check_ranges()
+
+    def _check_types(self) -> None:
+        """Recipes are JSON or YAML, where a number is easily a string, a fraction or a list."""
+        for name in WHOLE_NUMBERS:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"{name}={value!r} must be a whole number")
+        for name in NUMBERS:
+            value = getattr(self, name)
+            if value is not None and not _is_number(value):
+                raise ValueError(f"{name}={value!r} must be a finite number")
+        for name in ("levels", "sampling_ratios"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, list | tuple) and all(_is_number(v) for v in value)):
+                raise ValueError(f"{name}={value!r} must be a list of finite numbers, such as [0.5, 0.9]")
+
+    def _check_candidates(self) -> None:
+        paper = self.proposals == ["paper"]
+        if self.method != "random":
+            if self.criterion not in (None, self.method):
+                raise ValueError(
+                    f"criterion={self.criterion!r} contradicts method={self.method!r}: leave criterion unset, or use "
+                    "method='random' with num_candidates=1"
+                )
+            if self.num_candidates not in (None, 1):
+                raise ValueError(
+                    f"num_candidates={self.num_candidates} has no meaning with method={self.method!r}, which has one "
+                    "deterministic mask: use method='random' to choose among several"
+                )
+        self.criterion = self.criterion or (
+            self.method if self.method != "random" else "magnitude" if paper else "taylor"
+        )
+        check_choice("criterion", self.criterion, CRITERIA)
+        if self.num_candidates is None:
+            self.num_candidates = 4 if self.method == "random" else 1
+        if self.num_candidates < 1:
+            raise ValueError(f"num_candidates={self.num_candidates} must be at least 1 (the deterministic mask)")
+        if not self.proposals:
+            raise ValueError("proposals is empty: use 'mixed', 'paper' or a list such as ['taylor:global']")
+        if self.proposals not in (["mixed"], ["paper"]):
+            for text in self.proposals:
+                parse_proposal(text, [*CRITERIA, "score_fn"], ratio=1.0)
+
+    def _check_scope(self) -> None:
+        if not 0 <= self.layer_floor <= 1:
+            raise ValueError(f"layer_floor={self.layer_floor} must lie in [0, 1]: a share of the uniform allocation")
+        pattern = parse_pattern(self.pattern)
+        if isinstance(pattern, NM):
+            if self.scope not in (None, "layer"):
+                raise ValueError(
+                    f"scope={self.scope!r} has no meaning with pattern={self.pattern!r}, where every group keeps "
+                    "the same "
+                    "count: leave scope unset"
+                )
+            self.scope = "layer"
+        elif self.scope is None:
+            self.scope = "layer" if self.criterion == "magnitude" else "balanced"
+        check_choice("scope", self.scope, SCOPES)
+
+    def _check_sparsity_and_levels(self) -> None:
+        pattern = parse_pattern(self.pattern, self.scope, self.layer_floor)
+        if self.sparsity is None:
+            self.sparsity = 1 - pattern.n / pattern.m if isinstance(pattern, NM) else 0.9375
+        if not 0 < self.sparsity < 1:
+            raise ValueError(
+                f"sparsity={self.sparsity} must lie inside (0, 1): it is the fraction of zeros, 0.9375 for 16x smaller"
+            )
+        if isinstance(pattern, NM) and abs(self.sparsity - (1 - pattern.n / pattern.m)) > 1e-9:
+            raise ValueError(
+                f"sparsity={self.sparsity} contradicts pattern={self.pattern!r}, which has "
+                f"{1 - pattern.n / pattern.m:g}: "
+                "leave sparsity unset"
+            )
+        if self.num_levels is not None and self.num_levels < 1:
+            raise ValueError(f"num_levels={self.num_levels} must be at least 1")
+        if self.levels is None:
+            self.levels = pattern_levels(pattern, self.sparsity, self.num_levels)
+        check_levels(self.levels, self.sparsity)
+        for level in self.levels:
+            pattern.check_sparsity(level)
+        self.num_levels = len(self.levels)
+
+    def _check_ranges(self) -> None:
+        for name, low in (("criterion_batches", 0), ("criterion_batch_size", 1), ("level_eval_steps", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {low}")
+        for name in ("trial_steps", "trial_learning_rate", "last_level_weight"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value} must be positive")
+        if self.pruning_warmup_steps < 0 or (self.pruning_warmup_steps > 1 and self.pruning_warmup_steps % 1):
+            raise ValueError(
+                f"pruning_warmup_steps={self.pruning_warmup_steps} must be a share below 1 or a whole number of steps"
+            )
+        if not self.sampling_ratios or min(self.sampling_ratios) <= 0:
+            raise ValueError(f"sampling_ratios={self.sampling_ratios} must be positive numbers, such as [5e-5, 1e-4]")
+        if not 0 < self.selection_fraction < 1:
+            raise ValueError(
+                f"selection_fraction={self.selection_fraction} must lie inside (0, 1): it is the share of the train "
+                "split "
+                "held out to choose on; pass selection_dataset to choose on other data"
+            )
+        if self.criterion_batches == 0 and self.criterion != "magnitude":
+            raise ValueError(
+                f"criterion_batches=0 gives criterion={self.criterion!r} no gradients: set it to 64 or more, or use "
+                "method='magnitude'"
+            )
+        if self.bf16_full_eval or self.fp16_full_eval:
+            raise ValueError(
+                "bf16_full_eval and fp16_full_eval cast the trained weights for good, so pruning cannot go on after "
+                "an "
+                "evaluation: use bf16=True or fp16=True instead"
+            )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def pattern_levels(pattern: Unstructured | NM, sparsity: float, num_levels: int | None) -> list[float]:
+    """Cubic levels to `sparsity`; for N:M the groups lose whole weights (M:M down to N:M), in one level by default."""
+    if not isinstance(pattern, NM):
+        return cubic_levels(sparsity, num_levels or 4)
+    zeros = {max(1, round(level * pattern.m)) for level in cubic_levels(sparsity, num_levels or 1)}
+    return [count / pattern.m for count in sorted(zeros)[:-1]] + [sparsity]
+
+
+def check_choice(name: str, value: object, choices) -> None:
+    """Raise a ValueError that names the field, the value and what is possible."""
+    if value not in choices:
+        close = difflib.get_close_matches(str(value), list(choices), n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"{name}={value!r} is unknown: {hint}choose one of {', '.join(choices)}")

@@ -1,0 +1,1 @@
+"""Who decides what is zero, and when: one file a method."""

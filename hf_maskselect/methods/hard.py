@@ -1,0 +1,101 @@
+"""Hard masks, fixed between levels: one criterion (magnitude, fisher, taylor, a user's score_fn) or the chosen
+candidate of "Randomized Pruning Mask Generation and Selection" (Li, Gao, Lei, Xu; EMNLP Findings 2023; arXiv
+2310.13183)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..masking.maskset import MaskSet
+from ..masking.schedule import LevelPlan
+
+# level -> masks of the level
+Choose = Callable[[int], MaskSet]
+FindWeights = Callable[[nn.Module], dict[str, nn.Parameter]]
+
+
+class HardMasks:
+    """Keeps dead weights at exactly zero while the model trains, without touching its modules.
+
+    Dead gradients are zeroed before clipping and dead weights after every step. At a level's first step `choose` is
+    asked for the next masks. The masks are held once, in the weights' own dtype: multiplying by a boolean mask is 6x
+    slower.
+    """
+
+    def __init__(self, find_weights: FindWeights, choose: Choose) -> None:
+        self._find_weights, self._choose = find_weights, choose
+        self.weights: dict[str, nn.Parameter] = {}
+        self._keep: dict[str, Tensor] = {}
+        self._steps_done = 0
+        self.level = -1
+        self.plan: LevelPlan | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def attach(self, model: nn.Module) -> None:
+        known, self.weights = self.weights, self._find_weights(model)
+        if any(known.get(name) is not weight for name, weight in self.weights.items()):  # another model (model_init)
+            self._keep = {name: torch.ones_like(w, requires_grad=False) for name, w in self.weights.items()}
+        self._keep = {name: keep.to(self.weights[name]) for name, keep in self._keep.items()}
+
+    def begin(self, plan: LevelPlan, optimizer: torch.optim.Optimizer) -> None:
+        self.plan, self.optimizer = plan, optimizer
+        # A checkpoint written at the end of a level belongs to it: the next cut comes with the next step.
+        self.level = plan.level_at(self._steps_done - 1)
+        self._steps_done = 0
+
+    @property
+    def masks(self) -> MaskSet:
+        """The masks in force."""
+        return MaskSet({name: keep.bool() for name, keep in self._keep.items()})
+
+    def set_masks(self, masks: MaskSet) -> None:
+        """Put masks in force and zero what they remove; no copy of the old ones is kept."""
+        masks.check_fits(self.weights)
+        for name, keep in self._keep.items():
+            keep.copy_(masks[name])
+        self.on_optimizer_step()  # zeroes the weights
+
+    def on_step_begin(self, step: int) -> None:
+        level = self.plan.level_at(step)
+        if level == self.level:
+            return
+        self.set_masks(self._choose(level))
+        self.level = level
+        self._clear_dead_moments()
+
+    @torch.no_grad()
+    def before_clipping(self) -> None:
+        for name, weight in self.weights.items():
+            if weight.grad is not None:
+                weight.grad.mul_(self._keep[name])
+
+    @torch.no_grad()
+    def on_optimizer_step(self) -> None:
+        for name, weight in self.weights.items():
+            weight.mul_(self._keep[name])
+
+    def _clear_dead_moments(self) -> None:
+        """Momentum that points into a removed weight would push it every step: it dies with the weight."""
+        for name, weight in self.weights.items():
+            for moment in self.optimizer.state.get(weight, {}).values():
+                if isinstance(moment, Tensor) and moment.shape == weight.shape:
+                    moment.mul_(self._keep[name].to(moment.dtype))
+
+    def penalty(self) -> None:
+        return None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, masks: MaskSet, state: dict[str, Tensor], step: int) -> None:
+        self.set_masks(masks)
+        self._steps_done = step
+
+    def baked_state_dict(self) -> None:
+        return None
+
+    def finalize(self) -> None:
+        self.on_optimizer_step()

@@ -1,0 +1,425 @@
+"""`PruningTrainer`: the overrides of `Trainer`, each short, each calling `super()`."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, Trainer, TrainerCallback, get_scheduler
+from transformers.trainer_utils import has_length
+
+from .checkpoint import PruningState, check_zeros
+from .config import SELECTION_LOSSES, PruningConfig
+from .distillation import Distiller, load_teacher
+from .level_best import LevelBest
+from .masking.maskset import MaskSet
+from .masking.schedule import LevelPlan
+from .masking.scores import CRITERIA, Criterion, ScoreFn
+from .masking.targets import prunable_weights
+from .methods.hard import HardMasks
+from .proposals import gradient_needs
+from .report import text_table
+from .selection import MaskSearch
+from .split import hold_out
+from .trials import TrialBench
+
+FORMAT_VERSION = 1  # of config.pruning
+
+
+class PruningTrainer(Trainer):
+    """Fine-tunes and prunes in one `train()`; the model comes out with exactly the asked-for share of zeros.
+
+    Takes every argument of `Trainer`, and:
+
+    Args:
+        args ([`PruningConfig`], *optional*): what to prune, how, and how to choose.
+        teacher (`PreTrainedModel` or path, *optional*): dense model to distil from; it is frozen.
+        selection_dataset (`Dataset`, *optional*): what candidates (and each level's best weights) are chosen on. By
+            default a seeded `selection_fraction` is held out of `train_dataset`. Never pass the data you report on.
+        score_fn (`Callable`, *optional*): the mask-generation hook, `score_fn(name, weight, grad_stats) -> scores`:
+            name of the parameter, its `(out, in)` weight, and its [`WeightStats`] (fields None with
+            `criterion_batches=0`); returns finite scores of the same shape, larger = more important. It replaces the
+            criterion of `method="random"`, and every scope, pattern and the search work on top of it.
+
+    Raises:
+        ValueError: something does not fit together (checked here, before training starts).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: PruningConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class=None,
+        *,
+        teacher: PreTrainedModel | str | os.PathLike | None = None,
+        selection_dataset: Dataset | None = None,
+        score_fn: ScoreFn | None = None,
+        **kwargs,
+    ) -> None:
+        args = PruningConfig() if args is None else args
+        self._check_setting(args, score_fn, kwargs.get("compute_metrics"))
+        if args.needs_selection_split and train_dataset is not None:
+            if selection_dataset is None:
+                train_dataset, selection_dataset = hold_out(train_dataset, args.selection_fraction, args.seed)
+            elif len(selection_dataset) == 0:
+                raise ValueError(
+                    "selection_dataset is empty: give it rows to choose on, or leave it out to hold out a split"
+                )
+        draws_rows = args.searches or args.criterion != "magnitude"
+        if draws_rows and train_dataset is not None and not has_length(train_dataset):
+            raise ValueError(
+                "train_dataset has no length, but trials and gradient samples draw random rows: pass a map-style "
+                "dataset, or use method='magnitude'"
+            )
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        # BERT-family heads take **kwargs but ignore num_items_in_batch: believing them would scale the loss by the
+        # accumulation steps and by the ranks (transformers#47688).
+        self.model_accepts_loss_kwargs = False
+        for name, weight in self._find_weights(self.model).items():
+            args.mask_pattern.check(name, weight.shape)
+        if teacher is not None and self.compute_loss_func is not None:
+            raise ValueError("compute_loss_func and a teacher do not go together: its loss is scaled in another way")
+        self._distiller = None if teacher is None else self._make_distiller(teacher)
+        # A BERT teacher of a DistilBERT student: the pair's segment ids must reach the one and not the other.
+        takes = set(inspect.signature(self.model.forward).parameters)
+        wants = set() if self._distiller is None else set(self._distiller.teacher_arguments)
+        self._teacher_only = {"token_type_ids"} & (wants - takes)
+        soft_labels = self._distiller is not None and args.distill_logits > 0 and not self._distiller.is_regression
+        if args.selection_metric == "teacher" and not soft_labels:
+            raise ValueError(
+                "selection_metric='teacher' needs a teacher of a classification task and distill_logits > 0: "
+                "choose 'loss'"
+            )
+        self.selection_metric = args.selection_metric or ("teacher" if soft_labels else "loss")
+        self.selection_dataset = selection_dataset
+        self._plan: LevelPlan | None = None
+        self._method = self.make_method()
+        self._bench = TrialBench(self, self._method, selection_dataset)
+        criteria = (
+            CRITERIA if score_fn is None else {**CRITERIA, "score_fn": Criterion(score_fn, ("square", "product"), 5.0)}
+        )
+        self._search = MaskSearch(args, self._bench, self._method, criteria, quiet=not self._speaks)
+        needs = gradient_needs(self._search.pool(), criteria)
+        if needs and score_fn is None and args.criterion_batches == 0:
+            raise ValueError(
+                f"criterion_batches=0 but proposals={args.proposals} need gradients: set it to 64 or more, or "
+                "propose only magnitude"
+            )
+        self._level_best = LevelBest(args.output_dir) if args.level_eval_steps else None
+        self.add_callback(_StepEvents(self))
+
+    # -- setting up --------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _check_setting(args: PruningConfig, score_fn: ScoreFn | None, compute_metrics) -> None:
+        if not isinstance(args, PruningConfig):
+            raise ValueError(
+                f"args must be a PruningConfig, got {type(args).__name__}: it takes every TrainingArguments field"
+            )
+        if args.n_gpu > 1:
+            raise ValueError(
+                "nn.DataParallel is not supported: start with `accelerate launch`, or show one GPU to the process"
+            )
+        if args.fsdp or args.deepspeed:
+            raise ValueError(
+                "FSDP and DeepSpeed are not supported: use DistributedDataParallel through `accelerate launch`"
+            )
+        if score_fn is not None and args.method != "random":
+            raise ValueError(
+                f"score_fn has no meaning with method={args.method!r}: use method='random' (num_candidates=1 for "
+                "one mask)"
+            )
+        metric = args.selection_metric
+        by_metric = metric is not None and metric not in SELECTION_LOSSES
+        if args.needs_selection_split and by_metric and compute_metrics is None:
+            raise ValueError(f"selection_metric={metric!r} needs compute_metrics: pass it, or choose 'loss'")
+
+    def make_method(self) -> HardMasks:
+        """The method that keeps the masks in force; override it to train under another one."""
+        return HardMasks(self._find_weights, self._choose_masks)
+
+    @property
+    def _speaks(self) -> bool:
+        return self.is_world_process_zero() and not self.args.disable_tqdm
+
+    def _say(self, text: str) -> None:
+        if self.is_world_process_zero():
+            tqdm.write(text)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self._teacher_only and not self._teacher_only & set(self._signature_columns):
+            self._signature_columns = [*self._signature_columns, *self._teacher_only]
+
+    def _find_weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return prunable_weights(model, self.args.target_modules, self.args.exclude_modules)
+
+    def _make_distiller(self, teacher: PreTrainedModel | str | os.PathLike) -> Distiller:
+        args = self.args
+        distiller = Distiller(
+            load_teacher(teacher, self.model),
+            self.model,
+            logits=args.distill_logits,
+            hidden=args.distill_hidden,
+            attention=args.distill_attention,
+            temperature=args.distill_temperature,
+            hard_label=args.hard_label_weight,
+        )
+        distiller.to(args.device)
+        return distiller
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        self._method.attach(self.model)
+        return super().create_optimizer(model)
+
+    def new_optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
+        """A fresh optimizer of the run's own class and parameter groups; the run's own is left alone."""
+        kept, self.optimizer = self.optimizer, None
+        optimizer, self.optimizer = super().create_optimizer(), kept
+        for group in optimizer.param_groups:
+            group["lr"] *= learning_rate / self.args.learning_rate
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        args = self.args
+        self._plan = args.plan(num_training_steps)
+        self._method.begin(self._plan, self.optimizer)
+        if self._level_best and self.state.global_step == 0 and self.is_world_process_zero():
+            self._level_best.forget()  # of an earlier run in the same folder
+        self._say(self.plan_text())
+        if self.lr_scheduler is None and args.lr_rewind:
+            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, self._rewound_rate())
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _rewound_rate(self) -> Callable[[int], float]:
+        """Optimizer step -> factor of the learning rate: the configured schedule, restarted at every level."""
+        plan, args = self._plan, self.args
+
+        def schedule(steps: int) -> Callable[[int], float]:
+            dummy = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+            warmup = min(args.get_warmup_steps(steps), steps)
+            made = get_scheduler(
+                args.lr_scheduler_type, dummy, warmup, steps, scheduler_specific_kwargs=args.lr_scheduler_kwargs
+            )
+            if not isinstance(made, LambdaLR):
+                raise ValueError(
+                    f"lr_scheduler_type={args.lr_scheduler_type!r} cannot be restarted at every level: set "
+                    "lr_rewind=False or "
+                    "choose a schedule that is a function of the step, such as 'linear' or 'cosine'"
+                )
+            return made.lr_lambdas[0]
+
+        rates = {
+            level: schedule(plan.length(level)) for level in range(-1, len(plan.levels)) if plan.length(level) > 0
+        }
+
+        def rate(step: int) -> float:
+            level = plan.level_at(min(step, plan.max_steps - 1))
+            return rates[level](step - plan.span(level)[0])
+
+        return rate
+
+    def plan_text(self) -> str:
+        """The plan of the run as a table: levels, steps, learning rate and search cost of each."""
+        plan, rows = self._plan, []
+        for level in range(-1, len(plan.levels)):
+            if plan.length(level) == 0:
+                continue
+            first, last = plan.span(level)
+            rungs = self._search.rungs(plan, level) if level >= 0 else []
+            rows.append(
+                [
+                    "dense" if level < 0 else f"level {level + 1}",
+                    "0" if level < 0 else f"{plan.levels[level]:.4f}",
+                    f"{first}-{last - 1}",
+                    f"{self.args.learning_rate:g}" if self.args.lr_rewind or first == 0 else "(one schedule)",
+                    " + ".join(f"{count} x {steps}" for count, steps in rungs) or "-",
+                    sum(count * steps for count, steps in rungs),
+                ]
+            )
+        searched = sum(row[-1] for row in rows)
+        held = (
+            ""
+            if not self.args.needs_selection_split
+            else f"; masks are chosen on {len(self.selection_dataset)} rows held out"
+        )
+        return (
+            f"Pruning plan: method {self.args.method}, pattern {self.args.pattern}, target "
+            f"{self.args.sparsity:g}{held}\n"
+            + text_table(["phase", "sparsity", "steps", "peak lr", "trials (count x steps)", "trial steps"], rows)
+            + f"\n{plan.max_steps} training steps and {searched} trial steps"
+        )
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        own = {name: value for name, value in inputs.items() if name not in self._teacher_only}
+        if self._distiller is None or not model.training:
+            return super().compute_loss(model, own, return_outputs, num_items_in_batch)
+        asked = {**own, **self._distiller.student_kwargs}
+        label_loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
+        with self.accelerator.autocast():
+            loss = self._distiller.loss(inputs, outputs, label_loss)
+        return (loss, outputs) if return_outputs else loss
+
+    def selection_loss(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What a trial is scored by on one batch, with the model in eval mode: mean over rows, lower is better."""
+        if self.selection_metric == "loss":
+            return self.compute_loss(self.model, inputs)
+        own = {name: value for name, value in inputs.items() if name not in self._teacher_only}
+        with self.accelerator.autocast():
+            return self._distiller.disagreement(inputs, self.model(**own))
+
+    def _clip_grad_norm(self, model):
+        self._method.before_clipping()
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        if grad_norm is None:  # clipping is off
+            self._method.before_clipping()
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _choose_masks(self, level: int) -> MaskSet:
+        if self._method.masks.sparsity() >= self._plan.levels[level]:  # the model was that sparse before
+            return self._method.masks
+        if self._level_best and level > 0:
+            self._restore_level_best(level - 1)
+        chosen = self._search.choose(level, self._plan, self.state.global_step)
+        if len(set(digests := gather_object([chosen.digest()]))) > 1:
+            raise RuntimeError(
+                f"the ranks chose different masks at level {level + 1} (digests {digests}): start all ranks from "
+                "the same weights, data and seed, on the same kind of device"
+            )
+        if self.is_world_process_zero():
+            self._search.write()
+        done = self._search.history[-1]
+        if self.args.searches:
+            self._say(
+                f"Level {level + 1}: candidates for sparsity {done.sparsity:.4f} ({done.seconds:.0f} "
+                f"s)\n{done.table()}"
+            )
+        self.log(done.metrics())
+        return chosen
+
+    def _score_level(self) -> None:
+        """Inside a level, at its marks and its end: keep the weights if the selection split likes them best."""
+        level = self._method.level
+        if self._level_best is None or level < 0:
+            return
+        first, last = self._plan.span(level)
+        done = self.state.global_step - first
+        if done % self.args.level_eval_steps == 0 or self.state.global_step == last:
+            score = self._bench.score()
+            best = self._level_best.consider(level, score, self.model) if self.is_world_process_zero() else False
+            self.log({"selection_score": score, "selection_best": float(best)})
+
+    def _restore_level_best(self, level: int) -> None:
+        self.accelerator.wait_for_everyone()
+        self._level_best.restore(level, self.model)
+        self._method.on_optimizer_step()
+        self.accelerator.wait_for_everyone()
+
+    def _finalize_training(self, *args, **kwargs):
+        if self._level_best and self._method.level >= 0:
+            self._restore_level_best(self._method.level)
+            if self.is_world_process_zero():
+                self._level_best.forget()
+        self._method.finalize()
+        return super()._finalize_training(*args, **kwargs)
+
+    def search_summary(self) -> dict[str, float]:
+        """`search_*` totals of the run so far, in optimizer-step equivalents and seconds."""
+        return self._search.summary(self._plan.max_steps if self._plan else 0)
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
+        prepares = not self.is_in_train and not self.accelerator._models
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if prepares:
+            # An evaluation before training marks the raw model as prepared, and a later train() would run without DDP.
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.model._is_accelerate_prepared = False
+            self.model_wrapped = self.model
+            self.accelerator.free_memory()
+        output.metrics[f"{metric_key_prefix}_sparsity"] = MaskSet.from_zeros(
+            self.model, self.args.target_modules, self.args.exclude_modules
+        ).sparsity()
+        return output
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        # Early, denser models score best and must not win.
+        if self._plan.level_at(self.state.global_step - 1) < len(self._plan.levels) - 1:
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+    # -- saving and loading ------------------------------------------------------------------------------------------
+
+    def pruning_state(self) -> PruningState:
+        """Masks in force and where the run stands."""
+        args = self.args
+        step = self.state.global_step
+        return PruningState(
+            self._method.masks, args.method, args.pattern, args.sparsity, step, self._method.level, args.seed
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        self._method.attach(self.model)
+        state = self.pruning_state()
+        if isinstance(self.model, PreTrainedModel):
+            self.model.config.pruning = {
+                "method": state.method,
+                "pattern": state.pattern,
+                "sparsity": state.sparsity,
+                "achieved": state.masks.sparsity(),
+                "version": FORMAT_VERSION,
+            }
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = self.args.output_dir if output_dir is None else output_dir
+            state.save(folder)
+            check_zeros(folder, state.masks)
+            if self._level_best and folder != self.args.output_dir:
+                self._level_best.copy_to(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        state = PruningState.load(resume_from_checkpoint)
+        state.check_resumes(self.args.method, self.args.pattern, self.args.sparsity)
+        state.masks.check_fits(self._find_weights(self.model))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._method.attach(self.model)
+        self._method.load_state_dict(state.masks, {}, state.step)
+        self._search.recall(state.step)
+        if self._level_best and self.is_world_process_zero():
+            self._level_best.copy_from(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._method.set_masks(PruningState.load(self.state.best_model_checkpoint).masks)
+
+
+class _StepEvents(TrainerCallback):
+    """Tells the trainer's method of every optimizer step. Stateless: nothing of ours lives in callback state."""
+
+    def __init__(self, trainer: PruningTrainer) -> None:
+        self._trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self._trainer._method.on_step_begin(state.global_step)
+
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self._trainer._method.on_optimizer_step()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self._trainer._score_level()

@@ -1,0 +1,226 @@
+"""Trial fine-tunes and gradient samples on the trainer's own model, leaving the outer run untouched to the bit."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, Trainer, get_scheduler, set_seed
+from transformers.trainer_pt_utils import find_batch_size, nested_concat, nested_numpify
+from transformers.utils import is_datasets_available
+
+from .config import SELECTION_LOSSES
+from .masking.maskset import MaskSet
+from .masking.scores import GradientStats
+from .methods.hard import HardMasks
+from .proposals import key_seed
+
+EARLY_EVALUATIONS = 20  # of one "early" trial; its score is the mean of the last ten (arXiv 2310.13183)
+EARLY_MEAN = 10
+TRIAL_WARMUP = 0.1
+
+
+class TrialBench:
+    """What a search borrows from the trainer: its model, losses, data and optimizer class.
+
+    Trials are paired: every candidate sees the same batches and the same dropout. They run on the unwrapped model,
+    whose DDP hooks stay idle because no DDP forward armed them, with a plain optimizer of the trainer's own class.
+
+    Args:
+        trainer: a `Trainer` whose `compute_loss` is the label loss in eval mode and the training loss in train mode.
+        method: holds the masks in force.
+        selection_dataset: what candidates are scored on; None when nothing is chosen.
+    """
+
+    def __init__(self, trainer: Trainer, method: HardMasks, selection_dataset) -> None:
+        self._trainer, self._method, self._selection = trainer, method, selection_dataset
+
+    @contextlib.contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Inside, weights, masks and random states may change freely; on leaving they are back to the bit.
+
+        Costs one copy of the trained weights.
+        """
+        model = self._trainer.model
+        masked = self._method.weights.keys()  # frozen ones too
+        changed = {n: p for n, p in model.named_parameters() if p.requires_grad or n in masked}
+        self._saved = {n: t.detach().clone() for n, t in (*changed.items(), *model.named_buffers())}
+        with self.random_state(), tempfile.TemporaryDirectory() as folder:
+            masks = Path(folder) / "masks.safetensors"  # on disk, where they cost no memory
+            self._method.masks.save(masks)
+            try:
+                yield
+            finally:
+                self.restore()
+                self._method.set_masks(MaskSet.load(masks)[0])
+                del self._saved
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Weights and buffers as they were when `untouched` was entered."""
+        model = self._trainer.model
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name in self._saved:
+                tensor.copy_(self._saved[name])
+
+    @contextlib.contextmanager
+    def random_state(self) -> Iterator[None]:
+        """Torch, Python and NumPy random states and the model's train/eval mode, restored on leaving."""
+        python_state, numpy_state, training = random.getstate(), np.random.get_state(), self._trainer.model.training
+        devices = [self._trainer.args.device] if self._trainer.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            try:
+                yield
+            finally:
+                random.setstate(python_state)
+                np.random.set_state(numpy_state)
+                self._trainer.model.train(training)
+
+    def gradient_stats(self, needs: set[str], level: int) -> GradientStats:
+        """Statistics of the label loss over `criterion_batches` small train batches, dropout off.
+
+        The label loss, because a teacher equal to the dense student has no gradient at the first level.
+        """
+        trainer, args = self._trainer, self._trainer.args
+        rows = args.criterion_batches * args.criterion_batch_size
+        order = torch.Generator().manual_seed(key_seed(args.seed, "gradients", level))
+        available = len(trainer.train_dataset)
+        indices = torch.cat([torch.randperm(available, generator=order) for _ in range(-(-rows // available))])[:rows]
+        stats = GradientStats(trainer.model, self._method.weights, needs)
+        with self.random_state(), stats:
+            trainer.model.eval()
+            for inputs in self._loader(trainer.train_dataset, args.criterion_batch_size, indices.tolist()):
+                with trainer.compute_loss_context_manager():
+                    stats.sample(trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs)))
+        return stats
+
+    def trial(
+        self,
+        load_masks: Callable[[], MaskSet],
+        steps: int,
+        learning_rate: float,
+        level: int,
+        evaluations: int = 1,
+        progress=None,
+    ) -> float:
+        """Train `steps` optimizer steps under the loaded masks from the saved weights; returns the score, lower is
+        better.
+
+        The learning rate warms up over a tenth of the steps and decays linearly to 0. With `evaluations` > 1 the score
+        is the mean over the last ten (or fewer) evaluations, spread evenly.
+        """
+        trainer, args, method = self._trainer, self._trainer.args, self._method
+        self.restore()
+        method.set_masks(load_masks())  # a loader, so that nobody keeps the boolean masks while the trial runs
+        set_seed(key_seed(args.seed, "trial", level) % 2**32)
+        optimizer = trainer.new_optimizer(learning_rate)
+        schedule = get_scheduler("linear", optimizer, round(TRIAL_WARMUP * steps), steps)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        marks = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
+        scores = []
+        for done, micro_batches in enumerate(self._train_batches(steps), start=1):
+            trainer.model.train()
+            for inputs in micro_batches:
+                with trainer.compute_loss_context_manager():
+                    loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs))
+                (loss / len(micro_batches)).backward()
+            method.before_clipping()
+            if args.max_grad_norm > 0:
+                torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            optimizer.step()
+            method.on_optimizer_step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            if progress is not None:
+                progress.update()
+            if done in marks:
+                scores.append(self.score())
+        last = scores[-EARLY_MEAN:]
+        return sum(last) / len(last)
+
+    @torch.no_grad()
+    def score(self) -> float:
+        """The model as it is on the selection split: a loss (mean over rows) or minus the metric; lower is better."""
+        trainer, args = self._trainer, self._trainer.args
+        by_loss = trainer.selection_metric in SELECTION_LOSSES
+        total, rows, logits, labels = 0.0, 0, None, None
+        with self.random_state():
+            trainer.model.eval()
+            for inputs in self._loader(self._selection, args.per_device_eval_batch_size):
+                count = find_batch_size(inputs)
+                rows += count
+                if by_loss:
+                    with trainer.compute_loss_context_manager():
+                        total += float(trainer.selection_loss(trainer._prepare_inputs(inputs))) * count
+                else:
+                    _, logit, label = trainer.prediction_step(trainer.model, inputs, prediction_loss_only=False)
+                    if trainer.preprocess_logits_for_metrics is not None:
+                        logit = trainer.preprocess_logits_for_metrics(logit, label)
+                    logits = logit if logits is None else nested_concat(logits, logit)
+                    labels = label if labels is None else nested_concat(labels, label)
+        if by_loss:
+            return total / rows
+        metrics = trainer.compute_metrics(EvalPrediction(nested_numpify(logits), nested_numpify(labels)))
+        if trainer.selection_metric not in metrics:
+            raise ValueError(
+                f"selection_metric={trainer.selection_metric!r} is not returned by compute_metrics: choose 'loss' or "
+                "one of "
+                f"{', '.join(metrics)}"
+            )
+        return -metrics[trainer.selection_metric]
+
+    def steps_of_score(self) -> float:
+        """Cost of one `score` in optimizer steps (a forward pass is a third of forward and backward)."""
+        passes = 2 if self._trainer.selection_metric == "teacher" else 1
+        return passes * len(self._selection) / (3 * self.rows_per_step())
+
+    def rows_per_step(self) -> int:
+        """Rows of one trial step, which one process runs alone."""
+        return self._trainer._train_batch_size * self._trainer.args.gradient_accumulation_steps
+
+    def steps_per_epoch(self) -> int:
+        """Trial steps of one pass over the train split."""
+        return max(1, len(self._trainer.train_dataset) // self.rows_per_step())
+
+    def _train_batches(self, steps: int) -> Iterator[list[dict]]:
+        """`steps` groups of `gradient_accumulation_steps` micro-batches, in the order of the trainer's own sampler."""
+        trainer, args = self._trainer, self._trainer.args
+        while True:
+            sampler = trainer._get_train_sampler(trainer.train_dataset)
+            group: list[dict] = []
+            for inputs in self._loader(trainer.train_dataset, trainer._train_batch_size, sampler):
+                group.append(inputs)
+                if len(group) == args.gradient_accumulation_steps:
+                    yield group
+                    group, steps = [], steps - 1
+                    if steps == 0:
+                        return
+            if group:
+                yield group
+                steps -= 1
+                if steps == 0:
+                    return
+
+    def _loader(self, dataset, batch_size: int, sampler: Sequence[int] | None = None) -> DataLoader:
+        """Not prepared by accelerate, which would shard it; its own generator keeps the global one still."""
+        trainer, collate = self._trainer, self._trainer.data_collator
+        if is_datasets_available():
+            import datasets
+
+            if isinstance(dataset, datasets.Dataset):
+                dataset = trainer._remove_unused_columns(dataset, description="search")
+            else:
+                collate = trainer._get_collator_with_removed_columns(collate, description="search")
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            collate_fn=collate,
+            generator=torch.Generator().manual_seed(0),
+        )

@@ -1,0 +1,242 @@
+"""`PruningConfig`: defaults, refusals that say what to do, the command line."""
+
+import dataclasses
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_maskselect import PruningConfig
+from hf_maskselect.masking.patterns import NM, Unstructured
+
+
+@pytest.fixture
+def make(tmp_path):
+    return lambda **fields: PruningConfig(output_dir=str(tmp_path), use_cpu=True, **fields)
+
+
+def parse(tmp_path, text):
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", *text.split()]
+    return HfArgumentParser(PruningConfig).parse_args_into_dataclasses(arguments)[0]
+
+
+# -- defaults ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_those_of_the_docstring(make):
+    config = make()
+    assert isinstance(config, TrainingArguments)
+    assert (config.method, config.sparsity, config.pattern) == ("random", 0.9375, "unstructured")
+    assert (config.criterion, config.scope, config.num_candidates) == ("taylor", "balanced", 4)
+    assert config.num_levels == len(config.levels) == 4 and config.levels[-1] == config.sparsity
+    assert config.searches and config.needs_selection_split
+    with pytest.raises(ValueError, match="load_best_model_at_end"):  # the checks of TrainingArguments still run
+        make(load_best_model_at_end=True, save_strategy="steps", eval_strategy="no")
+
+
+@pytest.mark.parametrize("method", ["magnitude", "fisher", "taylor"])
+def test_a_deterministic_method_is_its_criterion_and_chooses_nothing(make, method):
+    config = make(method=method)
+    assert (config.criterion, config.num_candidates) == (method, 1)
+    assert config.scope == ("layer" if method == "magnitude" else "balanced")
+    assert not config.searches and not config.needs_selection_split
+    assert make(method=method, level_eval_steps=5).needs_selection_split
+
+
+def test_the_papers_proposals_bring_the_papers_criterion_and_scope(make):
+    config = make(proposals="paper")
+    assert (config.proposals, config.criterion, config.scope) == (["paper"], "magnitude", "layer")
+    assert config.sampling_ratios == [5e-5, 1e-4, 8e-5, 3e-4]
+    assert make(proposals="paper", criterion="fisher").criterion == "fisher"
+
+
+def test_a_given_scope_and_floor_reach_the_pattern(make):
+    config = make(method="magnitude", scope="global", layer_floor=0.25)
+    assert config.mask_pattern == Unstructured("global", 0.25)
+
+
+def test_an_nm_pattern_implies_sparsity_scope_and_one_level(make):
+    config = make(pattern="2:4")
+    assert (config.sparsity, config.scope, config.levels) == (0.5, "layer", [0.5])
+    assert config.mask_pattern == NM(2, 4)
+    assert make(pattern="1:4", num_levels=9).levels == [0.25, 0.5, 0.75]  # groups lose whole weights
+    assert make(pattern="2:4", levels=[0.25, 0.5], sparsity=0.5).num_levels == 2
+
+
+@pytest.mark.parametrize("pattern", ["3:7", "1:3", "5:32", "4:9", "2:49"])
+def test_any_nm_pattern_accepts_its_own_levels(make, pattern):
+    n, m = map(int, pattern.split(":"))
+    for count in (None, 3):
+        config = make(pattern=pattern, num_levels=count)
+        assert config.sparsity == pytest.approx(1 - n / m)
+        for level in config.levels:
+            assert level * m == pytest.approx(round(level * m))
+
+
+def test_own_levels_decide_their_number(make):
+    assert make(levels=[0.5, 0.9], sparsity=0.9).num_levels == 2
+    assert make(num_levels=7, sparsity=0.99).num_levels == 7
+
+
+@pytest.mark.parametrize("field", ["proposals", "target_modules", "exclude_modules"])
+def test_one_string_is_a_list_of_one(make, field):
+    assert getattr(make(**{field: "fisher:layer"}), field) == ["fisher:layer"]
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+REFUSED = [
+    # fields (the message names the first), the value as it is shown, and the remedy
+    ({"sparsity": 0}, "=0 ", r"inside \(0, 1\)"),
+    ({"sparsity": 1}, "=1 ", r"inside \(0, 1\)"),
+    ({"sparsity": 1.2}, "=1.2 ", r"inside \(0, 1\).*0.9375"),
+    ({"sparsity": float("nan")}, "=nan ", "finite number"),
+    ({"levels": [0.9, 0.5, 0.9375]}, "0.9, 0.5", "strictly increasing"),
+    ({"levels": [0.5, 0.9]}, "0.9.*0.9375", "last level the target"),
+    ({"levels": []}, "empty", "at least the target"),
+    ({"levels": [0.0, 0.9375]}, "0.0", r"inside \(0, 1\)"),
+    ({"num_levels": 0}, "=0", "at least 1"),
+    ({"method": "magnitud"}, "'magnitud'", "did you mean 'magnitude'.*random"),
+    ({"method": "zebra"}, "'zebra'", "choose one of random"),
+    ({"criterion": "tailor"}, "'tailor'", "did you mean 'taylor'"),
+    ({"scope": "layr"}, "'layr'", "did you mean 'layer'"),
+    ({"selection": "halvin"}, "'halvin'", "did you mean 'halving'"),
+    ({"pattern": "blocks"}, "'blocks'", "'unstructured' or 'N:M'"),
+    ({"pattern": "4:2"}, "'4:2'", "0 < N < M"),
+    ({"sparsity": 0.9, "pattern": "2:4"}, "=0.9.*pattern='2:4'", "leave sparsity unset"),
+    ({"scope": "global", "pattern": "2:4"}, "'global'.*pattern='2:4'", "leave scope unset"),
+    ({"pattern": "2:4", "levels": [0.3, 0.5]}, "0.3", "multiple of 1/4"),
+    ({"num_candidates": 4, "method": "magnitude"}, "=4.*method='magnitude'", "method='random'"),
+    ({"criterion": "taylor", "method": "fisher"}, "'taylor'.*method='fisher'", "leave criterion unset"),
+    ({"num_candidates": 0}, "=0", "at least 1"),
+    ({"proposals": []}, "empty", "'mixed', 'paper'"),
+    ({"sampling_ratios": []}, r"=\[\]", "positive numbers"),
+    ({"sampling_ratios": [1e-4, 0.0]}, "0.0", "positive numbers"),
+    ({"criterion_batches": -1}, "=-1", "at least 0"),
+    ({"criterion_batches": 0}, "=0.*'taylor'", "64 or more"),
+    ({"criterion_batch_size": 0}, "=0", "at least 1"),
+    ({"trial_steps": 0}, "=0", "positive"),
+    ({"trial_learning_rate": -1e-3}, "=-0.001", "positive"),
+    ({"last_level_weight": 0}, "=0", "positive"),
+    ({"level_eval_steps": -1}, "=-1", "at least 0"),
+    ({"pruning_warmup_steps": -1}, "=-1", "share below 1 or a whole number"),
+    ({"pruning_warmup_steps": 1.5}, "=1.5", "share below 1 or a whole number"),
+    ({"selection_fraction": 0}, "=0", r"inside \(0, 1\).*selection_dataset"),
+    ({"selection_fraction": 1.0}, "=1.0", r"inside \(0, 1\).*selection_dataset"),
+    ({"layer_floor": 1.5}, "=1.5", r"\[0, 1\]"),
+    ({"bf16_full_eval": True}, "fp16_full_eval", "use bf16=True"),
+]
+
+
+@pytest.mark.parametrize(("fields", "value", "remedy"), REFUSED, ids=lambda x: str(x) if isinstance(x, dict) else "")
+def test_bad_fields_are_refused_by_name_value_and_remedy(make, fields, value, remedy):
+    with pytest.raises(ValueError, match=f"(?s){value}.*{remedy}") as refusal:
+        make(**fields)
+    assert next(iter(fields)) in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layer_floor": 0.0},
+        {"layer_floor": 1.0},
+        {"pruning_warmup_steps": 0.1},
+        {"pruning_warmup_steps": 10},
+        {"criterion_batches": 0, "method": "magnitude"},
+        {"criterion_batches": 0, "proposals": "paper"},
+        {"num_candidates": 1},
+        {"num_candidates": 1, "method": "magnitude"},
+        {"criterion": "fisher", "method": "fisher"},
+        {"num_levels": 1},
+        {"sparsity": 0.01},
+        {"trial_steps": 1, "trial_learning_rate": 1e-5, "selection": "early"},
+    ],
+    ids=str,
+)
+def test_values_at_the_edge_are_taken_as_given(make, fields):
+    config = make(**fields)
+    given = {name: [value] if name == "proposals" else value for name, value in fields.items()}
+    assert {name: getattr(config, name) for name in fields} == given
+
+
+# -- command line and copies ------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_gives_what_the_constructor_gives(tmp_path, make):
+    parsed = parse(
+        tmp_path,
+        "--proposals taylor:global fisher:balanced:votes --levels 0.5 0.9375 --sampling_ratios 1e-4 2e-3 "
+        "--target_modules query key --exclude_modules value --method random --sparsity 0.9375 --no_lr_rewind "
+        "--num_candidates 3 --trial_steps 7 --pruning_warmup_steps 0.2",
+    )
+    built = make(
+        proposals=["taylor:global", "fisher:balanced:votes"],
+        levels=[0.5, 0.9375],
+        sampling_ratios=[1e-4, 2e-3],
+        target_modules=["query", "key"],
+        exclude_modules=["value"],
+        lr_rewind=False,
+        num_candidates=3,
+        trial_steps=7,
+        pruning_warmup_steps=0.2,
+    )
+    own = {f.name for f in dataclasses.fields(PruningConfig)} - {f.name for f in dataclasses.fields(TrainingArguments)}
+    assert {name: getattr(parsed, name) for name in own} == {name: getattr(built, name) for name in own}
+    assert (parsed.levels, parsed.lr_rewind, parsed.scope) == ([0.5, 0.9375], False, "balanced")
+
+
+def test_an_empty_command_line_gives_the_defaults(tmp_path, make):
+    parsed, default = parse(tmp_path, ""), make()
+    assert {f.name for f in dataclasses.fields(PruningConfig)} <= vars(parsed).keys()
+    for name in (
+        "method",
+        "sparsity",
+        "levels",
+        "proposals",
+        "criterion",
+        "scope",
+        "num_candidates",
+        "target_modules",
+    ):
+        assert getattr(parsed, name) == getattr(default, name), name
+
+
+def test_the_command_line_refuses_unknown_methods(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse(tmp_path, "--method magnitud")
+    assert "magnitude" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fields", [{}, {"method": "fisher", "sparsity": 0.8}, {"pattern": "1:4", "num_levels": 3}])
+def test_a_copy_with_one_field_changed_keeps_the_others(make, fields):
+    config = make(**fields)
+    copy = dataclasses.replace(config, learning_rate=1e-3)
+    assert copy.learning_rate == 1e-3 != config.learning_rate
+    for name in ("method", "sparsity", "pattern", "levels", "num_levels", "criterion", "scope", "num_candidates"):
+        assert getattr(copy, name) == getattr(config, name), name
+    with pytest.raises(ValueError, match="sparsity"):
+        dataclasses.replace(config, sparsity=2.0)
+
+
+def test_a_config_can_be_written_as_json(make):
+    text = make(pattern="2:4").to_json_string()
+    assert '"pattern": "2:4"' in text and '"levels"' in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("levels", 0.9),
+        ("levels", ["0.5", 0.9375]),
+        ("sampling_ratios", 1e-4),
+        ("sampling_ratios", [float("nan")]),
+        ("num_levels", 2.5),
+        ("trial_steps", 2.5),
+        ("num_candidates", 2.5),
+        ("sparsity", "0.5"),
+        ("trial_learning_rate", float("nan")),
+        ("proposals", ["entropy:layer"]),
+    ],
+)
+def test_wrong_types_are_refused_by_name(tmp_path, name, value):
+    with pytest.raises(ValueError, match=name.removesuffix("s")):
+        PruningConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})

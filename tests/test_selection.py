@@ -1,0 +1,203 @@
+"""The search: paired, honest, never worse than the deterministic mask on its own measure, and without a trace."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from tiny import losses, make, make_rows, make_trainer, same, weights_of
+
+from hf_maskselect.proposals import Proposal, propose
+from hf_maskselect.selection import Candidate, halving_rungs, survivors
+
+PROPOSALS = [Proposal("magnitude", "layer"), Proposal("taylor", "global")]
+SEARCH = {"method": "random", "num_candidates": 4, "trial_steps": 2}
+
+
+def candidates(*scores):
+    return [Candidate(i, f"p{i}", None, 1.0, str(i), [score]) for i, score in enumerate(scores)]
+
+
+def test_rungs_halve_the_field_and_double_the_steps():
+    assert halving_rungs(8, 40, 1000) == [(8, 40), (4, 80), (2, 160)]
+    assert halving_rungs(5, 10, 1000) == [(5, 10), (3, 20), (2, 40)]
+    assert halving_rungs(2, 10, 1000) == [(2, 10)]
+    assert halving_rungs(8, 40, 60) == [(8, 40), (4, 60)]  # paired trials of the same length say nothing new
+
+
+def test_the_deterministic_candidate_always_survives():
+    kept = survivors(candidates(0.9, 0.1, 0.2, 0.3), 2)
+    assert [c.index for c in kept] == [0, 1]
+    kept = survivors(candidates(0.1, 0.3, 0.2, 0.9), 2)
+    assert [c.index for c in kept] == [0, 2]
+    assert [c.index for c in survivors(candidates(0.5, 0.5, 0.5), 2)] == [0, 1]  # ties by index
+    diverged = survivors(candidates(0.9, float("nan"), 0.1, 0.05), 3)
+    assert [c.index for c in diverged] == [0, 2, 3]
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "sgd"])
+def test_a_search_leaves_the_outer_run_untouched_to_the_bit(tmp_path, optim):
+    """A run whose search always picks candidate 0 equals the run without a search: weights, losses, data, dropout."""
+    dropout = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.1}
+    held = {"train_dataset": make_rows(seed=1), "selection_dataset": make_rows(16, seed=2)}
+    common = {"method": "random", "optim": optim, "gradient_accumulation_steps": 2}
+    runs = []
+    for count in (1, 3):
+        folder = tmp_path / str(count)
+        trainer = make_trainer(folder, make(**dropout), num_candidates=count, trial_steps=2, keywords=held, **common)
+        trials = []
+        trial = trainer._bench.trial
+
+        def candidate_0_wins(*args, trial=trial, trials=trials, **kwargs):
+            trials.append(trial(*args, **kwargs))
+            return float(len(trials))
+
+        trainer._bench.trial = candidate_0_wins
+        trainer.train()
+        runs.append((trainer, trials))
+    (plain, none), (searched, trials) = runs
+    assert not none and len(trials) == 2 * (3 + 2)
+    assert losses(plain) == losses(searched)
+    assert same(weights_of(plain.model), weights_of(searched.model))
+    moments = [list(t.optimizer.state_dict()["state"].values()) for t in (plain, searched)]
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(*moments, strict=True) for k in a if torch.is_tensor(a[k]))
+
+
+def test_frozen_weights_are_masked_and_restored_too(tmp_path):
+    """A prunable weight that is not trained: every candidate starts from it as it was, and gradients score it."""
+    model = make()
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("layer.0" not in name)
+    frozen = {n: w.detach().clone() for n, w in model.named_parameters() if not w.requires_grad}
+    trainer = make_trainer(tmp_path, model, **SEARCH)
+    trainer.train()
+    masks = trainer.pruning_state().masks
+    assert masks.sparsity() == 0.75
+    for name, before in frozen.items():
+        weight = dict(model.named_parameters())[name]
+        assert not weight.requires_grad
+        assert torch.equal(weight, before * masks[name] if name in masks else before)
+
+
+def test_half_precision_weights_can_be_searched(tmp_path):
+    trainer = make_trainer(tmp_path, make().to(torch.bfloat16), **SEARCH)
+    trainer.train()
+    assert trainer.pruning_state().masks.sparsity() == 0.75
+
+
+def test_inside_untouched_everything_may_change(tmp_path):
+    trainer = make_trainer(tmp_path, keywords={"selection_dataset": make_rows(8)}, **SEARCH)
+    trainer._method.attach(trainer.model)
+    before = weights_of(trainer.model)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    trainer.model.train()
+    with trainer._bench.untouched():
+        torch.rand(3), random.random(), np.random.rand()
+        trainer.model.eval()
+        with torch.no_grad():
+            for weight in trainer.model.parameters():
+                weight.add_(1)
+    assert same(before, weights_of(trainer.model)) and trainer.model.training
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+    assert np.random.get_state()[1].tolist() == states[2]
+    assert trainer._method.masks.sparsity() == 0
+
+
+def test_trials_are_paired_and_repeatable(tmp_path):
+    """The same mask scores the same however often, and whatever was tried in between."""
+    dropout = {"hidden_dropout_prob": 0.3}
+    trainer = make_trainer(tmp_path, make(**dropout), keywords={"selection_dataset": make_rows(8)}, **SEARCH)
+    trainer._method.attach(trainer.model)
+    dense = trainer._method.masks
+    sparse = type(dense)({name: torch.rand_like(mask, dtype=torch.float) > 0.9 for name, mask in dense.items()})
+    with trainer._bench.untouched():
+        scores = [trainer._bench.trial(lambda m=masks: m, 3, 1e-3, level=0) for masks in (dense, sparse, dense)]
+    assert scores[0] == scores[2] != scores[1]
+
+
+def test_the_table_says_why(tmp_path):
+    trainer = make_trainer(tmp_path, **SEARCH)
+    trainer.train()
+    levels = json.loads((tmp_path / "search.json").read_text())
+    assert [level["level"] for level in levels] == [0, 1]
+    for level in levels:
+        last = [c for c in level["candidates"] if len(c["scores"]) == 2]
+        chosen = [c for c in level["candidates"] if c["chosen"]]
+        assert len(chosen) == 1 and 0 in [c["index"] for c in last]
+        assert chosen[0]["scores"][-1] == min(c["scores"][-1] for c in last)
+        assert level["candidates"][0]["overlap"] == 1.0
+        rows = 4 * 8 / 8  # gradient samples in steps of eight rows
+        trained = sum(c["steps"] for c in level["candidates"])
+        scored = sum(len(c["scores"]) for c in level["candidates"]) * len(trainer.selection_dataset) / 24
+        assert level["step_equivalents"] == pytest.approx(rows + trained + scored)
+    summary = trainer.search_summary()
+    assert summary["search_cost_ratio"] == pytest.approx(summary["search_step_equivalents"] / 12, abs=1e-2)
+    assert [e["search_level"] for e in trainer.state.log_history if "search_level" in e] == [1, 2]
+    assert not list(tmp_path.glob("search-*"))  # the losers' masks are gone
+
+
+def test_identical_masks_are_tried_once(tmp_path, monkeypatch):
+    def two_kinds(proposal, index, **given):
+        return propose(PROPOSALS[index % 2], 0, **given)
+
+    monkeypatch.setattr("hf_maskselect.selection.propose", two_kinds)
+    trainer = make_trainer(tmp_path, num_levels=1, **SEARCH)
+    trainer.train()
+    tried = trainer._search.history[0].candidates
+    assert [c.index for c in tried] == [0, 1] and all(c.scores for c in tried)
+
+
+def test_early_selection_averages_the_last_ten_evaluations(tmp_path):
+    keywords = {"selection_dataset": make_rows(8)}
+    trainer = make_trainer(tmp_path, selection="early", keywords=keywords, **{**SEARCH, "trial_steps": None})
+    trainer._method.attach(trainer.model)
+    scores = iter(range(100))
+    trainer._bench.score = lambda: next(scores)
+    with trainer._bench.untouched():
+        mean = trainer._bench.trial(lambda: trainer._method.masks, 20, 1e-3, level=0, evaluations=20)
+        few = trainer._bench.trial(lambda: trainer._method.masks, 4, 1e-3, level=0, evaluations=4)
+    assert mean == sum(range(10, 20)) / 10
+    assert few == sum(range(20, 24)) / 4  # fewer than ten evaluations are averaged over their own number
+    trainer.train()
+    assert all(c.steps == 4 for c in trainer._search.history[0].candidates)  # a level is shorter than an epoch here
+
+
+def test_selection_by_metric_prefers_the_higher(tmp_path):
+    def accuracy(prediction):
+        return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+    keywords = {"compute_metrics": accuracy, "selection_dataset": make_rows(32)}
+    trainer = make_trainer(tmp_path, selection_metric="accuracy", keywords=keywords, **SEARCH)
+    score = trainer._bench.score()
+    assert -1 <= score <= 0 and score == -trainer.evaluate(make_rows(32))["eval_accuracy"]
+    trainer.selection_metric = "f1"
+    with pytest.raises(ValueError, match="selection_metric='f1' is not returned"):
+        trainer._bench.score()
+
+
+def test_selection_by_teacher_is_its_cross_entropy(tmp_path):
+    teacher, rows = make(seed=3), make_rows(24)
+    keywords = {"selection_dataset": rows, "teacher": teacher}
+    trainer = make_trainer(tmp_path, keywords=keywords, **SEARCH)
+    assert trainer.selection_metric == "teacher" and make_trainer(tmp_path, **SEARCH).selection_metric == "loss"
+    batch = {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        student, taught = (m.eval()(**batch).logits.double() for m in (trainer.model, teacher))
+    expected = -(taught.softmax(-1) * student.log_softmax(-1)).mean()
+    assert trainer._bench.score() == pytest.approx(float(expected), rel=1e-5)
+    trainer.train()
+    with pytest.raises(ValueError, match="selection_metric='teacher' needs a teacher"):
+        make_trainer(tmp_path, selection_metric="teacher", **SEARCH)
+
+
+def test_selection_rows_are_never_trained_on(tmp_path):
+    trainer = make_trainer(tmp_path, **SEARCH)
+    seen = {tuple(row["input_ids"].tolist()) for row in trainer.train_dataset}
+    held = {tuple(row["input_ids"].tolist()) for row in trainer.selection_dataset}
+    assert len(held) == 10 and len(seen) == 86 and not seen & held
+
+
+def test_nothing_is_held_out_where_nothing_is_chosen(tmp_path):
+    trainer = make_trainer(tmp_path, method="magnitude")
+    assert trainer.selection_dataset is None and len(trainer.train_dataset) == 96

@@ -1,0 +1,355 @@
+"""What the trainer promises: exact zeros at every step, one trajectory however the batch is cut, plain checkpoints."""
+
+import copy
+
+import pytest
+import torch
+from tiny import FAMILIES, losses, make, make_rows, make_trainer, same, weights_of
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
+
+from hf_maskselect import MaskSet, PruningTrainer, verify
+from hf_maskselect.split import hold_out
+
+
+class Watch(TrainerCallback):
+    """Runs a function after every optimizer step."""
+
+    def __init__(self, look):
+        self._look = look
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._look(state.global_step)
+
+
+def masks_of(trainer):
+    return trainer.pruning_state().masks
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+def test_every_family_ends_exactly_sparse_and_loads_plainly(tmp_path, family, method):
+    model = make(family)
+    trainer = make_trainer(tmp_path, model, method=method, sparsity=0.9375, max_steps=8, trial_steps=1)
+    trainer.train()
+    trainer.save_model()
+    masks = masks_of(trainer)
+    assert masks.total - masks.kept == round(masks.total * 0.9375)
+    assert verify(tmp_path).masks.digest() == masks.digest()
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    batch = {name: torch.stack([row[name] for row in make_rows(4)]) for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        assert torch.equal(plain(**batch).logits, model.eval()(**batch).logits)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "rmsprop"])
+def test_dead_weights_are_zero_after_every_step(tmp_path, optim):
+    changes = {"optim": optim, "weight_decay": 0.1, "gradient_accumulation_steps": 2, "max_grad_norm": 0.1}
+    trainer = make_trainer(tmp_path, **changes)
+    seen = []
+
+    def look(step):
+        masks = masks_of(trainer)
+        weights = dict(trainer.model.named_parameters())
+        assert all(torch.count_nonzero(weights[name][~mask]) == 0 for name, mask in masks.items())
+        seen.append(masks.sparsity())
+
+    trainer.add_callback(Watch(look))
+    trainer.train()
+    assert seen == sorted(seen) and len(set(seen)) == 2 and seen[-1] == 0.75
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-3])
+def test_dead_gradients_do_not_count_in_the_norm(tmp_path, clip):
+    trainer = make_trainer(tmp_path, num_levels=1, max_steps=3, max_grad_norm=clip)
+    norms = []
+
+    class Norm(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            parameters, masks = dict(trainer.model.named_parameters()), masks_of(trainer)
+            for name, mask in masks.items():
+                assert torch.count_nonzero(parameters[name].grad[~mask]) == 0
+            norms.append(torch.stack([p.grad.norm() for p in parameters.values() if p.grad is not None]).norm().item())
+
+    trainer.add_callback(Norm())
+    trainer.train()
+    logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    expected = [clip] * 3 if clip else logged
+    assert norms == pytest.approx(expected, rel=1e-3)
+
+
+def test_moments_of_newly_dead_weights_are_cleared(tmp_path):
+    trainer = make_trainer(tmp_path, pruning_warmup_steps=4)
+    checked = []
+
+    class Moments(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            weights, masks = trainer._method.weights, masks_of(trainer)
+            for name, mask in masks.items():
+                moments = trainer.optimizer.state.get(weights[name], {})
+                for key in ("exp_avg", "exp_avg_sq"):
+                    if key in moments:
+                        assert torch.count_nonzero(moments[key][~mask]) == 0
+                        assert torch.count_nonzero(moments[key][mask]) > 0
+                        checked.append(masks.sparsity())
+
+    trainer.add_callback(Moments())
+    trainer.train()
+    assert 0.75 in checked and 0.0 in checked
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_the_trajectory_does_not_depend_on_accumulation(tmp_path, with_teacher):
+    runs = []
+    for size, accumulation in ((16, 1), (8, 2), (4, 4)):
+        model = make()
+        trainer = make_trainer(
+            tmp_path / f"{size}",
+            model,
+            method="taylor",
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            keywords={"teacher": make(seed=3) if with_teacher else None},
+        )
+        trainer.train()
+        runs.append((losses(trainer), masks_of(trainer).digest(), trainer.evaluate()["eval_loss"]))
+    for run_losses, digest, loss in runs[1:]:
+        assert run_losses == pytest.approx(runs[0][0], abs=1e-5)
+        assert digest == runs[0][1]
+        assert loss == pytest.approx(runs[0][2], abs=1e-5)
+
+
+def test_dense_warmup_is_the_plain_trainer(tmp_path):
+    """Before the first cut nothing differs from `Trainer`, to the bit."""
+    first, second = make(), make()
+    pruned = make_trainer(tmp_path / "a", first, pruning_warmup_steps=11, num_levels=1, lr_rewind=False)
+    plain = make_trainer(tmp_path / "b", second, lr_rewind=False)
+    plain = Trainer(second, plain.args, train_dataset=make_rows())
+    pruned.train()
+    plain.train()
+    assert losses(pruned)[:11] == losses(plain)[:11]
+
+
+def test_evaluation_before_training_changes_nothing(tmp_path):
+    first, second = make_trainer(tmp_path / "a"), make_trainer(tmp_path / "b")
+    metrics = first.evaluate()
+    assert metrics["eval_sparsity"] == 0
+    assert not first.model._is_accelerate_prepared and not first.accelerator._models
+    first.train()
+    second.train()
+    assert same(weights_of(first.model), weights_of(second.model))
+
+
+def test_evaluation_before_training_undoes_its_autocast(tmp_path):
+    trainer = make_trainer(tmp_path, bf16=True)
+    batch = {name: torch.stack([row[name] for row in make_rows(4)]) for name in ("input_ids", "attention_mask")}
+    before = trainer.model.eval()(**batch).logits
+    trainer.evaluate()
+    assert torch.equal(trainer.model.eval()(**batch).logits, before)
+
+
+def test_the_learning_rate_starts_again_at_every_level(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=20, levels=[0.5, 0.7, 0.75], warmup_steps=0, last_level_weight=2)
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    peaks = [step for step, rate in enumerate(rates) if rate == pytest.approx(1e-3)]
+    assert peaks == list(trainer._plan.starts) == [0, 5, 10]
+    assert all(a > b for step, (a, b) in enumerate(zip(rates, rates[1:], strict=False)) if step + 1 not in peaks)
+
+
+def test_the_best_model_is_a_sparse_one(tmp_path):
+    """The dense model scores best, and must not win."""
+    ranks = iter(range(100, 0, -1))
+    trainer = make_trainer(
+        tmp_path,
+        pruning_warmup_steps=4,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="rank",
+        greater_is_better=True,
+        keywords={"compute_metrics": lambda prediction: {"rank": next(ranks)}},
+    )
+    trainer.train()
+    assert trainer.state.best_global_step == trainer._plan.starts[-1] + 1
+    assert masks_of(trainer).sparsity() == MaskSet.from_zeros(trainer.model).sparsity() == 0.75
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bf16": True},
+        {"activation_checkpointing": True},
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    ],
+    ids=["bf16", "activation checkpointing", "compile"],
+)
+def test_training_modes(tmp_path, changes):
+    changes = {"method": "random", "num_candidates": 2, "trial_steps": 2, **changes}
+    trainer = make_trainer(tmp_path, keywords={"teacher": make(seed=3)}, **changes)
+    trainer.train()
+    trainer.save_model()
+    assert verify(tmp_path).masks.sparsity() == 0.75
+    assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+def test_regression(tmp_path):
+    model = make(num_labels=1, problem_type="regression")
+    teacher = make(num_labels=1, problem_type="regression", seed=3)
+    trainer = make_trainer(tmp_path, model, make_rows(regression=True), method="fisher", keywords={"teacher": teacher})
+    trainer.train()
+    assert MaskSet.from_zeros(model).sparsity() == 0.75
+
+
+@pytest.mark.parametrize("stop", [3, 5, 6, 9])
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, stop):
+    changes = {"method": "random", "trial_steps": 2, "save_strategy": "steps", "save_steps": stop}
+    whole = make_trainer(tmp_path, **changes)
+    whole.train()
+    resumed = make_trainer(tmp_path, make(seed=5), **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    assert same(weights_of(whole.model), weights_of(resumed.model))
+    assert masks_of(whole).digest() == masks_of(resumed).digest()
+
+
+def test_resuming_another_run_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=6)
+    trainer.train()
+    checkpoint = str(tmp_path / "checkpoint-6")
+    for changes in ({"sparsity": 0.9}, {"method": "taylor"}, {"pattern": "1:4", "num_levels": None}):
+        with pytest.raises(ValueError, match="checkpoint was written with"):
+            make_trainer(tmp_path / "other", **changes).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="masks do not fit the model"):
+        make_trainer(tmp_path / "other", make(intermediate_size=48)).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="masks do not fit the model"):
+        make_trainer(tmp_path / "other", exclude_modules=["query"]).train(resume_from_checkpoint=checkpoint)
+    (tmp_path / "checkpoint-6" / "pruning_state.safetensors").unlink()
+    with pytest.raises(ValueError, match="no checkpoint of a pruning run"):
+        make_trainer(tmp_path / "other").train(resume_from_checkpoint=checkpoint)
+
+
+def test_the_best_weights_of_a_level_go_on(tmp_path):
+    trainer = make_trainer(tmp_path, level_eval_steps=2)
+    scores = iter([0.5, 0.1, 0.9, 0.3, 0.8, 0.6])
+    states = {}
+    trainer._bench.score = lambda: next(scores)
+    trainer.add_callback(Watch(lambda step: states.update({step: weights_of(trainer.model)})))
+    trainer.train()
+    last = {step: state for step, state in states.items() if step > trainer._plan.starts[-1]}
+    logged = [entry for entry in trainer.state.log_history if "selection_score" in entry]
+    best = min((e for e in logged if e["step"] in last), key=lambda e: e["selection_score"])["step"]
+    assert best < 12  # otherwise this test shows nothing
+    assert same(weights_of(trainer.model), states[best])
+    assert not (tmp_path / "level_best.safetensors").exists()
+
+
+def test_training_again_keeps_the_zeros(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    zeros = masks_of(trainer).digest()
+    trainer.train()
+    assert masks_of(trainer).digest() == zeros and MaskSet.from_zeros(trainer.model).sparsity() == 0.75
+
+
+def test_score_fn_replaces_the_criterion(tmp_path):
+    calls = []
+
+    def first_columns(name, weight, stats):
+        calls.append((name, stats.samples))
+        return torch.arange(weight.numel(), 0, -1.0).view(weight.shape)
+
+    changes = {"method": "random", "num_candidates": 1, "scope": "layer", "num_levels": 1}
+    trainer = make_trainer(tmp_path, keywords={"score_fn": first_columns}, **changes)
+    trainer.train()
+    for name, mask in masks_of(trainer).items():
+        assert mask.view(-1)[: mask.numel() // 4].all() and not mask.view(-1)[mask.numel() // 4 :].any(), name
+    assert {samples for _, samples in calls} == {4}
+
+
+def test_bad_scores_are_refused_by_name(tmp_path):
+    def broken(name, weight, stats):
+        return weight / 0 if "layer.1.output" in name else weight.abs()
+
+    trainer = make_trainer(tmp_path, method="random", keywords={"score_fn": broken})
+    with pytest.raises(ValueError, match=r"NaN or infinity in the scores of bert\.encoder\.layer\.1\.output\.dense"):
+        trainer.train()
+
+
+def test_n_m_levels_end_in_the_pattern(tmp_path):
+    trainer = make_trainer(tmp_path, method="random", pattern="2:4", sparsity=None, num_levels=2, trial_steps=1)
+    trainer.train()
+    for mask in masks_of(trainer).values():
+        assert (mask.view(-1, 4).sum(1) == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "keywords", "message"),
+    [
+        ({"max_steps": 1}, {}, "the plan cannot reach sparsity"),
+        ({"target_modules": ["nothing"]}, {}, "no weight to prune"),
+        ({"pattern": "2:5", "sparsity": None}, {}, "no multiple of 5"),
+        ({"method": "random", "selection_fraction": 0.001}, {}, "leaves one part empty"),
+        ({"method": "random"}, {"selection_dataset": []}, "selection_dataset is empty"),
+        ({}, {"teacher": make(num_labels=3)}, "teacher has 3 labels and the student 2"),
+        ({}, {"score_fn": lambda name, weight, stats: weight}, "score_fn has no meaning"),
+        ({"method": "random", "selection_metric": "accuracy"}, {}, "needs compute_metrics"),
+        ({"method": "random", "proposals": ["entropy:layer"]}, {}, "proposal 'entropy:layer' is unknown"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, {}, "cannot be restarted"),
+    ],
+)
+def test_bad_input_is_refused_before_training(tmp_path, changes, keywords, message):
+    model = make()
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path / "out", model, keywords=keywords, **changes).train()
+    assert same(before, weights_of(model)) and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_other_arguments_are_refused(tmp_path):
+    from transformers import TrainingArguments
+
+    with pytest.raises(ValueError, match="must be a PruningConfig"):
+        PruningTrainer(make(), TrainingArguments(str(tmp_path), use_cpu=True), train_dataset=make_rows())
+
+
+def test_hold_out_is_seeded_disjoint_and_complete():
+    rows = list(range(50))
+    rest, held = hold_out(rows, 0.2, seed=1)
+    assert sorted([*rest, *held]) == rows and len(held) == 10
+    assert list(held) == list(hold_out(rows, 0.2, seed=1)[1]) != list(hold_out(rows, 0.2, seed=2)[1])
+
+
+def test_the_teacher_is_left_alone(tmp_path):
+    teacher = make(seed=3)
+    before = copy.deepcopy(weights_of(teacher))
+    make_trainer(tmp_path, keywords={"teacher": teacher}).train()
+    assert same(before, weights_of(teacher))
+
+
+def test_segment_ids_reach_a_teacher_whose_student_knows_none(tmp_path):
+    """`remove_unused_columns` looks at the student; a BERT teacher must still see two segments as two."""
+    from datasets import Dataset
+
+    rows = [{**{k: v.tolist() for k, v in row.items()}, "token_type_ids": [0] * 4 + [1] * 4} for row in make_rows()]
+    teacher, seen = make(seed=3), []
+    teacher.register_forward_pre_hook(lambda m, a, given: seen.append(given["token_type_ids"]), with_kwargs=True)
+    trainer = make_trainer(
+        tmp_path,
+        make("DistilBert"),
+        Dataset.from_list(rows),
+        keywords={"teacher": teacher, "eval_dataset": Dataset.from_list(rows)},
+    )
+    trainer.train()
+    assert len(seen) == 12 and all(ids[:, 4:].all() and not ids[:, :4].any() for ids in seen)
+    trainer.evaluate()
+
+
+def test_a_resumed_run_remembers_its_searches(tmp_path):
+    changes = {"method": "random", "trial_steps": 2, "save_strategy": "steps", "save_steps": 6}
+    whole = make_trainer(tmp_path, **changes)
+    whole.train()
+    resumed = make_trainer(tmp_path, make(seed=5), **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    costs = [t.search_summary()["search_step_equivalents"] for t in (whole, resumed)]
+    assert costs[0] == costs[1] and len(resumed._search.history) == 2
