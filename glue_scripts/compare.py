@@ -1,0 +1,117 @@
+"""Methods x tasks x seeds, side by side, from one dense model each.
+
+    python glue_scripts/compare.py --tasks sst2 mrpc --seeds 42 --methods magnitude taylor random --output_dir runs \\
+        --recipe glue_scripts/recipes/compare_cpu.json --model_name_or_path MODEL --data_dir DATA
+
+Every flag it does not know goes to `run_glue.py`; `--task_steps mrpc=400` sets another number of steps for one task.
+Every cell is a folder with `all_results.json`: finished cells are not run again, so the table grows over several
+sittings. All methods of a task and seed start from the same dense model, distil from it, train on the same rows for
+the same number of steps, and choose only on rows held out of train; the validation split is read once, when a cell is
+finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from arguments import parse_arguments
+from run_glue import fine_tune_dense, prepare, run
+from tasks import get_task
+
+METHODS = {
+    "dense": [],
+    "magnitude": ["--method", "magnitude", "--num_candidates", "1"],
+    "fisher": ["--method", "fisher", "--num_candidates", "1"],
+    "taylor": ["--method", "taylor", "--num_candidates", "1"],
+    "random-paper": ["--method", "random", "--proposals", "paper"],
+    "random": ["--method", "random"],
+}
+RESULT = "all_results.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing, then print the table and write it to `output_dir/table.md`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", required=True)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42])
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--recipe", help="recipe file that the flags override")
+    parser.add_argument(
+        "--task_steps", nargs="*", default=[], help="task=max_steps, for tasks that need another number"
+    )
+    options, flags = parser.parse_known_args(arguments)
+    flags = [options.recipe, *flags] if options.recipe else flags
+    steps = dict(pair.split("=") for pair in options.task_steps)
+    methods = ["dense", *(m for m in options.methods if m != "dense")]  # the others start from it
+    cells = [(task, seed, method) for task in options.tasks for seed in options.seeds for method in methods]
+    for task in options.tasks:
+        get_task(task)
+    missing = [cell for cell in cells if not (folder_of(options.output_dir, *cell) / RESULT).is_file()]
+    for cell in tqdm(missing, desc="cells", unit="cell"):
+        task_flags = ["--max_steps", steps[cell[0]]] if cell[0] in steps else []
+        run_cell(options.output_dir, *cell, [*flags, *task_flags])
+        gc.collect()
+    table = make_table(options.output_dir, options.tasks, methods, options.seeds)
+    (options.output_dir / "table.md").write_text(table + "\n")
+    print(table)
+
+
+def folder_of(output_dir: Path, task: str, seed: int, method: str) -> Path:
+    """Where a cell lies."""
+    return output_dir / task / str(seed) / method
+
+
+def run_cell(output_dir: Path, task: str, seed: int, method: str, flags: list[str]) -> None:
+    """Train one cell from the flags of `run_glue.py`."""
+    folder, dense = folder_of(output_dir, task, seed, method), folder_of(output_dir, task, seed, "dense")
+    common = [*flags, "--task_name", task, "--seed", str(seed), "--always_hold_out", "--save_strategy", "no"]
+    if method == "dense":
+        data, model, config = parse_arguments([*common, "--output_dir", str(folder.parent)])
+        fine_tune_dense(prepare(data, model, config), model, config)
+        return
+    start = ["--model_name_or_path", str(dense), "--teacher_name_or_path", str(dense), "--output_dir", str(folder)]
+    began = time.monotonic()
+    results = run(*parse_arguments([*common, *METHODS[method], *start]))
+    results["cell_seconds"] = round(time.monotonic() - began, 1)
+    (folder / RESULT).write_text(json.dumps(results, indent=4, sort_keys=True))
+
+
+def make_table(output_dir: Path, tasks: list[str], methods: list[str], seeds: list[int]) -> str:
+    """Markdown: main metric (mean, standard deviation over seeds), retention against dense, sparsity, cost."""
+    lines = [
+        "| task | method | sparsity | metric | score | sd | of dense | search / training steps | minutes | seeds |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for task in tasks:
+        metric = get_task(task).main_metric
+        dense_mean = None
+        for method in methods:
+            paths = [folder_of(output_dir, task, seed, method) / RESULT for seed in seeds]
+            results = [json.loads(path.read_text()) for path in paths if path.is_file()]
+            if not results:
+                continue
+            scores = [r[f"eval_{metric}"] for r in results]
+            mean = statistics.mean(scores)
+            dense_mean = mean if method == "dense" else dense_mean
+            spread = f"{100 * statistics.stdev(scores):.1f}" if len(scores) > 1 else "-"
+            sparsity, cost, minutes = "0", "-", "-"
+            if method != "dense":
+                sparsity = f"{results[0]['eval_sparsity']:.4f}"
+                cost = f"{statistics.mean(r['search_cost_ratio'] for r in results):.2f}"
+                minutes = f"{statistics.mean(r['cell_seconds'] for r in results) / 60:.1f}"
+            cells = [task, method, sparsity, metric, f"{100 * mean:.1f}", spread, f"{100 * mean / dense_mean:.1f} %"]
+            lines.append("| " + " | ".join([*cells, cost, minutes, str(len(results))]) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,357 @@
+"""Prune a model while it is fine-tuned on a GLUE task.
+
+    python glue_scripts/run_glue.py --task_name demo
+    python glue_scripts/run_glue.py --task_name mrpc --model_name_or_path bert-base-uncased --output_dir out
+    python glue_scripts/run_glue.py glue_scripts/recipes/random_16x.json --task_name rte --data_dir DATA ...
+
+Without a teacher the model is first fine-tuned dense (on the train rows only that pruning will use) and then is both
+start and teacher. Runs plain or under `accelerate launch`. Writes `all_results.json` with the task's metrics, the
+exact sparsity and the cost of the search.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.logging import DEBUG
+from transformers.utils.logging import get_verbosity as get_level
+
+from arguments import DataArguments, ModelArguments, parse_arguments
+from demo_data import demo_model_config, demo_tokenizer
+from hf_maskselect import PruningConfig, PruningTrainer, prunable_weights
+from hf_maskselect.report import text_table
+from hf_maskselect.split import hold_out
+from metrics import make_compute_metrics
+from tasks import GlueTask, get_task, load_task, tokenize
+
+
+@dataclass
+class Job:
+    """Everything a run needs besides the pruning arguments. selection: rows held out of train, None if nothing is
+    chosen."""
+
+    task: GlueTask
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset
+    selection: Dataset | None
+    evaluation: dict[str, Dataset]
+    test: dict[str, Dataset]
+    collator: object
+
+    @property
+    def trainer_arguments(self) -> dict:
+        return {
+            "processing_class": self.tokenizer,
+            "data_collator": self.collator,
+            "compute_metrics": make_compute_metrics(self.task),
+        }
+
+
+class DenseTrainer(Trainer):
+    """The plain trainer with the right loss scale under gradient accumulation (transformers#47688)."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+
+
+def prepare(data: DataArguments, model: ModelArguments, config: PruningConfig) -> Job:
+    """Load and tokenize the task; hold the selection split out before anything is trained on it."""
+    task = get_task(data.task_name)
+    splits = load_task(task.name, data.data_dir)
+    tokenizer = AutoTokenizer.from_pretrained(
+        model.tokenizer_name or model.model_name_or_path, cache_dir=model.cache_dir, revision=model.model_revision
+    )
+    train = splits["train"]
+    if data.max_train_samples is not None:
+        train = train.shuffle(seed=config.data_seed or 42).select(range(min(data.max_train_samples, len(train))))
+    splits = DatasetDict({**splits, "train": train})
+    for split in splits:
+        limit = data.max_predict_samples if split.startswith("test") else data.max_eval_samples
+        if split != "train" and limit is not None:
+            splits[split] = splits[split].select(range(min(limit, len(splits[split]))))
+    tokens = tokenize(splits, task, tokenizer, data.max_seq_length)
+    train, selection = tokens["train"], None
+    if config.needs_selection_split or data.always_hold_out:
+        train, selection = hold_out(train, config.selection_fraction, config.seed)
+    length = data.max_seq_length or task.max_length
+    padding = {"padding": "max_length", "max_length": length} if data.pad_to_max_length else {}
+    return Job(
+        task,
+        tokenizer,
+        train,
+        selection,
+        {split: tokens[split] for split in task.validation_splits if split in tokens},
+        {split: tokens[split] for split in tokens if split.startswith("test")},
+        DataCollatorWithPadding(tokenizer, **padding) if tokenizer.pad_token else default_data_collator,
+    )
+
+
+def check_plan(job: Job, model: ModelArguments, config: PruningConfig) -> None:
+    """Refuse what pruning would refuse (targets, pattern, plan) before time goes into the dense model."""
+    start = AutoConfig.from_pretrained(
+        model.model_name_or_path, cache_dir=model.cache_dir, revision=model.model_revision
+    )
+    with torch.device("meta"):
+        skeleton = AutoModelForSequenceClassification.from_config(start)
+    for name, weight in prunable_weights(skeleton, config.target_modules, config.exclude_modules).items():
+        config.mask_pattern.check(name, weight.shape)
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * len(job.train) / rows)
+    config.plan(steps)
+
+
+def load_model(path: str, task: GlueTask, model: ModelArguments) -> PreTrainedModel:
+    """The model in float32, whatever its checkpoint's type: small updates would be lost in bf16 weights."""
+    options = {"cache_dir": model.cache_dir, "revision": model.model_revision}
+    names = dict(enumerate(task.labels)) or {0: "score"}
+    config = AutoConfig.from_pretrained(
+        path,
+        num_labels=task.num_labels,
+        id2label=names,
+        label2id={name: index for index, name in names.items()},
+        problem_type="regression" if task.is_regression else "single_label_classification",
+        finetuning_task=task.name,
+        **options,
+    )
+    return AutoModelForSequenceClassification.from_pretrained(
+        path, config=config, dtype=torch.float32, ignore_mismatched_sizes=model.ignore_mismatched_sizes, **options
+    )
+
+
+def fine_tune_dense(job: Job, model: ModelArguments, config: PruningConfig) -> str:
+    """Fine-tune the dense model into `output_dir/dense`; a finished one is used again. Returns the folder."""
+    folder = Path(config.output_dir) / "dense"
+    recipe = {
+        "task": job.task.name,
+        "train_rows": len(job.train),
+        "start": str(model.model_name_or_path),
+        "epochs": model.dense_epochs,
+        "learning_rate": model.dense_learning_rate,
+        "seed": config.seed,
+    }
+    if (folder / "all_results.json").is_file():
+        made = json.loads((folder / "recipe.json").read_text())
+        if made != recipe:
+            raise ValueError(
+                f"{folder} was made by {made} and not by {recipe}: delete it, or choose another output_dir"
+            )
+        return str(folder)
+    plain = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+    arguments = {name: value for name, value in vars(config).items() if name in plain}
+    arguments |= {
+        "output_dir": str(folder),
+        "num_train_epochs": model.dense_epochs,
+        "max_steps": -1,
+        "learning_rate": model.dense_learning_rate,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+        "push_to_hub": False,
+        "hub_model_id": None,
+    }
+    trainer = DenseTrainer(
+        load_model(model.model_name_or_path, job.task, model),
+        TrainingArguments(**arguments),
+        train_dataset=job.train,
+        **job.trainer_arguments,
+    )
+    trainer.train()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        (folder / "recipe.json").write_text(json.dumps(recipe, indent=1))
+    trainer.save_metrics("eval", evaluate(trainer, job))
+    return str(folder)
+
+
+def evaluate(trainer: Trainer, job: Job) -> dict[str, float]:
+    """`eval_*` on every validation split; a second one (mnli's mismatched) is marked in the key."""
+    metrics: dict[str, float] = {}
+    for split, dataset in job.evaluation.items():
+        found = trainer.evaluate(dataset)
+        suffix = "_mm" if split.endswith("mismatched") else ""
+        metrics |= {f"{name}{suffix}": value for name, value in found.items() if name != "epoch"}
+    metrics["eval_samples"] = sum(len(dataset) for dataset in job.evaluation.values())
+    return metrics
+
+
+def prune(
+    job: Job,
+    model: ModelArguments,
+    config: PruningConfig,
+    start: str,
+    teacher: str | None,
+    dense: dict[str, float] | None = None,
+) -> dict[str, float]:
+    """Prune from the model in `start`; returns what goes into `all_results.json` (beside the `dense` model's
+    results)."""
+    trainer = PruningTrainer(
+        load_model(start, job.task, model),
+        config,
+        train_dataset=job.train,
+        eval_dataset=next(iter(job.evaluation.values())),
+        selection_dataset=job.selection,
+        teacher=teacher,
+        **job.trainer_arguments,
+    )
+    results: dict[str, float] = dict(dense or {})
+    if config.do_train:
+        checkpoint = config.resume_from_checkpoint
+        checkpoint = get_last_checkpoint(config.output_dir) if checkpoint in ("last", "True", "true") else checkpoint
+        results |= trainer.train(resume_from_checkpoint=checkpoint).metrics
+        trainer.save_model()
+        trainer.save_state()
+        results |= trainer.search_summary()
+        check_reload(trainer, job)
+    if config.do_eval:
+        results |= evaluate(trainer, job)
+    trainer.save_metrics("eval", results)
+    if config.do_predict:
+        write_predictions(trainer, job)
+    if config.push_to_hub:
+        trainer.push_to_hub()
+    return results
+
+
+def check_reload(trainer: PruningTrainer, job: Job) -> None:
+    """Load the saved model plainly and compare its logits with the trained one's on a few rows."""
+    if not trainer.is_world_process_zero():
+        return
+    plain = AutoModelForSequenceClassification.from_pretrained(trainer.args.output_dir, dtype=torch.float32).eval()
+    first = next(iter(job.evaluation.values()))
+    rows = [{k: v for k, v in row.items() if k != "label"} for row in first.select(range(min(8, len(first))))]
+    batch = job.collator(rows)
+    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+    with torch.no_grad():
+        expected = trained(**batch.to(trained.device)).logits.float().cpu()
+        found = plain(**batch.to(plain.device)).logits
+    if not torch.allclose(found, expected, atol=1e-4):
+        raise ValueError(f"{trainer.args.output_dir} loads plainly but gives other logits than the trained model")
+
+
+def write_predictions(trainer: PruningTrainer, job: Job) -> None:
+    """`predict_results_<task>.txt` for every test split, as the transformers example writes it."""
+    for split, dataset in job.test.items():
+        outputs = trainer.predict(
+            dataset.remove_columns([c for c in dataset.column_names if c == "label"])
+        ).predictions
+        values = outputs.squeeze(-1) if job.task.is_regression else outputs.argmax(-1)
+        if trainer.is_world_process_zero():
+            path = Path(trainer.args.output_dir) / f"predict_results_{job.task.name}{split.removeprefix('test')}.txt"
+            shown = [f"{v:.3f}" if job.task.is_regression else job.task.labels[v] for v in values]
+            path.write_text("index\tprediction\n" + "".join(f"{i}\t{v}\n" for i, v in enumerate(shown)))
+
+
+def run(data: DataArguments, model: ModelArguments, config: PruningConfig) -> dict[str, float]:
+    """One run: dense fine-tuning where there is no teacher, then pruning."""
+    if model.model_name_or_path is None:
+        raise ValueError("--model_name_or_path is missing: give a Hub name or a folder with a pretrained model")
+    set_seed(config.seed)
+    job = prepare(data, model, config)
+    start, teacher = model.model_name_or_path, model.teacher_name_or_path
+    dense: dict[str, float] = {}
+    if config.do_train:
+        check_plan(job, model, config)
+    if teacher is None and model.dense_epochs > 0 and config.do_train:
+        start = teacher = fine_tune_dense(job, model, config)
+        dense = json.loads((Path(start) / "all_results.json").read_text()) if config.process_index == 0 else {}
+    return prune(
+        job, model, config, start, teacher, {f"dense_{k}": v for k, v in dense.items() if k in kept(job.task)}
+    )
+
+
+def kept(task: GlueTask) -> set[str]:
+    """The dense model's results that stand beside the pruned one's."""
+    return {f"eval_{metric}" for metric in task.metrics} | {"eval_loss"}
+
+
+DEMO = {
+    "per_device_train_batch_size": 32,
+    "learning_rate": 5e-4,
+    "dense_learning_rate": 5e-4,
+    "num_train_epochs": 1.0,
+    "warmup_steps": 0.1,
+    "logging_steps": 50,
+    "save_strategy": "no",
+    "criterion_batches": 64,
+}
+
+
+def run_demo(arguments: list[str]) -> None:
+    """Train a small BERT from scratch on generated sentences, prune it 16x, and show the methods side by side."""
+    chosen = argparse.ArgumentParser(add_help=False)
+    chosen.add_argument("--method")
+    method = chosen.parse_known_args(arguments)[0].method
+    methods = [method] if method else ["magnitude", "random"]
+    rows, folder = [], Path()
+    for method in methods:
+        single = [] if method == "random" else ["--num_candidates", "1"]
+        data, model, config = parse_arguments([*arguments, "--method", method, *single], DEMO)
+        folder = Path(config.output_dir)
+        if model.model_name_or_path is None:
+            model.model_name_or_path = str(make_demo_model(folder / "untrained", config.seed))
+        data.always_hold_out = True  # nothing is chosen by the single-mask methods, but all are to see the same rows
+        job = prepare(data, model, config)
+        check_plan(job, model, config)
+        start = teacher = model.teacher_name_or_path or fine_tune_dense(job, model, config)
+        if not rows:
+            dense = json.loads((Path(start) / "all_results.json").read_text())
+            rows.append(["dense", "0.0000", f"{dense['eval_accuracy']:.4f}", "-", "-"])
+        config.output_dir = str(folder / method)
+        results = prune(job, model, config, start, teacher)
+        cost = [f"{results['train_runtime']:.0f}", f"{results['search_cost_ratio']:.2f}"]
+        rows.append([method, f"{results['eval_sparsity']:.4f}", f"{results['eval_accuracy']:.4f}", *cost])
+    print("\n" + text_table(["model", "sparsity", "accuracy", "seconds", "search cost / training"], rows))
+    print(
+        f"\nEach pruned model was reloaded with plain AutoModel and gave the same logits. Look at one:\n"
+        f"  hf-maskselect report {folder / methods[-1]}\n  hf-maskselect verify {folder / methods[-1]}"
+    )
+
+
+def make_demo_model(folder: Path, seed: int) -> Path:
+    """An untrained small BERT with its tokenizer, saved in `folder`."""
+    set_seed(seed)
+    AutoModelForSequenceClassification.from_config(demo_model_config()).save_pretrained(folder)
+    demo_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def main() -> None:
+    """Parse, run, and turn bad input into one sentence."""
+    try:
+        data, model, config = parse_arguments()
+        if data.task_name == "demo":
+            run_demo(sys.argv[1:])
+        else:
+            results = run(data, model, config)
+            if config.process_index == 0:
+                print(json.dumps(results, indent=1, sort_keys=True))
+    except ValueError as error:
+        if get_level() <= DEBUG:  # TRANSFORMERS_VERBOSITY=debug shows where it came from
+            raise
+        sys.exit(f"error: {error} (TRANSFORMERS_VERBOSITY=debug shows the traceback)")
+
+
+if __name__ == "__main__":
+    main()

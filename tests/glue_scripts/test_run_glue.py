@@ -1,0 +1,210 @@
+"""The scripts as a user runs them, on a tiny model and generated files in the GLUE schema."""
+
+import json
+import sys
+
+import pytest
+from tiny import make
+from transformers import AutoModelForSequenceClassification
+
+import compare
+import run_glue
+from arguments import parse_arguments
+from demo_data import demo_tokenizer, make_sentences
+from hf_maskselect import verify
+
+SHORT = {
+    "max_steps": 8,
+    "num_levels": 2,
+    "num_candidates": 2,
+    "trial_steps": 1,
+    "criterion_batches": 2,
+    "dense_epochs": 1,
+    "per_device_train_batch_size": 16,
+    "learning_rate": 1e-3,
+    "report_to": "none",
+    "save_strategy": "no",
+}
+FLAGS = [text for name, value in SHORT.items() for text in (f"--{name}", str(value))]
+FLAGS += ["--use_cpu", "--disable_tqdm", "1"]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A tiny untrained BERT with the demo's tokenizer."""
+    folder = tmp_path_factory.mktemp("start")
+    tokenizer = demo_tokenizer()
+    make(head="Model", vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """sst2 (classes), stsb (regression) and mnli (two validation splits), 64 and 24 rows."""
+    folder = tmp_path_factory.mktemp("data")
+    sentences, labels = make_sentences(88)
+
+    def write(task, split, rows):
+        (folder / task).mkdir(exist_ok=True)
+        (folder / task / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+    for split, part in (("train", slice(64)), ("validation", slice(64, 88))):
+        found = list(zip(sentences[part], labels[part], strict=True))
+        write("sst2", split, [{"sentence": s, "label": y, "idx": i} for i, (s, y) in enumerate(found)])
+        pairs = [{"sentence1": s, "sentence2": s[::-1], "label": y * 3.5, "idx": i} for i, (s, y) in enumerate(found)]
+        write("stsb", split, pairs)
+        three = [{"premise": s, "hypothesis": s[:9], "label": i % 3, "idx": i} for i, (s, _) in enumerate(found)]
+        for name in [split] if split == "train" else ["validation_matched", "validation_mismatched"]:
+            write("mnli", name, three)
+    return str(folder)
+
+
+def call(*flags):
+    """Run the script as from the shell."""
+    return run_glue.run(*parse_arguments([str(flag) for flag in flags]))
+
+
+@pytest.mark.parametrize(
+    ("task", "metrics"),
+    [
+        ("sst2", ["eval_accuracy"]),
+        ("stsb", ["eval_pearson", "eval_spearmanr"]),
+        ("mnli", ["eval_accuracy", "eval_accuracy_mm"]),
+    ],
+)
+def test_a_task_runs_to_the_end(tmp_path, start, data_dir, task, metrics):
+    out = tmp_path / "out"
+    call("--task_name", task, "--data_dir", data_dir, "--model_name_or_path", start, "--output_dir", out, *FLAGS)
+    results = json.loads((out / "all_results.json").read_text())
+    wanted = [*metrics, "eval_sparsity", "search_step_equivalents", "search_cost_ratio", f"dense_{metrics[0]}"]
+    assert not set(wanted) - results.keys()
+    assert results["eval_sparsity"] == 0.9375
+    assert verify(out).masks.sparsity() == 0.9375
+    assert AutoModelForSequenceClassification.from_pretrained(out).config.pruning["achieved"] == 0.9375
+    assert len(json.loads((out / "search.json").read_text())) == 2
+
+
+def test_a_teacher_saves_the_dense_run_and_checkpoints_resume(tmp_path, start, data_dir):
+    teacher = tmp_path / "teacher"
+    make(vocab_size=len(demo_tokenizer())).save_pretrained(teacher)
+    common = [
+        "--task_name",
+        "sst2",
+        "--data_dir",
+        data_dir,
+        "--model_name_or_path",
+        teacher,
+        "--tokenizer_name",
+        start,
+    ]
+    common += [*FLAGS, "--teacher_name_or_path", teacher, "--save_strategy", "steps", "--save_steps", "5"]
+    whole = call(*common, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out" / "dense").exists()
+    resumed = call(*common, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "last")
+    assert resumed["eval_loss"] == whole["eval_loss"]
+
+
+def test_a_dense_model_of_another_run_is_not_taken(tmp_path, start, data_dir):
+    common = ["--data_dir", data_dir, "--model_name_or_path", start, "--output_dir", tmp_path, *FLAGS]
+    call("--task_name", "sst2", *common)
+    with pytest.raises(ValueError, match="dense was made by"):
+        call("--task_name", "stsb", *common)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--target_modules", "nothing"], "no weight to prune"),
+        (["--num_levels", "20"], "the plan cannot reach"),
+        (["--pattern", "2:5"], "no multiple of 5"),
+    ],
+)
+def test_nothing_is_trained_before_the_plan_is_checked(tmp_path, start, data_dir, flags, message):
+    common = ["--task_name", "sst2", "--data_dir", data_dir, "--model_name_or_path", start]
+    with pytest.raises(ValueError, match=message):
+        call(*common, "--output_dir", tmp_path, *FLAGS, "--num_levels", "1", *flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_demo_takes_its_flags_and_shows_its_methods(tmp_path, capsys, monkeypatch):
+    flags = [
+        "--task_name",
+        "demo",
+        "--output_dir",
+        str(tmp_path),
+        "--max_eval_samples",
+        "5",
+        "--max_train_samples",
+        "96",
+    ]
+    flags += ["--max-steps", "4", "--num_levels", "2", "--trial_steps", "1", "--dense_epochs", "1", "--use_cpu"]
+    monkeypatch.setattr(sys, "argv", ["run_glue.py", *flags, "--disable_tqdm", "1"])
+    run_glue.main()
+    table = capsys.readouterr().out.split("\nmodel ")[-1].splitlines()
+    assert [line.split()[0] for line in table[2:5]] == ["dense", "magnitude", "random"]
+    assert [line.split()[1] for line in table[3:5]] == ["0.9375", "0.9375"]
+    assert verify(tmp_path / "random").step == 4  # the flag won over the demo's own epoch
+
+
+def test_compare_runs_what_is_missing_and_prints_one_table(tmp_path, start, data_dir, capsys, monkeypatch):
+    flags = ["--tasks", "sst2", "--methods", "magnitude", "random", "--seeds", "1", "2", "--output_dir", str(tmp_path)]
+    flags += ["--model_name_or_path", start, "--data_dir", data_dir, *FLAGS]
+    compare.main(flags)
+    table = (tmp_path / "table.md").read_text()
+    assert [line.split(" | ")[1] for line in table.splitlines()[2:]] == ["dense", "magnitude", "random"]
+    assert table in capsys.readouterr().out
+    monkeypatch.setattr(compare, "run_cell", lambda *given: pytest.fail("a finished cell was run again"))
+    compare.main(flags)
+
+
+def test_a_recipe_is_overridden_by_flags(tmp_path):
+    json_text, yaml_text = '{"sparsity": 0.5, "method": "taylor"}', "sparsity: 0.5\nmethod: taylor\n"
+    for name, text in (("r.json", json_text), ("r.yaml", yaml_text)):
+        (tmp_path / name).write_text(text)
+        _, _, config = parse_arguments([str(tmp_path / name), "--task_name", "rte", "--method", "fisher", "--use_cpu"])
+        assert (config.sparsity, config.method, config.criterion) == (0.5, "fisher", "fisher")
+
+
+def test_the_recipes_that_ship_are_valid(pytestconfig):
+    recipes = sorted((pytestconfig.rootpath / "glue_scripts" / "recipes").glob("*.json"))
+    assert {"random_16x.json", "random_100x.json", "magnitude_16x.json"} <= {path.name for path in recipes}
+    for path in recipes:
+        _, _, config = parse_arguments([str(path), "--task_name", "rte", "--use_cpu"])
+        assert config.levels[-1] == config.sparsity == (0.99 if "100x" in path.name else 0.9375)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"sparsty": 0.5}', "unknown field 'sparsty': did you mean 'sparsity'"),
+        ('{"method": "rndom"}', "did you mean 'random'"),
+        ('{"pattern": "blocky"}', "pattern='blocky' is unknown"),
+        ("{", "not valid JSON"),
+        ("[1]", "must be one mapping"),
+    ],
+)
+def test_a_bad_recipe_is_one_sentence(tmp_path, monkeypatch, text, message):
+    (tmp_path / "r.json").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["run_glue.py", str(tmp_path / "r.json"), "--task_name", "rte", "--use_cpu"])
+    with pytest.raises(SystemExit) as stop:
+        run_glue.main()
+    assert message in stop.value.code and "\n" not in stop.value.code
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--use_cpu"], "--task_name is missing"),
+        (["--task_name", "sst2", "--use_cpu"], "--model_name_or_path is missing"),
+        (["--task_name", "sst", "--use_cpu", "--model_name_or_path", "x"], "Unknown task 'sst'"),
+        (["--task_name", "rte", "--use_cpu", "--model_name_or_path", "x", "--data_dir", "/nowhere"], "nowhere"),
+        (["missing.json"], "does not exist"),
+    ],
+)
+def test_bad_flags_are_one_sentence(monkeypatch, tmp_path, flags, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run_glue.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        run_glue.main()
+    assert message in str(stop.value.code) and not list(tmp_path.iterdir())
