@@ -16,10 +16,12 @@ import dataclasses
 import json
 import math
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from transformers import (
     AutoConfig,
@@ -337,6 +339,15 @@ def make_demo_model(folder: Path, seed: int) -> Path:
     return folder
 
 
+def leave_process_group() -> None:
+    """End a distributed run cleanly. gloo's threads still free the tensors of the last gather, for which they take the
+    interpreter's lock: one that asks while the interpreter is shutting down aborts a rank that had finished its
+    work."""
+    if torch.distributed.is_initialized():
+        PartialState().destroy_process_group()
+        time.sleep(0.5)
+
+
 def main() -> None:
     """Parse, run, and turn bad input into one sentence."""
     try:
@@ -347,6 +358,7 @@ def main() -> None:
             results = run(data, model, config)
             if config.process_index == 0:
                 print(json.dumps(results, indent=1, sort_keys=True))
+        leave_process_group()
     except ValueError as error:
         if get_level() <= DEBUG:  # TRANSFORMERS_VERBOSITY=debug shows where it came from
             raise

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "glue_scripts")]
 from tiny import losses, make, make_rows, make_trainer  # noqa: E402
+
+from run_glue import leave_process_group  # noqa: E402
 
 torch.set_num_threads(1)
 folder, batch = Path(sys.argv[1]), int(sys.argv[2])
@@ -32,6 +34,7 @@ found = {
     "losses": losses(trainer),
     "masks": trainer.pruning_state().masks.digest(),
     "chosen": [s.metrics()["search_chosen"] for s in trainer._search.history],
-    "weights": float(sum(p.double().abs().sum() for p in trainer.model.parameters())),
+    "weights": float(sum(p.detach().double().abs().sum() for p in trainer.model.parameters())),
 }
 (folder / f"rank{trainer.args.process_index}.json").write_text(json.dumps(found))
+leave_process_group()
