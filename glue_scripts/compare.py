@@ -3,7 +3,8 @@
     python glue_scripts/compare.py --tasks sst2 mrpc --seeds 42 --methods magnitude taylor random --output_dir runs \\
         --recipe glue_scripts/recipes/compare_cpu.json --model_name_or_path MODEL --data_dir DATA
 
-Every flag it does not know goes to `run_glue.py`; `--task_steps mrpc=400` sets another number of steps for one task.
+Every flag it does not know goes to `run_glue.py`; `--task_flags mrpc:max_steps=200,dense_epochs=8` gives one task its
+own.
 Every cell is a folder with `all_results.json`: finished cells are not run again, so the table grows over several
 sittings. All methods of a task and seed start from the same dense model, distil from it, train on the same rows for
 the same number of steps, and choose only on rows held out of train; the validation split is read once, when a cell is
@@ -46,23 +47,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--recipe", help="recipe file that the flags override")
     parser.add_argument(
-        "--task_steps", nargs="*", default=[], help="task=max_steps, for tasks that need another number"
+        "--task_flags", nargs="*", default=[], help="task:flag=value,..., for tasks that need other values"
     )
     options, flags = parser.parse_known_args(arguments)
     flags = [options.recipe, *flags] if options.recipe else flags
-    steps = dict(pair.split("=") for pair in options.task_steps)
+    own = dict(parse_task_flags(text) for text in options.task_flags)
+    if unknown := own.keys() - set(options.tasks):
+        parser.error(f"--task_flags names {', '.join(sorted(unknown))}, which --tasks does not")
     methods = ["dense", *(m for m in options.methods if m != "dense")]  # the others start from it
     cells = [(task, seed, method) for task in options.tasks for seed in options.seeds for method in methods]
     for task in options.tasks:
         get_task(task)
     missing = [cell for cell in cells if not (folder_of(options.output_dir, *cell) / RESULT).is_file()]
     for cell in tqdm(missing, desc="cells", unit="cell"):
-        task_flags = ["--max_steps", steps[cell[0]]] if cell[0] in steps else []
-        run_cell(options.output_dir, *cell, [*flags, *task_flags])
+        run_cell(options.output_dir, *cell, [*flags, *own.get(cell[0], [])])
         gc.collect()
     table = make_table(options.output_dir, options.tasks, methods, options.seeds)
     (options.output_dir / "table.md").write_text(table + "\n")
     print(table)
+
+
+def parse_task_flags(text: str) -> tuple[str, list[str]]:
+    """`"mrpc:max_steps=200,dense_epochs=8"` -> the task and its flags for `run_glue.py`."""
+    task, found, pairs = text.partition(":")
+    split = [pair.partition("=") for pair in pairs.split(",")]
+    if not found or not all(name and value for name, _, value in split):
+        raise SystemExit(f"error: --task_flags {text!r} must look like mrpc:max_steps=200,dense_epochs=8")
+    return task, [part for name, _, value in split for part in (f"--{name}", value)]
 
 
 def folder_of(output_dir: Path, task: str, seed: int, method: str) -> Path:
