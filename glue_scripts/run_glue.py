@@ -42,6 +42,7 @@ from transformers.utils.logging import get_verbosity as get_level
 from arguments import DataArguments, ModelArguments, parse_arguments
 from demo_data import demo_model_config, demo_tokenizer
 from hf_maskselect import PruningConfig, PruningTrainer, prunable_weights
+from hf_maskselect.planning import rewound_rate
 from hf_maskselect.report import text_table
 from hf_maskselect.split import hold_out
 from metrics import make_compute_metrics
@@ -121,7 +122,9 @@ def check_plan(job: Job, model: ModelArguments, config: PruningConfig) -> None:
         config.mask_pattern.check(name, weight.shape)
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * len(job.train) / rows)
-    config.plan(steps)
+    plan = config.plan(steps)
+    if config.lr_rewind:
+        rewound_rate(config, plan)
 
 
 def load_model(path: str, task: GlueTask, model: ModelArguments) -> PreTrainedModel:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from .checkpoint import verify
 from .report import sparsity_report
 
@@ -22,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
         command.add_argument("path", help="folder of a saved model")
     options = parser.parse_args(arguments)
+    disable_progress_bar()  # of transformers' loading: the answer is one line
     if not Path(options.path).is_dir():
         parser.error(f"{options.path} is no folder: give the folder of a saved model")
     try:

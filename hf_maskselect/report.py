@@ -59,17 +59,22 @@ class SparsityReport:
         return text_table(["tensor", "shape", "zeros", "of", "sparsity"], rows)
 
 
-def sparsity_report(model_or_path: nn.Module | str | os.PathLike) -> SparsityReport:
+def sparsity_report(
+    model_or_path: nn.Module | str | os.PathLike,
+    target_modules: list[str] | None = None,
+    exclude_modules: list[str] | None = None,
+) -> SparsityReport:
     """Count the zeros of a model in memory or of a saved folder (without building the model's weights).
 
-    In a folder the prunable tensors are those named in its pruning state, else those that `prunable_weights` finds in
-    the model that `config.json` describes.
+    In a folder with a pruning state the prunable tensors are those it names. Else they are
+    `prunable_weights(model, target_modules, exclude_modules)`, the model being the one given or the one that the
+    folder's `config.json` describes.
 
     Raises:
         ValueError: the folder holds no safetensors weights.
     """
     if isinstance(model_or_path, nn.Module):
-        prunable = set(prunable_weights(model_or_path))
+        prunable = set(prunable_weights(model_or_path, target_modules, exclude_modules))
         return SparsityReport(tuple(_count(n, p.detach(), n in prunable) for n, p in model_or_path.named_parameters()))
     state = PruningState.find(model_or_path)
     if state is not None:
@@ -77,7 +82,7 @@ def sparsity_report(model_or_path: nn.Module | str | os.PathLike) -> SparsityRep
     else:
         with torch.device("meta"):
             cls, config = model_class(model_or_path)
-            prunable = set(prunable_weights(cls._from_config(config)))
+            prunable = set(prunable_weights(cls._from_config(config), target_modules, exclude_modules))
     tensors = tuple(_count(name, t, name in prunable) for name, t in saved_tensors(model_or_path))
     if missing := prunable - {t.name for t in tensors}:
         raise ValueError(

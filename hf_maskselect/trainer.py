@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback, get_scheduler
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
 
 from .checkpoint import PruningState, check_zeros
@@ -24,8 +24,8 @@ from .masking.schedule import LevelPlan
 from .masking.scores import CRITERIA, Criterion, ScoreFn
 from .masking.targets import prunable_weights
 from .methods.hard import HardMasks
+from .planning import plan_text, rewound_rate
 from .proposals import gradient_needs
-from .report import text_table
 from .selection import MaskSearch
 from .split import hold_out
 from .trials import TrialBench
@@ -71,6 +71,11 @@ class PruningTrainer(Trainer):
         if args.needs_selection_split and train_dataset is not None:
             if selection_dataset is None:
                 train_dataset, selection_dataset = hold_out(train_dataset, args.selection_fraction, args.seed)
+            elif not has_length(selection_dataset):
+                raise ValueError(
+                    "selection_dataset has no length, but every candidate is scored on all of it: pass a map-style "
+                    "dataset"
+                )
             elif len(selection_dataset) == 0:
                 raise ValueError(
                     "selection_dataset is empty: give it rows to choose on, or leave it out to hold out a split"
@@ -134,6 +139,11 @@ class PruningTrainer(Trainer):
             raise ValueError(
                 "FSDP and DeepSpeed are not supported: use DistributedDataParallel through `accelerate launch`"
             )
+        if args.searches and args.train_sampling_strategy == "batch_rebalance":
+            raise ValueError(
+                "train_sampling_strategy='batch_rebalance' makes batches for several devices, but a trial runs on "
+                "one: use 'group_by_length'"
+            )
         if score_fn is not None and args.method != "random":
             raise ValueError(
                 f"score_fn has no meaning with method={args.method!r}: use method='random' (num_candidates=1 for "
@@ -166,6 +176,11 @@ class PruningTrainer(Trainer):
 
     def _make_distiller(self, teacher: PreTrainedModel | str | os.PathLike) -> Distiller:
         args = self.args
+        if not isinstance(self.model, PreTrainedModel):
+            raise ValueError(
+                f"a teacher needs a model of transformers, which returns its hidden states, and "
+                f"{type(self.model).__name__} is none: leave the teacher out"
+            )
         distiller = Distiller(
             load_teacher(teacher, self.model),
             self.model,
@@ -196,70 +211,13 @@ class PruningTrainer(Trainer):
         self._method.begin(self._plan, self.optimizer)
         if self._level_best and self.state.global_step == 0 and self.is_world_process_zero():
             self._level_best.forget()  # of an earlier run in the same folder
-        self._say(self.plan_text())
+        rungs = [self._search.rungs(self._plan, level) for level in range(len(self._plan.levels))]
+        self._say(plan_text(args, self._plan, rungs, len(self.selection_dataset) if args.needs_selection_split else 0))
         if self.lr_scheduler is None and args.lr_rewind:
-            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, self._rewound_rate())
+            rate = rewound_rate(args, self._plan)
+            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, rate)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
-
-    def _rewound_rate(self) -> Callable[[int], float]:
-        """Optimizer step -> factor of the learning rate: the configured schedule, restarted at every level."""
-        plan, args = self._plan, self.args
-
-        def schedule(steps: int) -> Callable[[int], float]:
-            dummy = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
-            warmup = min(args.get_warmup_steps(steps), steps)
-            made = get_scheduler(
-                args.lr_scheduler_type, dummy, warmup, steps, scheduler_specific_kwargs=args.lr_scheduler_kwargs
-            )
-            if not isinstance(made, LambdaLR):
-                raise ValueError(
-                    f"lr_scheduler_type={args.lr_scheduler_type!r} cannot be restarted at every level: set "
-                    "lr_rewind=False or "
-                    "choose a schedule that is a function of the step, such as 'linear' or 'cosine'"
-                )
-            return made.lr_lambdas[0]
-
-        rates = {
-            level: schedule(plan.length(level)) for level in range(-1, len(plan.levels)) if plan.length(level) > 0
-        }
-
-        def rate(step: int) -> float:
-            level = plan.level_at(min(step, plan.max_steps - 1))
-            return rates[level](step - plan.span(level)[0])
-
-        return rate
-
-    def plan_text(self) -> str:
-        """The plan of the run as a table: levels, steps, learning rate and search cost of each."""
-        plan, rows = self._plan, []
-        for level in range(-1, len(plan.levels)):
-            if plan.length(level) == 0:
-                continue
-            first, last = plan.span(level)
-            rungs = self._search.rungs(plan, level) if level >= 0 else []
-            rows.append(
-                [
-                    "dense" if level < 0 else f"level {level + 1}",
-                    "0" if level < 0 else f"{plan.levels[level]:.4f}",
-                    f"{first}-{last - 1}",
-                    f"{self.args.learning_rate:g}" if self.args.lr_rewind or first == 0 else "(one schedule)",
-                    " + ".join(f"{count} x {steps}" for count, steps in rungs) or "-",
-                    sum(count * steps for count, steps in rungs),
-                ]
-            )
-        searched = sum(row[-1] for row in rows)
-        held = (
-            ""
-            if not self.args.needs_selection_split
-            else f"; masks are chosen on {len(self.selection_dataset)} rows held out"
-        )
-        return (
-            f"Pruning plan: method {self.args.method}, pattern {self.args.pattern}, target "
-            f"{self.args.sparsity:g}{held}\n"
-            + text_table(["phase", "sparsity", "steps", "peak lr", "trials (count x steps)", "trial steps"], rows)
-            + f"\n{plan.max_steps} training steps and {searched} trial steps"
-        )
 
     # -- training ----------------------------------------------------------------------------------------------------
 

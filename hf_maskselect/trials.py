@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -208,8 +209,9 @@ class TrialBench:
                     return
 
     def _loader(self, dataset, batch_size: int, sampler: Sequence[int] | None = None) -> DataLoader:
-        """Not prepared by accelerate, which would shard it; its own generator keeps the global one still."""
-        trainer, collate = self._trainer, self._trainer.data_collator
+        """Not prepared by accelerate, which would shard it; its own generator keeps the global one still, and its own
+        copy of the collator that of a collator which draws (masked language modelling with a seed)."""
+        trainer, collate = self._trainer, copy.deepcopy(self._trainer.data_collator)
         if is_datasets_available():
             import datasets
 

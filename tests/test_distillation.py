@@ -281,6 +281,7 @@ class TestErrors:
         teacher = make(seed=1, hidden_size=16, num_attention_heads=4, num_hidden_layers=3)
         student = make()
         distil(Distiller(teacher, student, **only(logits=1.0)), student, make_batch(labels=2)).backward()
+        assert all(layer.output.dense.weight.grad.abs().sum() > 0 for layer in student.bert.encoder.layer)
 
     def test_a_teacher_must_be_a_copy(self):
         student = make()

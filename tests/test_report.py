@@ -77,6 +77,13 @@ def test_folder_and_model_in_memory_are_counted_alike(saved):
     assert set(in_memory.tensors) == set(on_disk.tensors)
 
 
+def test_what_was_left_out_of_pruning_is_left_out_of_the_count():
+    model = make()
+    whole, part = sparsity_report(model), sparsity_report(model, exclude_modules=["query"])
+    assert whole.prunable_total - part.prunable_total == 2 * 32 * 32 and whole.total == part.total
+    assert sparsity_report(model, target_modules=["query"]).prunable_total == 2 * 32 * 32
+
+
 def test_a_dense_folder_without_state_is_reported(tmp_path):
     model = make("Roberta")
     model.save_pretrained(tmp_path)

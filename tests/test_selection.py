@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import losses, make, make_rows, make_trainer, same, weights_of
+from transformers import default_data_collator
 
 from hf_maskselect.proposals import Proposal, propose
 from hf_maskselect.selection import Candidate, halving_rungs, survivors
@@ -36,16 +37,31 @@ def test_the_deterministic_candidate_always_survives():
     assert [c.index for c in diverged] == [0, 2, 3]
 
 
+class DrawingCollator:
+    """Replaces one token a row by a random one, from its own generator, as masked language modelling does."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, rows):
+        batch = default_data_collator(rows)
+        batch["input_ids"][:, -1] = torch.randint(3, 64, (len(rows),), generator=self.generator)
+        return batch
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "sgd"])
 def test_a_search_leaves_the_outer_run_untouched_to_the_bit(tmp_path, optim):
-    """A run whose search always picks candidate 0 equals the run without a search: weights, losses, data, dropout."""
+    """A run whose search always picks candidate 0 equals the run without a search: weights, losses, data, dropout,
+    and what the collator draws with a generator of its own."""
     dropout = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.1}
     held = {"train_dataset": make_rows(seed=1), "selection_dataset": make_rows(16, seed=2)}
     common = {"method": "random", "optim": optim, "gradient_accumulation_steps": 2}
     runs = []
     for count in (1, 3):
-        folder = tmp_path / str(count)
-        trainer = make_trainer(folder, make(**dropout), num_candidates=count, trial_steps=2, keywords=held, **common)
+        folder, keywords = tmp_path / str(count), {**held, "data_collator": DrawingCollator()}
+        trainer = make_trainer(
+            folder, make(**dropout), num_candidates=count, trial_steps=2, keywords=keywords, **common
+        )
         trials = []
         trial = trainer._bench.trial
 

@@ -291,6 +291,9 @@ def test_n_m_levels_end_in_the_pattern(tmp_path):
         ({"pattern": "2:5", "sparsity": None}, {}, "no multiple of 5"),
         ({"method": "random", "selection_fraction": 0.001}, {}, "leaves one part empty"),
         ({"method": "random"}, {"selection_dataset": []}, "selection_dataset is empty"),
+        ({"method": "random"}, {"selection_dataset": (row for row in [])}, "selection_dataset has no length"),
+        ({"method": "random", "train_sampling_strategy": "batch_rebalance"}, {}, "a trial runs on one"),
+        ({"warmup_steps": 5}, {}, "longer than the shortest level \\(4 steps\\)"),
         ({}, {"teacher": make(num_labels=3)}, "teacher has 3 labels and the student 2"),
         ({}, {"score_fn": lambda name, weight, stats: weight}, "score_fn has no meaning"),
         ({"method": "random", "selection_metric": "accuracy"}, {}, "needs compute_metrics"),
@@ -304,6 +307,11 @@ def test_bad_input_is_refused_before_training(tmp_path, changes, keywords, messa
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path / "out", model, keywords=keywords, **changes).train()
     assert same(before, weights_of(model)) and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_plain_module_cannot_be_distilled(tmp_path):
+    with pytest.raises(ValueError, match="a teacher needs a model of transformers"):
+        make_trainer(tmp_path, make().bert.encoder.layer[0], target_modules=["dense"], keywords={"teacher": make()})
 
 
 def test_other_arguments_are_refused(tmp_path):

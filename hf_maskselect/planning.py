@@ -1,0 +1,85 @@
+"""What a run will do and when: its table, and the learning rate that starts again at every level."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+
+from .config import PruningConfig
+from .masking.schedule import LevelPlan
+from .report import text_table
+
+
+def rewound_rate(args: PruningConfig, plan: LevelPlan) -> Callable[[int], float]:
+    """Optimizer step -> factor of the learning rate: the configured schedule, restarted at every level.
+
+    Raises:
+        ValueError: the schedule is no function of the step, or its warm-up is longer than a level.
+    """
+    levels = [level for level in range(-1, len(plan.levels)) if plan.length(level) > 0]
+    shortest = min(plan.length(level) for level in levels)
+    if args.warmup_steps >= 1 and args.warmup_steps > shortest:
+        raise ValueError(
+            f"warmup_steps={args.warmup_steps:g} is longer than the shortest level ({shortest} steps), and the "
+            "schedule restarts at every level: give a share such as 0.1, or set lr_rewind=False"
+        )
+
+    def schedule(steps: int) -> Callable[[int], float]:
+        dummy = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+        made = get_scheduler(
+            args.lr_scheduler_type,
+            dummy,
+            args.get_warmup_steps(steps),
+            steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+        if not isinstance(made, LambdaLR):
+            raise ValueError(
+                f"lr_scheduler_type={args.lr_scheduler_type!r} cannot be restarted at every level: set "
+                "lr_rewind=False or choose a schedule that is a function of the step, such as 'linear' or 'cosine'"
+            )
+        return made.lr_lambdas[0]
+
+    rates = {level: schedule(plan.length(level)) for level in levels}
+
+    def rate(step: int) -> float:
+        level = plan.level_at(min(step, plan.max_steps - 1))
+        return rates[level](step - plan.span(level)[0])
+
+    return rate
+
+
+def plan_text(
+    args: PruningConfig, plan: LevelPlan, rungs: Sequence[Sequence[tuple[int, int]]], held_out: int = 0
+) -> str:
+    """The plan as a table: levels, steps, learning rate and trials of each.
+
+    Args:
+        rungs: for each level, (candidates, steps) of every rung of its search.
+        held_out: rows that masks are chosen on; 0 where nothing is chosen.
+    """
+    rows = []
+    for level in range(-1, len(plan.levels)):
+        if plan.length(level) == 0:
+            continue
+        first, last = plan.span(level)
+        trials = rungs[level] if level >= 0 else []
+        rows.append(
+            [
+                "dense" if level < 0 else f"level {level + 1}",
+                "0" if level < 0 else f"{plan.levels[level]:.4f}",
+                f"{first}-{last - 1}",
+                f"{args.learning_rate:g}" if args.lr_rewind or first == 0 else "(one schedule)",
+                " + ".join(f"{count} x {steps}" for count, steps in trials) or "-",
+                sum(count * steps for count, steps in trials),
+            ]
+        )
+    held = f"; masks are chosen on {held_out} rows held out" if held_out else ""
+    return (
+        f"Pruning plan: method {args.method}, pattern {args.pattern}, target {args.sparsity:g}{held}\n"
+        + text_table(["phase", "sparsity", "steps", "peak lr", "trials (count x steps)", "trial steps"], rows)
+        + f"\n{plan.max_steps} training steps and {sum(row[-1] for row in rows)} trial steps"
+    )
