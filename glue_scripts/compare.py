@@ -4,11 +4,10 @@
         --recipe glue_scripts/recipes/compare_cpu.json --model_name_or_path MODEL --data_dir DATA
 
 Every flag it does not know goes to `run_glue.py`; `--task_flags mrpc:max_steps=200,dense_epochs=8` gives one task its
-own.
-Every cell is a folder with `all_results.json`: finished cells are not run again, so the table grows over several
-sittings. All methods of a task and seed start from the same dense model, distil from it, train on the same rows for
-the same number of steps, and choose only on rows held out of train; the validation split is read once, when a cell is
-finished.
+own. Every cell is a folder with `all_results.json`: finished cells are not run again, so the table grows over several
+sittings; one made with other flags is refused. All methods of a task and seed start from the same dense model, distil
+from it, train on the same rows for the same number of steps, and choose only on rows held out of train; the
+validation split is read once, when a cell is finished.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ METHODS = {
     "random": ["--method", "random"],
 }
 RESULT = "all_results.json"
+FLAGS = "flags.json"  # what made a cell: one table never mixes recipes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,9 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cells = [(task, seed, method) for task in options.tasks for seed in options.seeds for method in methods]
     for task in options.tasks:
         get_task(task)
-    missing = [cell for cell in cells if not (folder_of(options.output_dir, *cell) / RESULT).is_file()]
-    for cell in tqdm(missing, desc="cells", unit="cell"):
-        run_cell(options.output_dir, *cell, [*flags, *own.get(cell[0], [])])
+    missing = []
+    for task, seed, method in cells:
+        folder, given = folder_of(options.output_dir, task, seed, method), [*flags, *own.get(task, [])]
+        if not (folder / RESULT).is_file():
+            missing.append((task, seed, method, given))
+        elif method != "dense" and (made := json.loads((folder / FLAGS).read_text())) != given:
+            parser.error(
+                f"{folder} was made with other flags ({' '.join(made)}): delete it, or choose another output_dir"
+            )
+    for *cell, given in tqdm(missing, desc="cells", unit="cell"):
+        run_cell(options.output_dir, *cell, given)
         gc.collect()
     table = make_table(options.output_dir, options.tasks, methods, options.seeds)
     (options.output_dir / "table.md").write_text(table + "\n")
@@ -93,6 +101,7 @@ def run_cell(output_dir: Path, task: str, seed: int, method: str, flags: list[st
     began = time.monotonic()
     results = run(*parse_arguments([*common, *METHODS[method], *start]))
     results["cell_seconds"] = round(time.monotonic() - began, 1)
+    (folder / FLAGS).write_text(json.dumps(flags))
     (folder / RESULT).write_text(json.dumps(results, indent=4, sort_keys=True))
 
 

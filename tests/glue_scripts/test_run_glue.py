@@ -156,6 +156,16 @@ def test_compare_runs_what_is_missing_and_prints_one_table(tmp_path, start, data
     assert table in capsys.readouterr().out
     monkeypatch.setattr(compare, "run_cell", lambda *given: pytest.fail("a finished cell was run again"))
     compare.main(flags)
+    with pytest.raises(SystemExit):
+        compare.main([*flags, "--learning_rate", "1"])
+    assert "was made with other flags" in capsys.readouterr().err
+
+
+def test_flags_of_one_task():
+    assert compare.parse_task_flags("rte:max_steps=9,bf16=True") == ("rte", ["--max_steps", "9", "--bf16", "True"])
+    for text in ("rte", "rte:", "rte:max_steps", "rte:=9"):
+        with pytest.raises(SystemExit, match="must look like"):
+            compare.parse_task_flags(text)
 
 
 def test_a_recipe_is_overridden_by_flags(tmp_path):
