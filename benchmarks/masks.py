@@ -2,8 +2,9 @@
 
 One set of masks for BERT-base's 72 encoder matrices (85 M weights) at 16x, each against a named rival in the same run:
 random masks against the paper's repeated draws (timed for a few draws of each shape and extrapolated to all of them),
-global magnitude against `torch.nn.utils.prune.global_unstructured`, 2:4 against topk + scatter, bit packing against
-NumPy. Then the law: on one 768x768 matrix, repeated draws and shortcut are compared entry by entry.
+global magnitude against `torch.nn.utils.prune.global_unstructured`, 2:4 against topk + scatter, PDP's thresholds
+against `kthvalue`, bit packing against NumPy. Then the law: on one 768x768 matrix, repeated draws and shortcut are
+compared entry by entry.
 
     python benchmarks/masks.py
     python benchmarks/masks.py --layers 2 --repeats 3 --law-repeats 5 --only random law
@@ -20,6 +21,7 @@ from common import alternate, machine, seconds, spread
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from hf_maskselect.masking.boundary import Boundary
 from hf_maskselect.masking.maskset import MaskSet, pack_bits
 from hf_maskselect.masking.patterns import NM, Unstructured, kept_count
 from hf_maskselect.masking.ranking import top_k_masks
@@ -130,6 +132,29 @@ def two_four(weights: dict[str, Tensor], repeats: int) -> list:
     return row("2:4", times["package"], "topk + scatter", times["rival"])
 
 
+def thresholds(weights: dict[str, Tensor], repeats: int, steps: int = 5) -> list:
+    """PDP's update of every matrix's threshold, on weights that drift as in training while the ramp rises; the rival
+    finds one of the two values that the threshold lies between."""
+    boundaries = {name: Boundary() for name in weights}
+    counts = {name: int(0.9 * w.numel()) for name, w in weights.items()}
+    magnitudes = {name: w.abs() for name, w in weights.items()}
+    times: dict[str, list[float]] = {"package": [], "rival": []}
+    jobs = {
+        "package": lambda: [boundaries[n].find(m, counts[n]) for n, m in magnitudes.items()],
+        "rival": lambda: [m.view(-1).kthvalue(counts[n]) for n, m in magnitudes.items()],
+    }
+    jobs["package"]()  # the first search has no bracket
+    for _ in range(repeats):
+        for _ in range(steps):
+            for name, magnitude in magnitudes.items():
+                magnitude.add_(torch.randn_like(magnitude), alpha=1e-4).abs_()
+                counts[name] += magnitude.numel() // 1000
+            found = seconds(jobs["package"])
+        times["package"].append(found)
+        times["rival"].append(seconds(jobs["rival"]))
+    return row("PDP thresholds", times["package"], "kthvalue a matrix", times["rival"])
+
+
 def packing(weights: dict[str, Tensor], repeats: int) -> list:
     """Boolean masks to bits."""
     masks = [w.abs() > 0.07 for w in weights.values()]
@@ -184,7 +209,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=2, help="timed draws of each shape and round")
     parser.add_argument("--law-repeats", type=int, default=20, help="masks of each kind that the law is judged on")
     parser.add_argument("--threads", type=int, default=2)
-    parts = ("random", "global", "2:4", "pack", "law")
+    parts = ("random", "global", "2:4", "thresholds", "pack", "law")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -199,6 +224,8 @@ def main() -> None:
         notes.append(note)
     if "2:4" in args.only:
         rows.append(two_four(weights, args.repeats))
+    if "thresholds" in args.only:
+        rows.append(thresholds(weights, args.repeats))
     if "pack" in args.only:
         rows.append(packing(weights, args.repeats))
     if rows:

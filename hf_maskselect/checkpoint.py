@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +35,12 @@ class PruningState:
     level: int
     seed: int
 
-    def save(self, folder: str | os.PathLike) -> None:
-        """Write the state into `folder`, under a temporary name first."""
+    def save(self, folder: str | os.PathLike, method_state: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write the state into `folder`, under a temporary name first, with what the method needs to resume."""
         fields = {
             name: str(getattr(self, name)) for name in ("method", "pattern", "sparsity", "step", "level", "seed")
         }
-        self.masks.save(Path(folder) / STATE_FILE, fields)
+        self.masks.save(Path(folder) / STATE_FILE, fields, method_state)
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> PruningState:
@@ -86,6 +86,15 @@ class PruningState:
                     "the same "
                     "value, or start a new run from the checkpoint's model"
                 )
+
+
+def load_method_state(folder: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """What `PruningState.save` was given beside the masks; empty for hard methods.
+
+    Raises:
+        ValueError: damaged.
+    """
+    return MaskSet.load_beside(Path(folder) / STATE_FILE)
 
 
 def saved_tensors(folder: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor]]:

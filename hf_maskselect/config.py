@@ -14,7 +14,8 @@ from .masking.scores import CRITERIA
 from .masking.votes import SAMPLING_RATIOS
 from .proposals import parse_proposal
 
-METHODS = ("random", *CRITERIA)
+SOFT_METHODS = ("pdp",)
+METHODS = ("random", *CRITERIA, *SOFT_METHODS)
 SELECTIONS = ("halving", "early")
 SELECTION_LOSSES = ("loss", "teacher")
 WHOLE_NUMBERS = (
@@ -30,6 +31,9 @@ NUMBERS = (
     "layer_floor",
     "last_level_weight",
     "pruning_warmup_steps",
+    "soft_ramp",
+    "frozen_steps",
+    "pdp_tau",
     "trial_learning_rate",
     "selection_fraction",
     "distill_logits",
@@ -49,14 +53,15 @@ class PruningConfig(TrainingArguments):
     Args:
         method (`str`, defaults to `"random"`): `"random"` draws several masks a level and keeps the best after short
             trials (arXiv 2310.13183); `"magnitude"`, `"fisher"` and `"taylor"` use one deterministic mask of that
-            criterion.
+            criterion; `"pdp"` trains through soft masks that harden at the end (arXiv 2305.11203).
         sparsity (`float`, *optional*): fraction of zeros over the prunable weights, in (0, 1), met to the exact count.
             Defaults to 0.9375 (16x), or to what an N:M pattern implies.
         pattern (`str`, defaults to `"unstructured"`): or `"N:M"`, at most N of M consecutive weights along the input
             axis.
         scope (`str`, *optional*): of candidate 0. `"layer"`: every matrix at the target; `"global"`: one ranking;
             `"balanced"`: half-way (scores divided by the root of their matrix's mean, then one ranking). Defaults to
-            `"layer"` for magnitude (as in the paper) and to `"balanced"` for every other criterion.
+            `"layer"` for magnitude (as in the paper), to `"balanced"` for every other criterion, and to `"global"` for
+            the soft methods, where it decides how many weights each matrix loses.
         layer_floor (`float`, defaults to 0.125): in a joint ranking every matrix keeps at least this share of what
             `"layer"` would leave it.
         target_modules, exclude_modules (`list[str]`, *optional*): module-name suffixes or regexes, as in PEFT.
@@ -69,11 +74,22 @@ class PruningConfig(TrainingArguments):
         num_levels (`int`, *optional*): number of cubic levels where `levels` is not given; defaults to 4, and to 1 for
             N:M.
         last_level_weight (`float`, defaults to 2): length of the last level, in lengths of the others.
-        pruning_warmup_steps (`float`, defaults to 0): dense optimizer steps before the first cut; below 1 a share of
-            all.
+        pruning_warmup_steps (`float`, *optional*): dense optimizer steps before the first cut; below 1 a share of
+            all. Defaults to 0, and to 0.16 for `"pdp"` (16 of the paper's 100 epochs).
         lr_rewind (`bool`, defaults to `True`): restart `lr_scheduler_type` (with `warmup_steps`) at every level.
         level_eval_steps (`int`, defaults to 0): if positive, score the model on the selection split every so many
             steps and at each level's end go on from the level's best weights.
+
+    > Soft masks (`"pdp"`), in force from the warm-up on
+
+    Args:
+        soft_ramp (`float`, defaults to 0.8): share of the soft phase in which the sparsity rises to the target, linear
+            in optimizer steps, in (0, 1]. 0.8 is the pace of the paper's 0.015 an epoch from epoch 16 of 100.
+        frozen_steps (`float`, defaults to 0): steps at the end that train on under the frozen hard mask; below 1 a
+            share of all. 0 hardens after the last step, as the paper does. Candidates need it: they are drawn when
+            the mask hardens (neighbours of the method's own mask) and tried on these steps.
+        pdp_tau (`float`, defaults to 1e-4): width of the soft band of `sigmoid((w^2 - t^2) / pdp_tau)`, in squared
+            weight units; fits weights of standard deviation about 0.04, as in BERT's encoder.
 
     > Which candidate
 
@@ -113,7 +129,9 @@ class PruningConfig(TrainingArguments):
         ValueError: a field is out of range; the message names the field, the value and the remedy.
     """
 
-    method: str = field(default="random", metadata={"help": "random, magnitude, fisher or taylor", "choices": METHODS})
+    method: str = field(
+        default="random", metadata={"help": "random, magnitude, fisher, taylor or pdp", "choices": METHODS}
+    )
     sparsity: float | None = field(
         default=None, metadata={"help": "Fraction of zeros over the prunable weights (0.9375)."}
     )
@@ -134,13 +152,19 @@ class PruningConfig(TrainingArguments):
     last_level_weight: float = field(
         default=2.0, metadata={"help": "Length of the last level in lengths of the others."}
     )
-    pruning_warmup_steps: float = field(
-        default=0, metadata={"help": "Dense steps before the first cut; < 1: a share."}
+    pruning_warmup_steps: float | None = field(
+        default=None, metadata={"help": "Dense steps before the first cut; < 1: a share (0; pdp 0.16)."}
     )
     lr_rewind: bool = field(default=True, metadata={"help": "Restart the learning-rate schedule at every level."})
     level_eval_steps: int = field(
         default=0, metadata={"help": "Keep each level's best weights, scored every so many steps."}
     )
+
+    soft_ramp: float = field(default=0.8, metadata={"help": "Share of the soft phase in which sparsity rises."})
+    frozen_steps: float = field(
+        default=0.0, metadata={"help": "Steps at the end under the frozen hard mask; < 1: a share."}
+    )
+    pdp_tau: float = field(default=1e-4, metadata={"help": "Width of PDP's soft band, in squared weight units."})
 
     num_candidates: int | None = field(default=None, metadata={"help": "Masks tried at each level (4 for random)."})
     proposals: list[str] = field(
@@ -183,9 +207,16 @@ class PruningConfig(TrainingArguments):
         Raises:
             ValueError: the target cannot be reached within them.
         """
-        warmup = self.pruning_warmup_steps
-        warmup = int(warmup * max_steps) if 0 < warmup < 1 else int(warmup)
+        warmup = _steps(self.pruning_warmup_steps, max_steps)
+        if self.soft:
+            frozen = _steps(self.frozen_steps, max_steps)
+            return LevelPlan.build_soft(self.sparsity, max_steps, warmup, frozen, self.soft_ramp)
         return LevelPlan.build(self.levels, max_steps, warmup, self.last_level_weight)
+
+    @property
+    def soft(self) -> bool:
+        """Whether the method trains through soft masks."""
+        return self.method in SOFT_METHODS
 
     @property
     def searches(self) -> bool:
@@ -204,6 +235,7 @@ class PruningConfig(TrainingArguments):
         self._check_types()
         check_choice("method", self.method, METHODS)
         check_choice("selection", self.selection, SELECTIONS)
+        self._check_soft()
         self._check_candidates()
         self._check_scope()
         self._check_sparsity_and_levels()
@@ -224,9 +256,55 @@ class PruningConfig(TrainingArguments):
             if value is not None and not (isinstance(value, list | tuple) and all(_is_number(v) for v in value)):
                 raise ValueError(f"{name}={value!r} must be a list of finite numbers, such as [0.5, 0.9]")
 
+    def _check_soft(self) -> None:
+        if self.pruning_warmup_steps is None:
+            self.pruning_warmup_steps = 0.16 if self.method == "pdp" else 0
+        for name in ("pruning_warmup_steps", "frozen_steps"):
+            value = getattr(self, name)
+            if value < 0 or (value > 1 and value % 1):
+                raise ValueError(f"{name}={value} must be a share below 1 or a whole number of steps")
+        if not 0 < self.soft_ramp <= 1:
+            raise ValueError(f"soft_ramp={self.soft_ramp} must lie in (0, 1]: it is a share of the soft phase")
+        if self.pdp_tau <= 0:
+            raise ValueError(f"pdp_tau={self.pdp_tau} must be positive, such as 1e-4")
+        if not self.soft:
+            if self.frozen_steps:
+                raise ValueError(
+                    f"frozen_steps={self.frozen_steps} has no meaning with method={self.method!r}, whose masks are "
+                    "always hard: use last_level_weight for a longer last level"
+                )
+            return
+        if self.levels not in (None, [self.sparsity]) or self.num_levels not in (None, 1):
+            raise ValueError(
+                f"levels and num_levels have no meaning with method={self.method!r}, whose sparsity rises at every "
+                "step: leave them unset"
+            )
+        self.num_levels = 1
+        if self.proposals != ["mixed"]:
+            raise ValueError(
+                f"proposals={self.proposals} have no meaning with method={self.method!r}, whose candidates are "
+                "neighbours of its own mask: leave proposals unset"
+            )
+        for name, wanted in (
+            ("num_candidates", (self.num_candidates or 1) > 1),
+            ("level_eval_steps", self.level_eval_steps),
+        ):
+            if wanted and not self.frozen_steps:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} needs steps under the hard mask with method={self.method!r}: set "
+                    "frozen_steps, such as 0.2"
+                )
+
     def _check_candidates(self) -> None:
         paper = self.proposals == ["paper"]
-        if self.method != "random":
+        if self.soft:
+            if self.criterion is not None:
+                raise ValueError(
+                    f"criterion={self.criterion!r} has no meaning with method={self.method!r}, which makes its own "
+                    "masks: leave criterion unset"
+                )
+            self.criterion = "magnitude"  # reads no gradients
+        elif self.method != "random":
             if self.criterion not in (None, self.method):
                 raise ValueError(
                     f"criterion={self.criterion!r} contradicts method={self.method!r}: leave criterion unset, or use "
@@ -264,7 +342,7 @@ class PruningConfig(TrainingArguments):
                 )
             self.scope = "layer"
         elif self.scope is None:
-            self.scope = "layer" if self.criterion == "magnitude" else "balanced"
+            self.scope = "global" if self.soft else "layer" if self.criterion == "magnitude" else "balanced"
         check_choice("scope", self.scope, SCOPES)
 
     def _check_sparsity_and_levels(self) -> None:
@@ -298,10 +376,6 @@ class PruningConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value} must be positive")
-        if self.pruning_warmup_steps < 0 or (self.pruning_warmup_steps > 1 and self.pruning_warmup_steps % 1):
-            raise ValueError(
-                f"pruning_warmup_steps={self.pruning_warmup_steps} must be a share below 1 or a whole number of steps"
-            )
         if not self.sampling_ratios or min(self.sampling_ratios) <= 0:
             raise ValueError(f"sampling_ratios={self.sampling_ratios} must be positive numbers, such as [5e-5, 1e-4]")
         if not 0 < self.selection_fraction < 1:
@@ -321,6 +395,11 @@ class PruningConfig(TrainingArguments):
                 "an "
                 "evaluation: use bf16=True or fp16=True instead"
             )
+
+
+def _steps(value: float, max_steps: int) -> int:
+    """A number of steps, or a share of `max_steps` below 1."""
+    return int(value * max_steps) if 0 < value < 1 else int(value)
 
 
 def _is_number(value: object) -> bool:

@@ -52,6 +52,15 @@ def rewound_rate(args: PruningConfig, plan: LevelPlan) -> Callable[[int], float]
     return rate
 
 
+def _phase(plan: LevelPlan, level: int) -> str:
+    if level >= 0:
+        return f"level {level + 1}" if plan.soft_start is None else "frozen mask"
+    if plan.soft_start is None:
+        return "dense"
+    dense = f"dense to step {plan.soft_start - 1}, " if plan.soft_start else ""
+    return f"{dense}soft, at the target from step {min(plan.soft_start + plan.ramp_steps - 1, plan.starts[0])}"
+
+
 def plan_text(
     args: PruningConfig, plan: LevelPlan, rungs: Sequence[Sequence[tuple[int, int]]], held_out: int = 0
 ) -> str:
@@ -69,8 +78,8 @@ def plan_text(
         trials = rungs[level] if level >= 0 else []
         rows.append(
             [
-                "dense" if level < 0 else f"level {level + 1}",
-                "0" if level < 0 else f"{plan.levels[level]:.4f}",
+                _phase(plan, level),
+                f"{plan.levels[level]:.4f}" if level >= 0 else f"0 - {plan.levels[0]:.4f}" if args.soft else "0",
                 f"{first}-{last - 1}",
                 f"{args.learning_rate:g}" if args.lr_rewind or first == 0 else "(one schedule)",
                 " + ".join(f"{count} x {steps}" for count, steps in trials) or "-",

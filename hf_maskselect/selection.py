@@ -4,6 +4,7 @@ evaluation pipeline" of arXiv 2310.13183, with successive halving beside the pap
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import tempfile
@@ -18,7 +19,7 @@ from .masking.maskset import MaskSet
 from .masking.schedule import LevelPlan
 from .masking.scores import Criterion
 from .methods.hard import HardMasks
-from .proposals import Proposal, gradient_needs, proposal_pool, propose
+from .proposals import Proposal, gradient_needs, key_seed, proposal_pool, propose
 from .report import text_table
 from .trials import EARLY_EVALUATIONS, TrialBench
 
@@ -125,8 +126,12 @@ class MaskSearch:
         self.history: list[LevelSearch] = []
 
     def pool(self) -> list[Proposal]:
-        """The proposals of every level."""
+        """The proposals of every level; those of a soft method are its own mask and random neighbours."""
         config = self._config
+        if config.soft:
+            ratios = itertools.cycle(config.sampling_ratios)
+            others = [Proposal(config.method, config.scope, next(ratios)) for _ in range(config.num_candidates - 1)]
+            return [Proposal(config.method, config.scope), *others]
         return proposal_pool(
             config.proposals,
             "score_fn" if "score_fn" in self._criteria else config.criterion,
@@ -136,6 +141,10 @@ class MaskSearch:
             self._criteria,
             layer_only=config.pattern != "unstructured",
         )
+
+    def needs(self) -> set[str]:
+        """Which gradient statistics the proposals read."""
+        return set() if self._config.soft else gradient_needs(self.pool(), self._criteria)
 
     def rungs(self, plan: LevelPlan, level: int) -> list[tuple[int, int]]:
         """(candidates, steps) of each rung at a level; empty when nothing is chosen."""
@@ -168,27 +177,30 @@ class MaskSearch:
 
     def _draw(self, search: LevelSearch) -> None:
         """Make every candidate's masks and put them on disk; a mask that was already drawn is not tried twice."""
-        config, pool, method = self._config, self.pool(), self._method
-        needs = gradient_needs(pool, self._criteria) if config.criterion_batches else set()
+        config, method = self._config, self._method
+        needs = self.needs() if config.criterion_batches else set()
         stats = None
         if needs:
             stats = self._bench.gradient_stats(needs, search.level)
             rows = config.criterion_batches * config.criterion_batch_size
             search.step_equivalents += rows / self._bench.rows_per_step()
         masks, first = method.masks, None
-        for index, proposal in enumerate(pool):
-            drawn = propose(
-                proposal,
-                index,
-                weights=method.weights,
-                stats=stats,
-                masks=masks,
-                sparsity=search.sparsity,
-                level=search.level,
-                seed=config.seed,
-                pattern=config.mask_pattern,
-                criteria=self._criteria,
-            )
+        for index, proposal in enumerate(self.pool()):
+            if config.soft:
+                drawn = method.candidate(proposal.ratio, key_seed(config.seed, "votes", search.level, index))
+            else:
+                drawn = propose(
+                    proposal,
+                    index,
+                    weights=method.weights,
+                    stats=stats,
+                    masks=masks,
+                    sparsity=search.sparsity,
+                    level=search.level,
+                    seed=config.seed,
+                    pattern=config.mask_pattern,
+                    criteria=self._criteria,
+                )
             first = drawn if first is None else first
             digest = drawn.digest()
             if all(digest != c.digest for c in search.candidates):

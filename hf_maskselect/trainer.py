@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate.utils import gather_object
@@ -15,17 +16,18 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
 
-from .checkpoint import PruningState, check_zeros
+from .checkpoint import PruningState, check_zeros, load_method_state
 from .config import SELECTION_LOSSES, PruningConfig
 from .distillation import Distiller, load_teacher
 from .level_best import LevelBest
 from .masking.maskset import MaskSet
+from .masking.patterns import kept_count
 from .masking.schedule import LevelPlan
 from .masking.scores import CRITERIA, Criterion, ScoreFn
 from .masking.targets import prunable_weights
 from .methods.hard import HardMasks
+from .methods.pdp import Pdp
 from .planning import plan_text, rewound_rate
-from .proposals import gradient_needs
 from .selection import MaskSearch
 from .split import hold_out
 from .trials import TrialBench
@@ -114,8 +116,7 @@ class PruningTrainer(Trainer):
             CRITERIA if score_fn is None else {**CRITERIA, "score_fn": Criterion(score_fn, ("square", "product"), 5.0)}
         )
         self._search = MaskSearch(args, self._bench, self._method, criteria, quiet=not self._speaks)
-        needs = gradient_needs(self._search.pool(), criteria)
-        if needs and score_fn is None and args.criterion_batches == 0:
+        if self._search.needs() and score_fn is None and args.criterion_batches == 0:
             raise ValueError(
                 f"criterion_batches=0 but proposals={args.proposals} need gradients: set it to 64 or more, or "
                 "propose only magnitude"
@@ -156,6 +157,11 @@ class PruningTrainer(Trainer):
 
     def make_method(self) -> HardMasks:
         """The method that keeps the masks in force; override it to train under another one."""
+        args = self.args
+        if args.method == "pdp":
+            return Pdp(
+                self._find_weights, self._choose_masks, self.log, args.mask_pattern, args.sparsity, args.pdp_tau
+            )
         return HardMasks(self._find_weights, self._choose_masks)
 
     @property
@@ -304,21 +310,37 @@ class PruningTrainer(Trainer):
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         prepares = not self.is_in_train and not self.accelerator._models
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with self._baked():
+            output = super().evaluation_loop(
+                dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
+            )
+            sparsity = MaskSet.from_zeros(self.model, self.args.target_modules, self.args.exclude_modules).sparsity()
+        output.metrics[f"{metric_key_prefix}_sparsity"] = sparsity
         if prepares:
             # An evaluation before training marks the raw model as prepared, and a later train() would run without DDP.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.model._is_accelerate_prepared = False
             self.model_wrapped = self.model
             self.accelerator.free_memory()
-        output.metrics[f"{metric_key_prefix}_sparsity"] = MaskSet.from_zeros(
-            self.model, self.args.target_modules, self.args.exclude_modules
-        ).sparsity()
         return output
+
+    @contextlib.contextmanager
+    def _baked(self) -> Iterator[None]:
+        """Inside, the model is what a user would get: exactly sparse, whatever the method trains on."""
+        trained = {}
+        for name, tensor in (self._method.baked_state_dict() or {}).items():
+            weight = self._method.weights[name]
+            trained[name], weight.data = weight.data, tensor
+        try:
+            yield
+        finally:
+            for name, tensor in trained.items():
+                self._method.weights[name].data = tensor
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         # Early, denser models score best and must not win.
-        if self._plan.level_at(self.state.global_step - 1) < len(self._plan.levels) - 1:
+        masks = self._method.masks
+        if masks.kept > kept_count(masks.total, self._plan.levels[-1]):
             return False
         return super()._determine_best_metric(metrics, trial)
 
@@ -343,21 +365,22 @@ class PruningTrainer(Trainer):
                 "achieved": state.masks.sparsity(),
                 "version": FORMAT_VERSION,
             }
-        super()._save(output_dir, state_dict)
+        with self._baked():
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = self.args.output_dir if output_dir is None else output_dir
-            state.save(folder)
+            state.save(folder, self._method.state_dict())
             check_zeros(folder, state.masks)
             if self._level_best and folder != self.args.output_dir:
                 self._level_best.copy_to(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        state = PruningState.load(resume_from_checkpoint)
+        state, extra = PruningState.load(resume_from_checkpoint), load_method_state(resume_from_checkpoint)
         state.check_resumes(self.args.method, self.args.pattern, self.args.sparsity)
         state.masks.check_fits(self._find_weights(self.model))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._method.attach(self.model)
-        self._method.load_state_dict(state.masks, {}, state.step)
+        self._method.load_state_dict(state.masks, extra, state.step)
         self._search.recall(state.step)
         if self._level_best and self.is_world_process_zero():
             self._level_best.copy_from(resume_from_checkpoint)

@@ -185,9 +185,16 @@ def test_the_best_model_is_a_sparse_one(tmp_path):
     ],
     ids=["bf16", "activation checkpointing", "compile"],
 )
-def test_training_modes(tmp_path, changes):
-    changes = {"method": "random", "num_candidates": 2, "trial_steps": 2, **changes}
-    trainer = make_trainer(tmp_path, keywords={"teacher": make(seed=3)}, **changes)
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method": "random", "num_candidates": 2, "trial_steps": 2},
+        {"method": "pdp", "num_levels": None, "pdp_tau": 1e-3},
+    ],
+    ids=["random", "pdp"],
+)
+def test_training_modes(tmp_path, method, changes):
+    trainer = make_trainer(tmp_path, keywords={"teacher": make(seed=3)}, **method, **changes)
     trainer.train()
     trainer.save_model()
     assert verify(tmp_path).masks.sparsity() == 0.75

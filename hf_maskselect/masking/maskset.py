@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 FORMAT_VERSION = 1
+_BESIDE = "beside/"  # no parameter name holds a slash
 # Gathers the low bits of eight little-endian bytes into the top byte of their product, first byte highest.
 _BITS = 0x8040201008040201 - (1 << 64)
 
@@ -117,14 +118,22 @@ class MaskSet(Mapping[str, Tensor]):
         """The inverse of `pack`, on the device and in the shape of `weights`."""
         return cls({name: unpack_bits(packed[name], w.shape).to(w.device) for name, w in weights.items()})
 
-    def save(self, path: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
+    def save(
+        self,
+        path: str | os.PathLike,
+        metadata: Mapping[str, str] | None = None,
+        beside: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Write packed masks as safetensors, under a temporary name first. Shapes, digest and `metadata` go into the
-        header."""
+        header; the tensors `beside` go into the same file and are read by `load_beside`."""
         header = {f"shape.{name}": ",".join(map(str, mask.shape)) for name, mask in self.items()}
         header |= {"format": "hf_maskselect.masks", "format_version": str(FORMAT_VERSION), "digest": self.digest()}
         header |= dict(metadata or {})
+        others = {_BESIDE + name: tensor.detach().cpu().contiguous() for name, tensor in (beside or {}).items()}
+        if others:
+            header["beside"] = _tensor_digest(others)
         temporary = f"{os.fspath(path)}.tmp"
-        save_file(self.pack(), temporary, metadata=header | {"checksum": _checksum(header)})
+        save_file(self.pack() | others, temporary, metadata=header | {"checksum": _checksum(header)})
         os.replace(temporary, path)
 
     @classmethod
@@ -137,7 +146,8 @@ class MaskSet(Mapping[str, Tensor]):
         try:
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
-                packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                names = [name for name in file.keys() if not name.startswith(_BESIDE)]  # noqa: SIM118 (not a dict)
+                packed = {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"{path} cannot be read as masks ({error}); restore the file or point to another checkpoint"
@@ -162,9 +172,31 @@ class MaskSet(Mapping[str, Tensor]):
             raise ValueError(f"{path} is damaged: its bits do not match its digest; restore the file")
         return masks, {k: v for k, v in header.items() if not k.startswith("shape.")}
 
+    @staticmethod
+    def load_beside(path: str | os.PathLike) -> dict[str, Tensor]:
+        """The tensors that `save` was given beside the masks, on the CPU; call `load` first, which checks the header.
+
+        Raises:
+            ValueError: they do not match the digest in the header.
+        """
+        with safe_open(path, framework="pt") as file:
+            digest = file.metadata().get("beside")
+            found = {name: file.get_tensor(name) for name in file.keys() if name.startswith(_BESIDE)}  # noqa: SIM118
+        if (_tensor_digest(found) if found else None) != digest:
+            raise ValueError(f"{path} is damaged: its tensors do not match their digest; restore the file")
+        return {name.removeprefix(_BESIDE): tensor for name, tensor in found.items()}
+
 
 def _checksum(header: Mapping[str, str]) -> str:
     return hashlib.sha256(repr(sorted(header.items())).encode()).hexdigest()
+
+
+def _tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def pack_bits(mask: Tensor) -> Tensor:

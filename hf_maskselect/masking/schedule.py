@@ -35,12 +35,18 @@ def check_levels(levels: Sequence[float], sparsity: float) -> None:
 class LevelPlan:
     """When each level starts and how long it lasts, in optimizer steps (never micro-steps).
 
-    starts[i] is the first step trained under the mask of level i; steps before starts[0] are dense warm-up.
+    starts[i] is the first step trained under the mask of level i; steps before starts[0] are dense warm-up, or soft
+    from soft_start on. A soft phase has one level, whose mask is the last; it may start at max_steps.
+
+    soft_start: first step under soft masks, None for hard methods. ramp_steps: length of the linear ramp of their
+    sparsity.
     """
 
     levels: tuple[float, ...]
     starts: tuple[int, ...]
     max_steps: int
+    soft_start: int | None = None
+    ramp_steps: int = 1
 
     @classmethod
     def build(
@@ -66,6 +72,32 @@ class LevelPlan:
             starts[i] = max(starts[i], starts[i - 1] + 1 if i else warmup_steps)
             starts[i] = min(starts[i], max_steps - (len(levels) - i))
         return cls(tuple(levels), tuple(starts), max_steps)
+
+    @classmethod
+    def build_soft(
+        cls, sparsity: float, max_steps: int, warmup_steps: int, frozen_steps: int, ramp: float
+    ) -> LevelPlan:
+        """Dense warm-up, soft masks, and `frozen_steps` under the hard mask at the end.
+
+        ramp: share of the soft phase in which the sparsity rises to the target, in (0, 1].
+
+        Raises:
+            ValueError: no step is left for the soft phase.
+        """
+        soft = max_steps - warmup_steps - frozen_steps
+        if soft < 1:
+            raise ValueError(
+                f"the plan cannot reach sparsity {sparsity}: {warmup_steps} dense warm-up steps and {frozen_steps} "
+                f"steps under the frozen mask leave no soft step of {max_steps}; raise max_steps or num_train_epochs, "
+                "or lower pruning_warmup_steps or frozen_steps"
+            )
+        return cls((sparsity,), (max_steps - frozen_steps,), max_steps, warmup_steps, max(1, round(ramp * soft)))
+
+    def ramp_at(self, step: int) -> float:
+        """Share of the target that the soft masks have at `step`: 0 in the warm-up, 1 from the ramp's end on."""
+        if self.soft_start is None or step < self.soft_start:
+            return 0.0
+        return min(1.0, (step - self.soft_start + 1) / self.ramp_steps)
 
     def level_at(self, step: int) -> int:
         """Index of the level that optimizer step `step` (from 0) is trained under; -1 during dense warm-up."""

@@ -21,14 +21,14 @@ class HardMasks:
     """Keeps dead weights at exactly zero while the model trains, without touching its modules.
 
     Dead gradients are zeroed before clipping and dead weights after every step. At a level's first step `choose` is
-    asked for the next masks. The masks are held once, in the weights' own dtype: multiplying by a boolean mask is 6x
-    slower.
+    asked for the next masks. The masks are held once, in the weights' own dtype (multiplying by a boolean mask is 6x
+    slower), and not at all before the first cut.
     """
 
     def __init__(self, find_weights: FindWeights, choose: Choose) -> None:
         self._find_weights, self._choose = find_weights, choose
         self.weights: dict[str, nn.Parameter] = {}
-        self._keep: dict[str, Tensor] = {}
+        self._keep: dict[str, Tensor] = {}  # empty: everything is kept
         self._steps_done = 0
         self.level = -1
         self.plan: LevelPlan | None = None
@@ -37,7 +37,7 @@ class HardMasks:
     def attach(self, model: nn.Module) -> None:
         known, self.weights = self.weights, self._find_weights(model)
         if any(known.get(name) is not weight for name, weight in self.weights.items()):  # another model (model_init)
-            self._keep = {name: torch.ones_like(w, requires_grad=False) for name, w in self.weights.items()}
+            self._keep = {}
         self._keep = {name: keep.to(self.weights[name]) for name, keep in self._keep.items()}
 
     def begin(self, plan: LevelPlan, optimizer: torch.optim.Optimizer) -> None:
@@ -49,13 +49,18 @@ class HardMasks:
     @property
     def masks(self) -> MaskSet:
         """The masks in force."""
+        if not self._keep:
+            return MaskSet.ones(self.weights)
         return MaskSet({name: keep.bool() for name, keep in self._keep.items()})
 
     def set_masks(self, masks: MaskSet) -> None:
         """Put masks in force and zero what they remove; no copy of the old ones is kept."""
         masks.check_fits(self.weights)
-        for name, keep in self._keep.items():
-            keep.copy_(masks[name])
+        for name, weight in self.weights.items():
+            if name in self._keep:
+                self._keep[name].copy_(masks[name])
+            else:
+                self._keep[name] = masks[name].to(weight)
         self.on_optimizer_step()  # zeroes the weights
 
     def on_step_begin(self, step: int) -> None:
@@ -68,14 +73,14 @@ class HardMasks:
 
     @torch.no_grad()
     def before_clipping(self) -> None:
-        for name, weight in self.weights.items():
-            if weight.grad is not None:
-                weight.grad.mul_(self._keep[name])
+        for name, keep in self._keep.items():
+            if self.weights[name].grad is not None:
+                self.weights[name].grad.mul_(keep)
 
     @torch.no_grad()
     def on_optimizer_step(self) -> None:
-        for name, weight in self.weights.items():
-            weight.mul_(self._keep[name])
+        for name, keep in self._keep.items():
+            self.weights[name].mul_(keep)
 
     def _clear_dead_moments(self) -> None:
         """Momentum that points into a removed weight would push it every step: it dies with the weight."""

@@ -1,0 +1,56 @@
+"""Soft masks as pure functions of the weights: PDP, "Parameter-free Differentiable Pruning is All You Need" (Cho,
+Adya, Naik; NeurIPS 2023; arXiv 2305.11203).
+
+`m(w) = sigmoid((w^2 - t^2) / tau)`, the softmax over "kept" and "pruned" at equal chance where |w| = t. The effective
+weight is `w m(w)`, and with t held constant its derivative is `m + (2 w^2 / tau) m (1 - m)`. `threshold` is t, a
+number or a tensor that broadcasts (one value a group or a row). All in float32 or wider.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def soft_mask(squares: Tensor, threshold: Tensor | float, tau: float) -> Tensor:
+    """`sigmoid((w^2 - t^2) / tau)` from `squares` = w^2, in (0, 1), shaped like them.
+
+    tau: in squared weight units; 1e-4 suits weights of standard deviation about 0.04 (BERT's encoder).
+    """
+    return squares.sub(threshold**2).mul_(1 / tau).sigmoid_()
+
+
+@torch.no_grad()
+def soft_weight(weight: Tensor, threshold: Tensor | float, tau: float) -> Tensor:
+    """`w m(w)` in the weight's dtype."""
+    wide = weight if weight.dtype == torch.float64 else weight.float()
+    return soft_mask(wide.square(), threshold, tau).mul_(wide).to(weight.dtype)
+
+
+@torch.no_grad()
+def soft_gradient_(grad: Tensor, weight: Tensor, threshold: Tensor | float, tau: float) -> Tensor:
+    """Turn the gradient with respect to `w m(w)` into that with respect to w, in place: times
+    `m + (2 w^2 / tau) m (1 - m)`."""
+    wide = weight if weight.dtype == torch.float64 else weight.float()
+    squares = wide.square()
+    mask = soft_mask(squares, threshold, tau)
+    # m (1 + (2 w^2 / tau) (1 - m)), in the buffer of the squares
+    factor = squares.mul_(2 / tau).addcmul_(squares, mask, value=-1).add_(1).mul_(mask)
+    return grad.mul_(factor)
+
+
+def group_boundaries(magnitudes: Tensor, keep: int, size: int) -> tuple[Tensor, Tensor]:
+    """Of every `size` consecutive entries along the last axis, the largest that falls and the smallest of the `keep`
+    that stay.
+
+    Returns:
+        two tensors of shape `(numel / size,)`.
+    """
+    ordered = [column.contiguous() for column in magnitudes.reshape(-1, size).unbind(1)]
+    # An odd-even sorting network: whole columns at a time, no index moves. M is small.
+    for round_ in range(size):
+        for i in range(round_ % 2, size - 1, 2):
+            low, high = torch.minimum(ordered[i], ordered[i + 1]), torch.maximum(ordered[i], ordered[i + 1])
+            ordered[i], ordered[i + 1] = low, high
+    return ordered[size - keep - 1], ordered[size - keep]

@@ -1,0 +1,130 @@
+"""PDP: "Parameter-free Differentiable Pruning is All You Need" (Cho, Adya, Naik; NeurIPS 2023; arXiv 2305.11203).
+
+Every weight trains, through `w sigmoid((w^2 - t^2) / tau)`; there is nothing else to train. After a dense warm-up one
+ranking of all prunable weights fixes how many each matrix will lose; the counts rise linearly, and t lies half-way
+between the largest magnitude that falls and the smallest that stays, taken anew from the weights at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..masking.boundary import Boundary
+from ..masking.maskset import MaskSet
+from ..masking.patterns import NM, Unstructured
+from ..masking.ranking import top_k_masks
+from ..masking.scores import CRITERIA
+from ..masking.soft import group_boundaries, soft_gradient_, soft_weight
+from ..masking.votes import number_of_draws, rank_by_votes_
+from .hard import Choose, FindWeights
+from .soft import SoftMasks
+
+_ZEROS = "zeros."  # prefix of the fixed counts in a checkpoint
+
+
+class Pdp(SoftMasks):
+    """Soft masks without parameters.
+
+    Args:
+        pattern: `Unstructured` (its scope decides the ranking that fixes the counts; the paper's is "global", and its
+            floor is the cap that leaves no matrix empty) or `NM` (t inside each group, rising from 0).
+        sparsity: the target.
+        tau: width of the soft band in squared weight units.
+    """
+
+    def __init__(
+        self,
+        find_weights: FindWeights,
+        choose: Choose,
+        report: Callable[[Mapping[str, float]], None],
+        pattern: Unstructured | NM,
+        sparsity: float,
+        tau: float,
+    ) -> None:
+        super().__init__(find_weights, choose, report)
+        self._pattern, self._sparsity, self._tau = pattern, sparsity, tau
+        self._zeros: dict[str, int] = {}  # what each matrix will lose; fixed when the soft phase begins
+        self._boundaries: dict[str, Boundary] = {}
+        self._thresholds: dict[str, Tensor | float | None] = {}  # None: nothing falls
+
+    def _magnitudes(self) -> dict[str, Tensor]:
+        return {name: self._weight(name).abs().float() for name in self.weights}
+
+    def prepare(self, step: int) -> None:
+        if not self._zeros:
+            masks = self._pattern.masks(self._magnitudes(), self._sparsity, consume=True)
+            self._zeros = {name: mask.numel() - int(torch.count_nonzero(mask)) for name, mask in masks.items()}
+            self._boundaries = {name: Boundary() for name in masks}
+
+    def effective(self, name: str, weight: Tensor) -> Tensor:
+        threshold = self._thresholds[name] = self._threshold(name, weight)
+        if threshold is None:
+            return weight
+        return soft_weight(self._groups(weight), threshold, self._tau).view(weight.shape)
+
+    def carry(self, name: str, weight: nn.Parameter) -> None:
+        threshold = self._thresholds.pop(name)
+        if threshold is not None:
+            soft_gradient_(self._groups(weight.grad), self._groups(weight.data), threshold, self._tau)
+
+    def _groups(self, tensor: Tensor) -> Tensor:
+        """Shaped so that a threshold broadcasts: one row a group for N:M."""
+        return tensor.view(-1, self._pattern.m) if isinstance(self._pattern, NM) else tensor
+
+    def _falling(self, name: str) -> int:
+        """How many weights of a matrix are pruned at this step of the ramp."""
+        return round(self.plan.ramp_at(self._step) * self._zeros[name])
+
+    def _threshold(self, name: str, weight: Tensor) -> Tensor | float | None:
+        """t: a number, or one value a group of N:M as a column; None where nothing falls yet."""
+        magnitudes = weight.abs().float()
+        if isinstance(self._pattern, NM):
+            falls, stays = group_boundaries(magnitudes, self._pattern.n, self._pattern.m)
+            return falls.add_(stays).mul_(0.5 * self.plan.ramp_at(self._step)).unsqueeze(1)
+        zeros = self._falling(name)
+        if zeros == 0:
+            return None
+        if zeros == weight.numel():
+            return float("inf")
+        falls, stays = self._boundaries[name].find(magnitudes, zeros)
+        return 0.5 * (falls + stays)
+
+    def hard_masks(self) -> MaskSet:
+        self.prepare(self._step)
+        magnitudes = self._magnitudes()
+        if not isinstance(self._pattern, NM):
+            return self._cut(magnitudes, {name: self._falling(name) for name in magnitudes})
+        if self.plan.ramp_at(self._step) == 1:
+            return MaskSet(self._pattern.masks(magnitudes, self._sparsity))
+        return MaskSet(
+            {name: self._groups(w).ge(self._threshold(name, w)).view(w.shape) for name, w in magnitudes.items()}
+        )
+
+    def candidate(self, ratio: float | None, seed: int) -> MaskSet:
+        self.prepare(self._step)
+        scores = self._magnitudes()
+        if ratio is not None:
+            generator = torch.Generator(device=next(iter(scores.values())).device).manual_seed(seed)
+            for name, score in scores.items():
+                zeros = self._zeros[name]
+                draws = number_of_draws(zeros, ratio, matrices=1)
+                rank_by_votes_([score], score.numel() - zeros, draws, CRITERIA["magnitude"].vote_exponent, generator)
+        if isinstance(self._pattern, NM):
+            return MaskSet(self._pattern.masks(scores, self._sparsity, consume=True))
+        return self._cut(scores, self._zeros)
+
+    @staticmethod
+    def _cut(scores: dict[str, Tensor], zeros: dict[str, int]) -> MaskSet:
+        return MaskSet({name: top_k_masks([s], s.numel() - zeros[name])[0] for name, s in scores.items()})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = super().state_dict()
+        return state | {_ZEROS + name: torch.tensor(count) for name, count in self._zeros.items()} if state else state
+
+    def load_state_dict(self, masks: MaskSet, state: dict[str, Tensor], step: int) -> None:
+        super().load_state_dict(masks, state, step)
+        self._zeros = {name: int(state[_ZEROS + name]) for name in self.weights if _ZEROS + name in state}
+        self._boundaries = {name: Boundary() for name in self._zeros}

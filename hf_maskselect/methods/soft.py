@@ -1,0 +1,164 @@
+"""What the differentiable methods share: soft masks while training, the exact hard mask at the end."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..masking.maskset import MaskSet
+from ..masking.schedule import LevelPlan
+from .hard import Choose, FindWeights, HardMasks
+
+_DENSE = "dense."  # prefix of the trained weights in a checkpoint, whose model file holds the baked ones
+
+
+class SoftMasks(HardMasks):
+    """Trains under effective weights until the plan's level begins, and under that level's hard mask from there on.
+
+    For the length of one optimizer step the modules hold the effective weights, so whatever reads a weight (autocast,
+    activation checkpointing, DDP, `torch.compile`, a layer shared between depths) sees them; nothing is registered and
+    every name stays. Before clipping the trained weights return to their place and the gradients are carried over by
+    the chain rule, once a step however many micro-batches were accumulated. Between steps the model holds the trained
+    weights; evaluation and saving look through `baked_state_dict`.
+
+    Args:
+        report: called with what is worth logging when the mask hardens.
+    """
+
+    def __init__(
+        self, find_weights: FindWeights, choose: Choose, report: Callable[[Mapping[str, float]], None]
+    ) -> None:
+        super().__init__(find_weights, choose)
+        self._report = report
+        self._trained: dict[str, Tensor] = {}  # what waits while the effective weights are in its place
+        self._step = -1  # the last step begun
+        self._hardened = False
+
+    # -- for each method to fill in ----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def prepare(self, step: int) -> None:
+        """Whatever the step needs before effective weights can be computed."""
+
+    @abstractmethod
+    def effective(self, name: str, weight: Tensor) -> Tensor:
+        """What the model computes with in place of `weight` in this step; not `weight` changed in place."""
+
+    @abstractmethod
+    def carry(self, name: str, weight: nn.Parameter) -> None:
+        """`weight.grad` is the gradient with respect to the effective weight: make of it the gradients of what is
+        trained."""
+
+    @abstractmethod
+    def hard_masks(self) -> MaskSet:
+        """The deterministic masks at this point of the run."""
+
+    @abstractmethod
+    def candidate(self, ratio: float | None, seed: int) -> MaskSet:
+        """Masks at the target sparsity: the deterministic ones where `ratio` is None, else a random neighbour."""
+
+    def folded(self, name: str, weight: Tensor) -> Tensor:
+        """The weight as the hardened model has it, before its mask."""
+        return weight
+
+    # -- one optimizer step ------------------------------------------------------------------------------------------
+
+    def begin(self, plan: LevelPlan, optimizer: torch.optim.Optimizer) -> None:
+        self._step = self._steps_done - 1
+        super().begin(plan, optimizer)
+        self._hardened = self.level >= 0
+
+    def attach(self, model: nn.Module) -> None:
+        known = self.weights
+        super().attach(model)
+        if any(known.get(name) is not weight for name, weight in self.weights.items()):
+            self._hardened, self._trained = False, {}
+
+    @property
+    def soft(self) -> bool:
+        """Whether soft masks are in force."""
+        return not self._hardened and self.plan is not None and self.plan.ramp_at(self._step) > 0
+
+    def on_step_begin(self, step: int) -> None:
+        if self.plan.level_at(step) >= 0:
+            if not self._hardened:
+                self._harden()
+            super().on_step_begin(step)
+            return
+        self._step = step
+        if self.soft:
+            self.prepare(step)
+            for name, weight in self.weights.items():
+                self._trained[name] = weight.data
+                weight.data = self.effective(name, weight.data)  # .data: no graph, whatever the method computes
+
+    @torch.no_grad()
+    def before_clipping(self) -> None:
+        super().before_clipping()
+        for name in list(self._trained):
+            weight = self.weights[name]
+            weight.data = self._trained.pop(name)
+            if weight.grad is not None:
+                self.carry(name, weight)
+
+    # -- leaving the soft phase --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _harden(self) -> None:
+        """From here on the weights are those of the hard model, still unmasked."""
+        if self.soft:
+            self._report({"soft_hard_gap": self.gap()})
+        for name, weight in self.weights.items():
+            weight.copy_(self.folded(name, weight.data))
+        self._hardened = True
+
+    @torch.no_grad()
+    def gap(self) -> float:
+        """What hardening changes: `|soft - hard| / |hard|` between the effective and the hard weights, over all of
+        them together."""
+        self.prepare(self._step)
+        masks, distance, norm = self.hard_masks(), 0.0, 0.0
+        for name, weight in self.weights.items():
+            hard = self.folded(name, weight.data) * masks[name]
+            distance += float((self.effective(name, weight.data) - hard).float().square().sum())
+            norm += float(hard.float().square().sum())
+        return (distance / norm) ** 0.5 if norm else 0.0
+
+    def finalize(self) -> None:
+        if not self._hardened:
+            masks = self.candidate(None, 0)
+            self._harden()
+            self.set_masks(masks)
+        super().finalize()
+
+    # -- what is read and written between steps ----------------------------------------------------------------------
+
+    def _weight(self, name: str) -> Tensor:
+        """The trained weight, also where a step was interrupted half-way."""
+        return self._trained.get(name, self.weights[name].data)
+
+    @property
+    def masks(self) -> MaskSet:
+        """The hard masks in force, or those that the soft masks amount to."""
+        return self.hard_masks() if self.soft else super().masks
+
+    @torch.no_grad()
+    def baked_state_dict(self) -> dict[str, Tensor] | None:
+        if not self.soft:
+            return None
+        return {name: self.folded(name, self._weight(name)) * mask for name, mask in self.hard_masks().items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {_DENSE + name: self._weight(name) for name in self.weights} if self.soft else {}
+
+    @torch.no_grad()
+    def load_state_dict(self, masks: MaskSet, state: dict[str, Tensor], step: int) -> None:
+        if state:
+            for name, weight in self.weights.items():
+                weight.copy_(state[_DENSE + name])
+            self._steps_done = step
+        else:
+            super().load_state_dict(masks, state, step)

@@ -1,0 +1,71 @@
+"""The soft mask of PDP against an independent float64 computation, and its gradient against autograd."""
+
+import math
+
+import pytest
+import torch
+
+from hf_maskselect.masking.soft import group_boundaries, soft_gradient_, soft_mask, soft_weight
+
+
+class SoftWeight(torch.autograd.Function):
+    """What the method does between the step's start and clipping, as one differentiable function."""
+
+    @staticmethod
+    def forward(ctx, weight, threshold, tau):
+        ctx.save_for_backward(weight)
+        ctx.constants = threshold, tau
+        return soft_weight(weight, threshold, tau)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return soft_gradient_(grad.clone(), *ctx.saved_tensors, *ctx.constants), None, None
+
+
+def test_values_equal_plain_arithmetic():
+    generator = torch.Generator().manual_seed(0)
+    weight, t, tau = 0.05 * torch.randn(200, generator=generator), 0.06, 1e-4
+    for w, m, effective in zip(weight, soft_mask(weight.square(), t, tau), soft_weight(weight, t, tau), strict=True):
+        z, k = math.exp(t**2 / tau), math.exp(float(w) ** 2 / tau)  # softmax over pruned and kept
+        assert float(m) == pytest.approx(k / (z + k), rel=1e-4)
+        assert float(effective) == pytest.approx(float(w) * k / (z + k), rel=1e-4)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.06, torch.linspace(0, 0.1, 6, dtype=torch.float64)[:, None]])
+def test_gradient_is_that_of_the_effective_weight(threshold):
+    generator = torch.Generator().manual_seed(1)
+    weight = 0.05 * torch.randn(6, 8, generator=generator, dtype=torch.float64)
+    weight[0, 0] = 0.06  # on the boundary
+    assert torch.autograd.gradcheck(
+        lambda w: SoftWeight.apply(w, threshold, 1e-3), (weight.requires_grad_(),), eps=1e-7, atol=1e-6
+    )
+    m = torch.sigmoid((weight**2 - torch.as_tensor(threshold) ** 2) / 1e-3)
+    formula = m + 2 * weight**2 / 1e-3 * m * (1 - m)
+    found = soft_gradient_(torch.ones_like(weight), weight.detach(), threshold, 1e-3)
+    torch.testing.assert_close(found, formula.detach())
+
+
+def test_the_factor_at_the_boundary():
+    factor = soft_gradient_(torch.ones(1), torch.tensor([0.069]), 0.069, 1e-4)
+    assert float(factor) == pytest.approx(0.5 + 0.069**2 / 2e-4, rel=1e-5)  # 24.3
+
+
+def test_far_from_the_boundary_the_mask_is_hard():
+    weight = torch.tensor([0.0, 1e-3, 0.5, -3.0])
+    assert soft_weight(weight, 0.1, 1e-6).tolist() == [0.0, 0.0, 0.5, -3.0]
+    assert soft_gradient_(torch.ones(4), weight, 0.1, 1e-6).tolist() == [0.0, 0.0, 1.0, 1.0]
+
+
+def test_half_precision_weights_are_masked_in_float32():
+    weight = (0.05 * torch.randn(1000, generator=torch.Generator().manual_seed(2))).bfloat16()
+    found = soft_weight(weight, 0.06, 1e-4)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, soft_weight(weight.float(), 0.06, 1e-4).bfloat16())
+
+
+@pytest.mark.parametrize(("keep", "size"), [(2, 4), (1, 4), (3, 4), (1, 2), (4, 8), (5, 7), (2, 32)])
+def test_group_boundaries_are_the_neighbours_of_the_cut(keep, size):
+    values = torch.randn(6, 7 * size, generator=torch.Generator().manual_seed(size)).abs()
+    falls, stays = group_boundaries(values, keep, size)
+    ordered = values.view(-1, size).sort(dim=1).values
+    assert torch.equal(falls, ordered[:, size - keep - 1]) and torch.equal(stays, ordered[:, size - keep])

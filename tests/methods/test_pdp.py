@@ -1,0 +1,258 @@
+"""PDP: its training equals an independent implementation, its end is exact, and it resumes to the bit."""
+
+import copy
+
+import pytest
+import torch
+from tiny import FAMILIES, losses, make, make_rows, make_trainer, same, weights_of
+from transformers import AutoModelForSequenceClassification, TrainerCallback
+
+from hf_maskselect import MaskSet, PruningState, verify
+from hf_maskselect.checkpoint import load_method_state
+
+PDP = {"method": "pdp", "num_levels": None, "pruning_warmup_steps": 2, "pdp_tau": 1e-3}
+
+
+def plain_training(model, rows, steps, *, warmup, ramp, target, tau, rate):
+    """PDP by autograd, as the paper writes it: thresholds by sorting, t held constant. Per-matrix target, SGD, one
+    batch of 8 rows a step in order. Returns the losses."""
+    names = [
+        n for n, _ in model.named_parameters() if ".layer." in n and n.endswith("weight") and "LayerNorm" not in n
+    ]
+    parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    found = []
+    for step in range(steps):
+        effective = dict(parameters)
+        if step >= warmup:
+            share = min(1, (step - warmup + 1) / ramp)
+            for name in names:
+                weight = parameters[name]
+                ordered = weight.detach().abs().flatten().sort().values
+                zeros = round(share * round(target * weight.numel()))
+                t = (ordered[zeros - 1] + ordered[zeros]) / 2
+                effective[name] = weight * torch.sigmoid((weight**2 - t**2) / tau)
+        batch = rows[8 * step : 8 * step + 8]
+        batch = {key: torch.stack([row[key] for row in batch]) for key in batch[0]}
+        loss = torch.func.functional_call(model, effective, kwargs=batch).loss
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        norm = torch.stack([g.norm() for g in gradients]).norm()
+        with torch.no_grad():
+            for weight, gradient in zip(parameters.values(), gradients, strict=True):
+                weight -= rate * gradient * min(1.0, 1.0 / (float(norm) + 1e-6))
+        found.append(loss.item())
+    return found
+
+
+def test_training_equals_the_paper_written_with_autograd(tmp_path):
+    model, rows = make(), make_rows(96)
+    expected = plain_training(copy.deepcopy(model), rows, 12, warmup=2, ramp=8, target=0.75, tau=1e-3, rate=0.1)
+    trainer = make_trainer(
+        tmp_path,
+        model,
+        rows,
+        **PDP,
+        scope="layer",
+        optim="sgd",
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+    )
+    trainer.train()
+    assert losses(trainer) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_end_is_exact_and_plain(tmp_path, family):
+    trainer = make_trainer(tmp_path, make(family), **PDP)
+    keys = trainer.model.state_dict().keys()
+    trainer.train()
+    trainer.save_model()
+    state = verify(tmp_path)
+    assert state.method == "pdp" and MaskSet.from_zeros(trainer.model).sparsity() == 0.75
+    assert trainer.model.state_dict().keys() == keys
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert same(weights_of(loaded), weights_of(trainer.model))
+    (gap,) = [entry["soft_hard_gap"] for entry in trainer.state.log_history if "soft_hard_gap" in entry]
+    assert 0 < gap < 1
+
+
+@pytest.mark.parametrize(("pattern", "share"), [("2:4", 0.5), ("1:4", 0.25), ("3:8", 0.375)])
+def test_groups_keep_n_of_m(tmp_path, pattern, share):
+    trainer = make_trainer(tmp_path, **{**PDP, "sparsity": None}, pattern=pattern, eval_strategy="steps", eval_steps=5)
+    trainer.train()
+    size = int(pattern[-1])
+    for mask in trainer.pruning_state().masks.values():
+        assert (mask.view(-1, size).sum(1) == share * size).all()
+    found = [entry["eval_sparsity"] for entry in trainer.state.log_history if "eval_sparsity" in entry]
+    assert 0 < found[0] < found[1] == 1 - share  # after 5 and 10 steps; the ramp ends with the tenth
+
+
+@pytest.mark.parametrize("scope", ["layer", "balanced", "global"])
+def test_counts_are_fixed_by_one_ranking_and_met_on_the_ramp(tmp_path, scope):
+    model = make()
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight.mul_(4)
+    trainer = make_trainer(tmp_path, model, **PDP, scope=scope, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    method, masks = trainer._method, trainer.pruning_state().masks
+    zeros = {name: mask.numel() - int(mask.sum()) for name, mask in masks.items()}
+    assert zeros == method._zeros
+    shares = {round(count / masks[name].numel(), 3) for name, count in zeros.items()}
+    assert (len(shares) == 1) == (scope == "layer")
+    found = [entry["eval_sparsity"] for entry in trainer.state.log_history if "eval_sparsity" in entry]
+    expected = [sum(round(min(1, max(0, s - 2) / 8) * z) for z in zeros.values()) / masks.total for s in range(1, 13)]
+    assert found[:12] == pytest.approx(expected, abs=1e-12)
+
+
+def test_an_evaluation_changes_nothing(tmp_path):
+    plain, watched = (
+        make_trainer(tmp_path / name, **PDP, **more)
+        for name, more in (("a", {}), ("b", {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}))
+    )
+    plain.train()
+    watched.train()
+    assert losses(plain) == losses(watched) and same(weights_of(plain.model), weights_of(watched.model))
+
+
+def test_accumulated_batches_are_one_batch(tmp_path):
+    runs = []
+    for batch, count in ((8, 1), (4, 2), (2, 4)):
+        trainer = make_trainer(
+            tmp_path / str(batch), **PDP, per_device_train_batch_size=batch, gradient_accumulation_steps=count
+        )
+        trainer.train()
+        runs.append(trainer)
+    for other in runs[1:]:
+        assert losses(runs[0]) == pytest.approx(losses(other), rel=1e-4)
+        assert runs[0].pruning_state().masks.overlap(other.pruning_state().masks) > 0.99
+
+
+@pytest.mark.parametrize("step", [1, 4, 10])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_a_run_resumes_to_the_bit(tmp_path, step, pattern):
+    """From the warm-up, the ramp and the frozen phase."""
+    common = {
+        **PDP,
+        "pattern": pattern,
+        "sparsity": None,
+        "frozen_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    whole = make_trainer(tmp_path, **common)
+    whole.train()
+    resumed = make_trainer(tmp_path / "again", make(seed=5), **common)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert losses(whole) == losses(resumed)
+    assert same(weights_of(whole.model), weights_of(resumed.model))
+    assert whole.pruning_state().masks.digest() == resumed.pruning_state().masks.digest()
+
+
+def test_a_checkpoint_on_the_ramp_is_plain_and_sparse_for_its_users(tmp_path):
+    trainer = make_trainer(tmp_path, **PDP, save_strategy="steps", save_steps=5)
+    trainer.train()
+    folder = tmp_path / "checkpoint-5"
+    masks = PruningState.load(folder).masks
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert MaskSet.from_zeros(loaded).digest() == masks.digest() and 0.2 < masks.sparsity() < 0.3
+    assert load_method_state(folder).keys() == {f"{kind}.{name}" for kind in ("dense", "zeros") for name in masks}
+    trainer.save_model()
+    assert not load_method_state(tmp_path)  # the finished model holds nothing but itself
+
+
+def test_inside_a_step_the_model_computes_with_effective_weights(tmp_path):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            seen.append(("between", model.bert.encoder.layer[0].output.dense.weight.detach().clone()))
+
+    class Trainer(type(make_trainer(tmp_path))):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if model.training:
+                seen.append(("inside", model.bert.encoder.layer[0].output.dense.weight.detach().clone()))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    trainer = make_trainer(tmp_path, trainer=Trainer, **PDP)
+    trainer.add_callback(Look())
+    trainer.train()
+    pairs = list(zip(seen[::2], seen[1::2], strict=True))
+    for step, ((first, inside), (second, trained)) in enumerate(pairs):
+        assert (first, second) == ("inside", "between")
+        assert torch.equal(inside, trained) == (step < 2)
+        assert (inside.abs() <= trained.abs()).all()
+
+
+def test_a_run_stopped_inside_a_step_saves_its_trained_weights(tmp_path):
+    class Stop(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                raise KeyboardInterrupt
+
+    trainer = make_trainer(tmp_path, **PDP, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    trainer.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.save_model()
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    for name, mask in PruningState.load(tmp_path).masks.items():
+        trained = trainer._method._trained[name]
+        assert torch.equal(loaded.get_parameter(name), trained * mask)
+        assert not torch.equal(trainer._method.weights[name], trained)
+
+
+def test_candidates_are_neighbours_tried_when_the_mask_hardens(tmp_path):
+    trainer = make_trainer(tmp_path, **PDP, num_candidates=3, frozen_steps=4, trial_steps=2)
+    trainer.train()
+    (search,) = trainer._search.history
+    assert search.step == 8 and [c.index for c in search.candidates] == [0, 1, 2]
+    assert [c.proposal.split("@")[0] for c in search.candidates] == ["pdp:global"] + 2 * ["pdp:global:votes"]
+    assert all(0.5 < c.overlap < 1 for c in search.candidates[1:])
+    masks = trainer.pruning_state().masks
+    assert masks.sparsity() == 0.75
+    assert {n: m.numel() - int(m.sum()) for n, m in masks.items()} == trainer._method._zeros
+
+
+def test_nothing_is_held_beside_the_weights(tmp_path):
+    """No copy of the weights outlives a step, and no mask is held before the hard phase."""
+    held = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            method = trainer._method
+            held.append(sum(t.numel() for group in (method._keep, method._trained) for t in group.values()))
+
+    trainer = make_trainer(tmp_path, **PDP)
+    trainer.add_callback(Look())
+    trainer.train()
+    assert held == [0] * 12
+
+
+def test_tied_embeddings_are_left_alone(tmp_path):
+    model = make(head="ForMaskedLM")
+    rows = [{**row, "labels": row["input_ids"]} for row in make_rows()]
+    trainer = make_trainer(tmp_path, model, rows, **PDP, exclude_modules=["transform.dense"])
+    trainer.train()
+    assert model.bert.embeddings.word_embeddings.weight is model.cls.predictions.decoder.weight
+    assert not any("embedding" in name or "decoder" in name for name in trainer.pruning_state().masks)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pdp_tau": 0.0}, "pdp_tau=0.0 must be positive"),
+        ({"soft_ramp": 0.0}, "soft_ramp=0.0 must lie in"),
+        ({"frozen_steps": -1}, "frozen_steps=-1 must be a share"),
+        ({"levels": [0.5, 0.75]}, "levels and num_levels have no meaning with method='pdp'"),
+        ({"num_levels": 3}, "levels and num_levels have no meaning"),
+        ({"criterion": "taylor"}, "criterion='taylor' has no meaning with method='pdp'"),
+        ({"proposals": ["paper"]}, "have no meaning with method='pdp'"),
+        ({"num_candidates": 4}, "num_candidates=4 needs steps under the hard mask"),
+        ({"level_eval_steps": 2}, "level_eval_steps=2 needs steps under the hard mask"),
+        ({"method": "magnitude", "frozen_steps": 2}, "frozen_steps=2 has no meaning with method='magnitude'"),
+        ({"pruning_warmup_steps": 9, "frozen_steps": 3}, "leave no soft step of 12"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **{**PDP, **changes}).train()
