@@ -12,10 +12,12 @@ from .masking.patterns import NM, SCOPES, Unstructured, parse_pattern
 from .masking.schedule import LevelPlan, check_levels, cubic_levels
 from .masking.scores import CRITERIA
 from .masking.votes import SAMPLING_RATIOS
+from .methods.gumbel import GumbelOptions
 from .proposals import parse_proposal
 
-SOFT_METHODS = ("pdp",)
+SOFT_METHODS = ("pdp", "gumbel")
 METHODS = ("random", *CRITERIA, *SOFT_METHODS)
+_EMERGENT = 0.5  # stands for a sparsity that is no target; nothing is pruned by it
 SELECTIONS = ("halving", "early")
 SELECTION_LOSSES = ("loss", "teacher")
 WHOLE_NUMBERS = (
@@ -34,6 +36,11 @@ NUMBERS = (
     "soft_ramp",
     "frozen_steps",
     "pdp_tau",
+    "gumbel_tau",
+    "gumbel_initial_logit",
+    "gumbel_prior",
+    "gumbel_learning_rate",
+    "gumbel_scale_learning_rate",
     "trial_learning_rate",
     "selection_fraction",
     "distill_logits",
@@ -53,7 +60,8 @@ class PruningConfig(TrainingArguments):
     Args:
         method (`str`, defaults to `"random"`): `"random"` draws several masks a level and keeps the best after short
             trials (arXiv 2310.13183); `"magnitude"`, `"fisher"` and `"taylor"` use one deterministic mask of that
-            criterion; `"pdp"` trains through soft masks that harden at the end (arXiv 2305.11203).
+            criterion; `"pdp"` trains through soft masks that harden at the end (arXiv 2305.11203); `"gumbel"` learns a
+            mask over frozen weights (arXiv 2202.12986).
         sparsity (`float`, *optional*): fraction of zeros over the prunable weights, in (0, 1), met to the exact count.
             Defaults to 0.9375 (16x), or to what an N:M pattern implies.
         pattern (`str`, defaults to `"unstructured"`): or `"N:M"`, at most N of M consecutive weights along the input
@@ -80,7 +88,7 @@ class PruningConfig(TrainingArguments):
         level_eval_steps (`int`, defaults to 0): if positive, score the model on the selection split every so many
             steps and at each level's end go on from the level's best weights.
 
-    > Soft masks (`"pdp"`), in force from the warm-up on
+    > Soft masks (`"pdp"`, `"gumbel"`), in force from the warm-up on
 
     Args:
         soft_ramp (`float`, defaults to 0.8): share of the soft phase in which the sparsity rises to the target, linear
@@ -90,6 +98,28 @@ class PruningConfig(TrainingArguments):
             the mask hardens (neighbours of the method's own mask) and tried on these steps.
         pdp_tau (`float`, defaults to 1e-4): width of the soft band of `sigmoid((w^2 - t^2) / pdp_tau)`, in squared
             weight units; fits weights of standard deviation about 0.04, as in BERT's encoder.
+
+    > Learned masks (`"gumbel"`)
+
+    Args:
+        gumbel_tau (`float`, defaults to 1): temperature of the straight-through gradient.
+        gumbel_untrained (`bool`, defaults to `False`): the paper's setting, weights at their initialisation; changes
+            the defaults of the next four fields.
+        gumbel_budget (`bool`, *optional*): share the kept weights out by an exact budget that follows the ramp, and
+            end in the best logits; else keep where the logit is >= 0 and let the sparsity emerge (leave `sparsity`
+            unset then). Defaults to `True`, untrained to `False` (the paper).
+        gumbel_initial_logit (`float`, *optional*): where logits start; a weight is kept with probability
+            `sigmoid(logit)`. Defaults to 3, untrained to 0 (the paper).
+        gumbel_prior (`float`, *optional*): adds this many times the standardized log-magnitude of each weight (in its
+            matrix) to its first logit. Defaults to 1, untrained to 0 (the paper).
+        gumbel_signed_constant (`bool`, *optional*): replace each weight by its sign times its matrix's standard
+            deviation before training. Defaults to `False`, untrained to `True` (the paper).
+        gumbel_rescale (`bool`, defaults to `True`): Smart Rescale, one learned scale a matrix, folded in at the end.
+        gumbel_learning_rate (`float`, defaults to 0.05): of the logits, in an optimizer group of their own that
+            follows `lr_scheduler_type`; for Adam. The paper's 50 belongs to plain SGD.
+        gumbel_scale_learning_rate (`float`, defaults to 1e-3): of the scales.
+        gumbel_train_rest (`bool`, defaults to `False`): also train biases, norms and embeddings of the body; the head
+            always trains.
 
     > Which candidate
 
@@ -130,7 +160,7 @@ class PruningConfig(TrainingArguments):
     """
 
     method: str = field(
-        default="random", metadata={"help": "random, magnitude, fisher, taylor or pdp", "choices": METHODS}
+        default="random", metadata={"help": "random, magnitude, fisher, taylor, pdp or gumbel", "choices": METHODS}
     )
     sparsity: float | None = field(
         default=None, metadata={"help": "Fraction of zeros over the prunable weights (0.9375)."}
@@ -165,6 +195,23 @@ class PruningConfig(TrainingArguments):
         default=0.0, metadata={"help": "Steps at the end under the frozen hard mask; < 1: a share."}
     )
     pdp_tau: float = field(default=1e-4, metadata={"help": "Width of PDP's soft band, in squared weight units."})
+
+    gumbel_tau: float = field(default=1.0, metadata={"help": "Temperature of the straight-through gradient."})
+    gumbel_untrained: bool = field(default=False, metadata={"help": "Weights at their initialisation (the paper)."})
+    gumbel_budget: bool | None = field(default=None, metadata={"help": "Exact budget; else the sparsity emerges."})
+    gumbel_initial_logit: float | None = field(default=None, metadata={"help": "Where logits start (3; untrained 0)."})
+    gumbel_prior: float | None = field(
+        default=None, metadata={"help": "Weight of the log-magnitude in the first logits (1; untrained 0)."}
+    )
+    gumbel_signed_constant: bool | None = field(
+        default=None, metadata={"help": "Weights become sign times standard deviation (untrained: true)."}
+    )
+    gumbel_rescale: bool = field(default=True, metadata={"help": "Smart Rescale: one learned scale a matrix."})
+    gumbel_learning_rate: float = field(default=0.05, metadata={"help": "Learning rate of the logits."})
+    gumbel_scale_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the scales."})
+    gumbel_train_rest: bool = field(
+        default=False, metadata={"help": "Also train biases, norms and embeddings of the body."}
+    )
 
     num_candidates: int | None = field(default=None, metadata={"help": "Masks tried at each level (4 for random)."})
     proposals: list[str] = field(
@@ -219,6 +266,26 @@ class PruningConfig(TrainingArguments):
         return self.method in SOFT_METHODS
 
     @property
+    def emergent(self) -> bool:
+        """Whether the sparsity is no target but a result."""
+        return self.method == "gumbel" and not self.gumbel_budget
+
+    @property
+    def gumbel_options(self) -> GumbelOptions:
+        """The fields of the Gumbel method."""
+        return GumbelOptions(
+            tau=self.gumbel_tau,
+            budget=self.gumbel_budget,
+            rescale=self.gumbel_rescale,
+            initial_logit=self.gumbel_initial_logit,
+            prior=self.gumbel_prior,
+            signed_constant=self.gumbel_signed_constant,
+            logit_rate=self.gumbel_learning_rate,
+            scale_rate=self.gumbel_scale_learning_rate,
+            train_rest=self.gumbel_train_rest,
+        )
+
+    @property
     def searches(self) -> bool:
         """Whether a mask is chosen among several."""
         return self.num_candidates > 1
@@ -265,8 +332,10 @@ class PruningConfig(TrainingArguments):
                 raise ValueError(f"{name}={value} must be a share below 1 or a whole number of steps")
         if not 0 < self.soft_ramp <= 1:
             raise ValueError(f"soft_ramp={self.soft_ramp} must lie in (0, 1]: it is a share of the soft phase")
-        if self.pdp_tau <= 0:
-            raise ValueError(f"pdp_tau={self.pdp_tau} must be positive, such as 1e-4")
+        for name, usual in (("pdp_tau", 1e-4), ("gumbel_tau", 1), ("gumbel_learning_rate", 0.05)):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive, such as {usual:g}")
+        self._resolve_gumbel()
         if not self.soft:
             if self.frozen_steps:
                 raise ValueError(
@@ -294,6 +363,34 @@ class PruningConfig(TrainingArguments):
                     f"{name}={getattr(self, name)} needs steps under the hard mask with method={self.method!r}: set "
                     "frozen_steps, such as 0.2"
                 )
+
+    def _resolve_gumbel(self) -> None:
+        new = self.gumbel_untrained
+        resolved = {
+            "gumbel_budget": not new,
+            "gumbel_initial_logit": 0.0 if new else 3.0,
+            "gumbel_prior": 0.0 if new else 1.0,
+            "gumbel_signed_constant": new,
+        }
+        for name, value in resolved.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.method != "gumbel":
+            return
+        if self.scope == "balanced":
+            raise ValueError(
+                "scope='balanced' has no meaning with method='gumbel', whose logits are comparable as they are: use "
+                "'global' or 'layer'"
+            )
+        if self.emergent and self.pattern != "unstructured":
+            raise ValueError(
+                f"pattern={self.pattern!r} needs gumbel_budget=True: the rule logit >= 0 keeps no fixed count"
+            )
+        if self.emergent and self.sparsity not in (None, _EMERGENT):
+            raise ValueError(
+                f"sparsity={self.sparsity} has no meaning with gumbel_budget=False, where it emerges: leave it unset, "
+                "or set gumbel_budget=True"
+            )
 
     def _check_candidates(self) -> None:
         paper = self.proposals == ["paper"]
@@ -347,6 +444,8 @@ class PruningConfig(TrainingArguments):
 
     def _check_sparsity_and_levels(self) -> None:
         pattern = parse_pattern(self.pattern, self.scope, self.layer_floor)
+        if self.sparsity is None and self.emergent:
+            self.sparsity = _EMERGENT
         if self.sparsity is None:
             self.sparsity = 1 - pattern.n / pattern.m if isinstance(pattern, NM) else 0.9375
         if not 0 < self.sparsity < 1:

@@ -52,6 +52,10 @@ def rewound_rate(args: PruningConfig, plan: LevelPlan) -> Callable[[int], float]
     return rate
 
 
+def _rising(args: PruningConfig) -> str:
+    return "emerges" if args.emergent else f"0 - {args.sparsity:.4f}"
+
+
 def _phase(plan: LevelPlan, level: int) -> str:
     if level >= 0:
         return f"level {level + 1}" if plan.soft_start is None else "frozen mask"
@@ -79,7 +83,7 @@ def plan_text(
         rows.append(
             [
                 _phase(plan, level),
-                f"{plan.levels[level]:.4f}" if level >= 0 else f"0 - {plan.levels[0]:.4f}" if args.soft else "0",
+                f"{plan.levels[level]:.4f}" if level >= 0 else _rising(args) if args.soft else "0",
                 f"{first}-{last - 1}",
                 f"{args.learning_rate:g}" if args.lr_rewind or first == 0 else "(one schedule)",
                 " + ".join(f"{count} x {steps}" for count, steps in trials) or "-",
@@ -87,8 +91,9 @@ def plan_text(
             ]
         )
     held = f"; masks are chosen on {held_out} rows held out" if held_out else ""
+    target = "that emerges" if args.emergent else f"{args.sparsity:g}"
     return (
-        f"Pruning plan: method {args.method}, pattern {args.pattern}, target {args.sparsity:g}{held}\n"
+        f"Pruning plan: method {args.method}, pattern {args.pattern}, target {target}{held}\n"
         + text_table(["phase", "sparsity", "steps", "peak lr", "trials (count x steps)", "trial steps"], rows)
         + f"\n{plan.max_steps} training steps and {sum(row[-1] for row in rows)} trial steps"
     )

@@ -129,9 +129,8 @@ class MaskSearch:
         """The proposals of every level; those of a soft method are its own mask and random neighbours."""
         config = self._config
         if config.soft:
-            ratios = itertools.cycle(config.sampling_ratios)
-            others = [Proposal(config.method, config.scope, next(ratios)) for _ in range(config.num_candidates - 1)]
-            return [Proposal(config.method, config.scope), *others]
+            ratios = itertools.islice(itertools.cycle(config.sampling_ratios), config.num_candidates - 1)
+            return [Proposal(config.method, config.scope), *(Proposal(config.method, config.scope, r) for r in ratios)]
         return proposal_pool(
             config.proposals,
             "score_fn" if "score_fn" in self._criteria else config.criterion,

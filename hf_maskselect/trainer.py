@@ -25,9 +25,11 @@ from .masking.patterns import kept_count
 from .masking.schedule import LevelPlan
 from .masking.scores import CRITERIA, Criterion, ScoreFn
 from .masking.targets import prunable_weights
+from .methods.gumbel import Gumbel
 from .methods.hard import HardMasks
 from .methods.pdp import Pdp
 from .planning import plan_text, rewound_rate
+from .proposals import key_seed
 from .selection import MaskSearch
 from .split import hold_out
 from .trials import TrialBench
@@ -162,6 +164,16 @@ class PruningTrainer(Trainer):
             return Pdp(
                 self._find_weights, self._choose_masks, self.log, args.mask_pattern, args.sparsity, args.pdp_tau
             )
+        if args.method == "gumbel":
+            return Gumbel(
+                self._find_weights,
+                self._choose_masks,
+                self.log,
+                args.mask_pattern,
+                args.sparsity,
+                args.gumbel_options,
+                lambda step: key_seed(args.seed, "gumbel", step),
+            )
         return HardMasks(self._find_weights, self._choose_masks)
 
     @property
@@ -201,7 +213,12 @@ class PruningTrainer(Trainer):
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         self._method.attach(self.model)
-        return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for group in self._method.parameter_groups():
+            if not known & {id(parameter) for parameter in group["params"]}:
+                optimizer.add_param_group(group)
+        return optimizer
 
     def new_optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
         """A fresh optimizer of the run's own class and parameter groups; the run's own is left alone."""
@@ -340,7 +357,7 @@ class PruningTrainer(Trainer):
     def _determine_best_metric(self, metrics, trial) -> bool:
         # Early, denser models score best and must not win.
         masks = self._method.masks
-        if masks.kept > kept_count(masks.total, self._plan.levels[-1]):
+        if not self.args.emergent and masks.kept > kept_count(masks.total, self._plan.levels[-1]):
             return False
         return super()._determine_best_metric(metrics, trial)
 
@@ -349,10 +366,9 @@ class PruningTrainer(Trainer):
     def pruning_state(self) -> PruningState:
         """Masks in force and where the run stands."""
         args = self.args
-        step = self.state.global_step
-        return PruningState(
-            self._method.masks, args.method, args.pattern, args.sparsity, step, self._method.level, args.seed
-        )
+        step, masks = self.state.global_step, self._method.masks
+        sparsity = masks.sparsity() if args.emergent else args.sparsity
+        return PruningState(masks, args.method, args.pattern, sparsity, step, self._method.level, args.seed)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         self._method.attach(self.model)
@@ -376,7 +392,8 @@ class PruningTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         state, extra = PruningState.load(resume_from_checkpoint), load_method_state(resume_from_checkpoint)
-        state.check_resumes(self.args.method, self.args.pattern, self.args.sparsity)
+        args = self.args
+        state.check_resumes(args.method, args.pattern, state.sparsity if args.emergent else args.sparsity)
         state.masks.check_fits(self._find_weights(self.model))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._method.attach(self.model)

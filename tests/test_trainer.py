@@ -190,8 +190,9 @@ def test_the_best_model_is_a_sparse_one(tmp_path):
     [
         {"method": "random", "num_candidates": 2, "trial_steps": 2},
         {"method": "pdp", "num_levels": None, "pdp_tau": 1e-3},
+        {"method": "gumbel", "num_levels": None, "gumbel_learning_rate": 0.5},
     ],
-    ids=["random", "pdp"],
+    ids=["random", "pdp", "gumbel"],
 )
 def test_training_modes(tmp_path, method, changes):
     trainer = make_trainer(tmp_path, keywords={"teacher": make(seed=3)}, **method, **changes)

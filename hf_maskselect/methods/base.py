@@ -20,6 +20,9 @@ class Method(Protocol):
     def attach(self, model: nn.Module) -> None:
         """Bind to the model's parameters by name. Idempotent: `create_optimizer` may run more than once."""
 
+    def parameter_groups(self) -> list[dict]:
+        """Optimizer groups of what is trained beside the model's own parameters; asked for after `attach`."""
+
     def begin(self, plan: LevelPlan, optimizer: torch.optim.Optimizer) -> None:
         """Training starts (or goes on, after `load_state_dict`) with this plan and optimizer."""
 

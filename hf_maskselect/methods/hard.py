@@ -89,6 +89,9 @@ class HardMasks:
                 if isinstance(moment, Tensor) and moment.shape == weight.shape:
                     moment.mul_(self._keep[name].to(moment.dtype))
 
+    def parameter_groups(self) -> list[dict]:
+        return []
+
     def penalty(self) -> None:
         return None
 

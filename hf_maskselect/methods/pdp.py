@@ -65,7 +65,7 @@ class Pdp(SoftMasks):
             return weight
         return soft_weight(self._groups(weight), threshold, self._tau).view(weight.shape)
 
-    def carry(self, name: str, weight: nn.Parameter) -> None:
+    def carry(self, name: str, weight: nn.Parameter, effective: Tensor) -> None:
         threshold = self._thresholds.pop(name)
         if threshold is not None:
             soft_gradient_(self._groups(weight.grad), self._groups(weight.data), threshold, self._tau)

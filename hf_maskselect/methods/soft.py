@@ -48,9 +48,8 @@ class SoftMasks(HardMasks):
         """What the model computes with in place of `weight` in this step; not `weight` changed in place."""
 
     @abstractmethod
-    def carry(self, name: str, weight: nn.Parameter) -> None:
-        """`weight.grad` is the gradient with respect to the effective weight: make of it the gradients of what is
-        trained."""
+    def carry(self, name: str, weight: nn.Parameter, effective: Tensor) -> None:
+        """`weight.grad` is the gradient with respect to `effective`: make of it the gradients of what is trained."""
 
     @abstractmethod
     def hard_masks(self) -> MaskSet:
@@ -100,9 +99,9 @@ class SoftMasks(HardMasks):
         super().before_clipping()
         for name in list(self._trained):
             weight = self.weights[name]
-            weight.data = self._trained.pop(name)
+            effective, weight.data = weight.data, self._trained.pop(name)
             if weight.grad is not None:
-                self.carry(name, weight)
+                self.carry(name, weight, effective)
 
     # -- leaving the soft phase --------------------------------------------------------------------------------------
 

@@ -1,0 +1,211 @@
+"""Gumbel-Softmax subnetworks with Smart Rescale: "Extracting Effective Subnetworks with Gumbel-Softmax" (Dupont,
+Alaoui, Sahbi, Lebois; ICIP 2022; arXiv 2202.12986).
+
+The weights are frozen; one logit a weight and one scale a matrix are trained. Every optimizer step draws one hard
+mask, and the model computes with `scale * weight * mask`. At the end the scale is folded in and the mask is fixed:
+where `logit >= 0` (the paper: the sparsity emerges), or the best logits of an exact budget (ours). The budget also
+holds while training: a shift common to all logits, the multiplier of the constraint, keeps the expected number of kept
+weights on the ramp, so that logits only compete with each other and no penalty weight has to be tuned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..masking.maskset import MaskSet
+from ..masking.patterns import NM, Unstructured
+from ..masking.sampling import budget_shift, perturbed, sample
+from .hard import Choose, FindWeights
+from .soft import SoftMasks
+
+_LOGITS, _SCALE, _SHIFT = "logits.", "scale.", "shift."  # prefixes in a checkpoint
+
+
+@dataclass(frozen=True)
+class GumbelOptions:
+    """tau: temperature. budget: hold the expected number of kept weights at the ramp and end in the exact count; else
+    the paper's rule. rescale: learn the scales. initial_logit, prior: the logits start at `initial_logit + prior * z`,
+    z the standardized log-magnitude of each weight in its matrix. signed_constant: replace each weight by its sign
+    times its matrix's standard deviation before training. logit_rate, scale_rate: learning rates. train_rest: also
+    train what is neither prunable nor part of the head."""
+
+    tau: float
+    budget: bool
+    rescale: bool
+    initial_logit: float
+    prior: float
+    signed_constant: bool
+    logit_rate: float
+    scale_rate: float
+    train_rest: bool
+
+
+class Gumbel(SoftMasks):
+    """Learned masks over frozen weights.
+
+    Args:
+        pattern: `Unstructured` with scope "global" or "layer" (where the budget is shared), or `NM` (every group's
+            best, from M:M down to N:M along the ramp).
+        sparsity: the target; not used without a budget.
+        seed_of: optimizer step -> seed of its sample.
+    """
+
+    def __init__(
+        self,
+        find_weights: FindWeights,
+        choose: Choose,
+        report: Callable[[Mapping[str, float]], None],
+        pattern: Unstructured | NM,
+        sparsity: float,
+        options: GumbelOptions,
+        seed_of: Callable[[int], int],
+    ) -> None:
+        super().__init__(find_weights, choose, report)
+        self._pattern, self._sparsity, self._options, self._seed_of = pattern, sparsity, options, seed_of
+        self._logits: dict[str, nn.Parameter] = {}
+        self._scales: dict[str, nn.Parameter] = {}
+        self._shifts: dict[str, float] = {}
+        self._slopes: dict[str, Tensor] = {}  # of the sample by its logit, for one step
+        self._started = False  # whether the logits know the weights that the soft phase began with
+        self._frozen: list[nn.Parameter] = []
+        self._generator: torch.Generator | None = None
+
+    # -- what is trained ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def attach(self, model: nn.Module) -> None:
+        known = self.weights
+        super().attach(model)
+        if all(known.get(name) is weight for name, weight in self.weights.items()):
+            return
+        options = self._options
+        self._logits, self._scales, self._shifts, self._started = {}, {}, {}, False
+        for name, weight in self.weights.items():
+            logits = torch.full(weight.shape, options.initial_logit, dtype=torch.float32, device=weight.device)
+            self._logits[name] = nn.Parameter(logits)
+            self._scales[name] = nn.Parameter(torch.ones((), device=weight.device), requires_grad=options.rescale)
+        body = model.base_model if isinstance(model, PreTrainedModel) else model
+        self._frozen = [] if options.train_rest else list(body.parameters())
+
+    def parameter_groups(self) -> list[dict]:
+        groups = [{"params": list(self._logits.values()), "lr": self._options.logit_rate, "weight_decay": 0.0}]
+        if self._options.rescale:
+            groups.append({"params": list(self._scales.values()), "lr": self._options.scale_rate, "weight_decay": 0.0})
+        return groups
+
+    @torch.no_grad()
+    def begin(self, plan, optimizer: torch.optim.Optimizer) -> None:
+        if self._options.signed_constant and self._steps_done == 0:
+            for weight in self.weights.values():
+                weight.copy_(weight.sign() * weight.float().std())
+        super().begin(plan, optimizer)
+
+    # -- one step ----------------------------------------------------------------------------------------------------
+
+    def prepare(self, step: int) -> None:
+        if self._options.prior and not self._started:
+            for name, weight in self.weights.items():
+                size = weight.detach().abs().float().clamp_min_(torch.finfo(torch.float32).tiny).log_()
+                size.sub_(size.mean()).div_(size.std().clamp_min_(1e-12))
+                self._logits[name].data.add_(size, alpha=self._options.prior)
+        self._started = True
+        device = next(iter(self._logits.values())).device
+        self._generator = torch.Generator(device=device).manual_seed(self._seed_of(step))
+        if self._options.budget and isinstance(self._pattern, Unstructured):
+            density = 1 - self.plan.ramp_at(step) * self._sparsity
+            for names in self._pools():
+                pool = [self._logits[name] for name in names]
+                keep = density * sum(t.numel() for t in pool)
+                shift = budget_shift(pool, keep, self._shifts.get(names[0], 0.0))
+                self._shifts.update(dict.fromkeys(names, shift))
+
+    def _pools(self) -> list[list[str]]:
+        """Names that share one budget."""
+        names = list(self._logits)
+        return [names] if self._pattern.scope == "global" else [[name] for name in names]
+
+    def _groups_now(self) -> NM | None:
+        """The N:M of this point of the ramp; None for unstructured masks, and while groups still keep everything."""
+        if not isinstance(self._pattern, NM):
+            return None
+        dropped = round(self.plan.ramp_at(self._step) * (self._pattern.m - self._pattern.n))
+        return replace(self._pattern, n=self._pattern.m - dropped) if dropped else None
+
+    def effective(self, name: str, weight: Tensor) -> Tensor:
+        drawn = perturbed(self._logits[name].data, self._generator)
+        drawn.sub_(self._shifts.get(name, 0.0))
+        groups = self._groups_now()
+        if isinstance(self._pattern, NM) and groups is None:
+            mask, slope = torch.ones_like(drawn, dtype=torch.bool), torch.zeros_like(drawn)
+        else:
+            mask, slope = sample(drawn, self._options.tau, groups)
+        self._slopes[name] = slope
+        return weight * self._scales[name].data.to(weight.dtype) * mask
+
+    def carry(self, name: str, weight: nn.Parameter, effective: Tensor) -> None:
+        grad, scale = weight.grad, self._scales[name]
+        if scale.requires_grad:
+            scale.grad = (grad * effective).sum(dtype=torch.float32).div_(scale.data)
+        # d effective / d logit = scale * weight * slope, in the buffer of the gradient that is no longer needed
+        self._logits[name].grad = grad.float().mul_(self._slopes.pop(name)).mul_(weight.data).mul_(scale.data)
+        weight.grad = None
+
+    def before_clipping(self) -> None:
+        stepping = bool(self._trained)
+        super().before_clipping()
+        if stepping:
+            for parameter in self._frozen:
+                parameter.grad = None
+
+    def on_optimizer_step(self) -> None:
+        super().on_optimizer_step()
+        for trained in (*self._logits.values(), *self._scales.values()):
+            trained.grad = None
+
+    # -- the masks they amount to ------------------------------------------------------------------------------------
+
+    def hard_masks(self) -> MaskSet:
+        logits = {name: t.data for name, t in self._logits.items()}
+        if not self._options.budget:
+            return MaskSet({name: t >= 0 for name, t in logits.items()})
+        if isinstance(self._pattern, Unstructured):
+            return MaskSet(self._pattern.masks(logits, self.plan.ramp_at(self._step) * self._sparsity))
+        groups = self._groups_now()
+        return MaskSet.ones(logits) if groups is None else MaskSet(groups.masks(logits, 1 - groups.n / groups.m))
+
+    def candidate(self, ratio: float | None, seed: int) -> MaskSet:
+        scores = {name: t.data for name, t in self._logits.items()}
+        if ratio is not None:  # a sample of the learned law with the exact count
+            generator = torch.Generator(device=next(iter(scores.values())).device).manual_seed(seed)
+            scores = {name: perturbed(t, generator) for name, t in scores.items()}
+        if not self._options.budget:
+            return MaskSet({name: t >= 0 for name, t in scores.items()})
+        return MaskSet(self._pattern.masks(scores, self._sparsity))
+
+    def folded(self, name: str, weight: Tensor) -> Tensor:
+        return weight * self._scales[name].data.to(weight.dtype)
+
+    # -- resume ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = super().state_dict()
+        if state:
+            for name in self.weights:
+                state |= {_LOGITS + name: self._logits[name].data, _SCALE + name: self._scales[name].data}
+            for name, shift in self._shifts.items():  # Newton's start decides the last bits of the next shift
+                state[_SHIFT + name] = torch.tensor(shift, dtype=torch.float64)
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, masks: MaskSet, state: dict[str, Tensor], step: int) -> None:
+        super().load_state_dict(masks, state, step)
+        for name in self.weights if state else ():
+            self._logits[name].copy_(state[_LOGITS + name])
+            self._scales[name].copy_(state[_SCALE + name])
+        self._started = bool(state)
+        self._shifts = {name: float(state[_SHIFT + name]) for name in self.weights if _SHIFT + name in state}
