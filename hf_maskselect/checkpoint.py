@@ -15,6 +15,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .masking.maskset import MaskSet
+from .masking.patterns import parse_pattern
 
 STATE_FILE = "pruning_state.safetensors"
 
@@ -187,12 +188,12 @@ def verify(folder: str | os.PathLike) -> PruningState:
                 f"{folder}: {name} has {found} non-zero weights but its mask keeps {kept}; the file was changed after "
                 "pruning, so save it again from the trainer"
             )
-    zeros, wanted = state.masks.total - state.masks.kept, round(state.masks.total * state.sparsity)
-    if zeros != wanted:
+    wanted = parse_pattern(state.pattern).keeps([mask.shape for mask in state.masks.values()], state.sparsity)
+    if state.masks.kept != wanted:
         raise ValueError(
-            f"{folder}: {zeros} of {state.masks.total} prunable weights are zero but the target {state.sparsity} "
-            "asks for "
-            f"{wanted}; the run had not reached its last level (step {state.step}, level {state.level + 1})"
+            f"{folder}: {state.masks.kept} of {state.masks.total} prunable weights are kept but sparsity "
+            f"{state.sparsity} with pattern {state.pattern!r} keeps {wanted}; the run had not reached its last level "
+            f"(step {state.step}, level {state.level + 1})"
         )
     cls, _ = model_class(folder)
     _, info = cls.from_pretrained(folder, output_loading_info=True, use_safetensors=True)

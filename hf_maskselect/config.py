@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from .masking.patterns import NM, SCOPES, Unstructured, parse_pattern
+from .masking.patterns import NM, SCOPES, Channel, Unstructured, parse_pattern
 from .masking.schedule import LevelPlan, check_levels, cubic_levels
 from .masking.scores import CRITERIA
 from .masking.votes import SAMPLING_RATIOS
@@ -65,7 +65,8 @@ class PruningConfig(TrainingArguments):
         sparsity (`float`, *optional*): fraction of zeros over the prunable weights, in (0, 1), met to the exact count.
             Defaults to 0.9375 (16x), or to what an N:M pattern implies.
         pattern (`str`, defaults to `"unstructured"`): or `"N:M"`, at most N of M consecutive weights along the input
-            axis.
+            axis; or `"channel"`, whole output channels, the same share of every matrix (not for `"random"` and
+            `"gumbel"`).
         scope (`str`, *optional*): of candidate 0. `"layer"`: every matrix at the target; `"global"`: one ranking;
             `"balanced"`: half-way (scores divided by the root of their matrix's mean, then one ranking). Defaults to
             `"layer"` for magnitude (as in the paper), to `"balanced"` for every other criterion, and to `"global"` for
@@ -93,9 +94,10 @@ class PruningConfig(TrainingArguments):
     Args:
         soft_ramp (`float`, defaults to 0.8): share of the soft phase in which the sparsity rises to the target, linear
             in optimizer steps, in (0, 1]. 0.8 is the pace of the paper's 0.015 an epoch from epoch 16 of 100.
-        frozen_steps (`float`, defaults to 0): steps at the end that train on under the frozen hard mask; below 1 a
-            share of all. 0 hardens after the last step, as the paper does. Candidates need it: they are drawn when
-            the mask hardens (neighbours of the method's own mask) and tried on these steps.
+        frozen_steps (`float`, *optional*): steps at the end that train on under the frozen hard mask; below 1 a share
+            of all. Defaults to 0.2, which heals what hardening breaks (`soft_hard_gap`, logged), and to 0 for
+            `gumbel_untrained`; 0 hardens after the last step, as the papers do. Candidates need it: they are drawn
+            when the mask hardens (neighbours of the method's own mask) and tried on these steps.
         pdp_tau (`float`, defaults to 1e-4): width of the soft band of `sigmoid((w^2 - t^2) / pdp_tau)`, in squared
             weight units; fits weights of standard deviation about 0.04, as in BERT's encoder.
 
@@ -165,7 +167,7 @@ class PruningConfig(TrainingArguments):
     sparsity: float | None = field(
         default=None, metadata={"help": "Fraction of zeros over the prunable weights (0.9375)."}
     )
-    pattern: str = field(default="unstructured", metadata={"help": "unstructured or N:M, such as 2:4."})
+    pattern: str = field(default="unstructured", metadata={"help": "unstructured, channel, or N:M such as 2:4."})
     scope: str | None = field(default=None, metadata={"help": "Of candidate 0: layer, balanced or global."})
     layer_floor: float = field(
         default=0.125, metadata={"help": "Least share of the uniform allocation a matrix keeps."}
@@ -191,8 +193,8 @@ class PruningConfig(TrainingArguments):
     )
 
     soft_ramp: float = field(default=0.8, metadata={"help": "Share of the soft phase in which sparsity rises."})
-    frozen_steps: float = field(
-        default=0.0, metadata={"help": "Steps at the end under the frozen hard mask; < 1: a share."}
+    frozen_steps: float | None = field(
+        default=None, metadata={"help": "Steps at the end under the frozen hard mask; < 1: a share (0.2)."}
     )
     pdp_tau: float = field(default=1e-4, metadata={"help": "Width of PDP's soft band, in squared weight units."})
 
@@ -244,7 +246,7 @@ class PruningConfig(TrainingArguments):
         super().__post_init__()
 
     @property
-    def mask_pattern(self) -> Unstructured | NM:
+    def mask_pattern(self) -> Unstructured | NM | Channel:
         """The pattern with the scope of candidate 0."""
         return parse_pattern(self.pattern, self.scope, self.layer_floor)
 
@@ -326,6 +328,8 @@ class PruningConfig(TrainingArguments):
     def _check_soft(self) -> None:
         if self.pruning_warmup_steps is None:
             self.pruning_warmup_steps = 0.16 if self.method == "pdp" else 0
+        if self.frozen_steps is None:
+            self.frozen_steps = 0.2 if self.soft and not self.gumbel_untrained else 0
         for name in ("pruning_warmup_steps", "frozen_steps"):
             value = getattr(self, name)
             if value < 0 or (value > 1 and value % 1):
@@ -430,12 +434,16 @@ class PruningConfig(TrainingArguments):
         if not 0 <= self.layer_floor <= 1:
             raise ValueError(f"layer_floor={self.layer_floor} must lie in [0, 1]: a share of the uniform allocation")
         pattern = parse_pattern(self.pattern)
-        if isinstance(pattern, NM):
+        if isinstance(pattern, Channel) and self.method in ("random", "gumbel"):
+            raise ValueError(
+                f"pattern='channel' has no meaning with method={self.method!r}, which draws single weights: use "
+                "'pdp', 'magnitude', 'fisher' or 'taylor'"
+            )
+        if not isinstance(pattern, Unstructured):
             if self.scope not in (None, "layer"):
                 raise ValueError(
-                    f"scope={self.scope!r} has no meaning with pattern={self.pattern!r}, where every group keeps "
-                    "the same "
-                    "count: leave scope unset"
+                    f"scope={self.scope!r} has no meaning with pattern={self.pattern!r}, where every matrix keeps the "
+                    "same share: leave scope unset"
                 )
             self.scope = "layer"
         elif self.scope is None:
@@ -447,16 +455,15 @@ class PruningConfig(TrainingArguments):
         if self.sparsity is None and self.emergent:
             self.sparsity = _EMERGENT
         if self.sparsity is None:
-            self.sparsity = 1 - pattern.n / pattern.m if isinstance(pattern, NM) else 0.9375
+            self.sparsity = pattern.sparsity if isinstance(pattern, NM) else 0.9375
         if not 0 < self.sparsity < 1:
             raise ValueError(
                 f"sparsity={self.sparsity} must lie inside (0, 1): it is the fraction of zeros, 0.9375 for 16x smaller"
             )
-        if isinstance(pattern, NM) and abs(self.sparsity - (1 - pattern.n / pattern.m)) > 1e-9:
+        if isinstance(pattern, NM) and abs(self.sparsity - pattern.sparsity) > 1e-9:
             raise ValueError(
                 f"sparsity={self.sparsity} contradicts pattern={self.pattern!r}, which has "
-                f"{1 - pattern.n / pattern.m:g}: "
-                "leave sparsity unset"
+                f"{pattern.sparsity:g}: leave sparsity unset"
             )
         if self.num_levels is not None and self.num_levels < 1:
             raise ValueError(f"num_levels={self.num_levels} must be at least 1")
@@ -505,7 +512,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def pattern_levels(pattern: Unstructured | NM, sparsity: float, num_levels: int | None) -> list[float]:
+def pattern_levels(pattern: Unstructured | NM | Channel, sparsity: float, num_levels: int | None) -> list[float]:
     """Cubic levels to `sparsity`; for N:M the groups lose whole weights (M:M down to N:M), in one level by default."""
     if not isinstance(pattern, NM):
         return cubic_levels(sparsity, num_levels or 4)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .masking.maskset import MaskSet
-from .masking.patterns import NM, SCOPES, Unstructured, kept_count
+from .masking.patterns import NM, SCOPES, Channel, Unstructured, kept_count
 from .masking.scores import CRITERIA, Criterion, GradientStats, WeightStats, checked_score
 from .masking.votes import number_of_draws, rank_by_votes_
 
@@ -117,7 +117,7 @@ def propose(
     sparsity: float,
     level: int,
     seed: int,
-    pattern: Unstructured | NM,
+    pattern: Unstructured | NM | Channel,
     criteria: Mapping[str, Criterion] = CRITERIA,
 ) -> MaskSet:
     """The candidate's masks: exact count, nested in `masks`.

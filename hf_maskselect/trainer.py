@@ -21,10 +21,9 @@ from .config import SELECTION_LOSSES, PruningConfig
 from .distillation import Distiller, load_teacher
 from .level_best import LevelBest
 from .masking.maskset import MaskSet
-from .masking.patterns import kept_count
 from .masking.schedule import LevelPlan
 from .masking.scores import CRITERIA, Criterion, ScoreFn
-from .masking.targets import prunable_weights
+from .masking.targets import prunable_weights, transposed_weights
 from .methods.gumbel import Gumbel
 from .methods.hard import HardMasks
 from .methods.pdp import Pdp
@@ -94,8 +93,15 @@ class PruningTrainer(Trainer):
         # BERT-family heads take **kwargs but ignore num_items_in_batch: believing them would scale the loss by the
         # accumulation steps and by the ranks (transformers#47688).
         self.model_accepts_loss_kwargs = False
-        for name, weight in self._find_weights(self.model).items():
+        weights = self._find_weights(self.model)
+        for name, weight in weights.items():
             args.mask_pattern.check(name, weight.shape)
+        if args.pattern != "unstructured" and (turned := sorted(transposed_weights(self.model) & weights.keys())):
+            raise ValueError(
+                f"pattern={args.pattern!r} does not fit {turned[0]}: Conv1D stores its weight transposed, so rows and "
+                "groups would run along the wrong axis; use pattern='unstructured', or leave it out with "
+                "exclude_modules"
+            )
         if teacher is not None and self.compute_loss_func is not None:
             raise ValueError("compute_loss_func and a teacher do not go together: its loss is scaled in another way")
         self._distiller = None if teacher is None else self._make_distiller(teacher)
@@ -272,7 +278,7 @@ class PruningTrainer(Trainer):
         return super()._get_grad_norm(model, grad_norm)
 
     def _choose_masks(self, level: int) -> MaskSet:
-        if self._method.masks.sparsity() >= self._plan.levels[level]:  # the model was that sparse before
+        if self._reached(level):  # the model was that sparse before
             return self._method.masks
         if self._level_best and level > 0:
             self._restore_level_best(level - 1)
@@ -292,6 +298,12 @@ class PruningTrainer(Trainer):
             )
         self.log(done.metrics())
         return chosen
+
+    def _reached(self, level: int) -> bool:
+        """Whether the masks in force are as sparse as `level`."""
+        masks = self._method.masks
+        shapes = [mask.shape for mask in masks.values()]
+        return masks.kept <= self.args.mask_pattern.keeps(shapes, self._plan.levels[level])
 
     def _score_level(self) -> None:
         """Inside a level, at its marks and its end: keep the weights if the selection split likes them best."""
@@ -356,8 +368,7 @@ class PruningTrainer(Trainer):
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         # Early, denser models score best and must not win.
-        masks = self._method.masks
-        if not self.args.emergent and masks.kept > kept_count(masks.total, self._plan.levels[-1]):
+        if not self.args.emergent and not self._reached(len(self._plan.levels) - 1):
             return False
         return super()._determine_best_metric(metrics, trial)
 

@@ -100,7 +100,7 @@ REFUSED = [
     ({"criterion": "tailor"}, "'tailor'", "did you mean 'taylor'"),
     ({"scope": "layr"}, "'layr'", "did you mean 'layer'"),
     ({"selection": "halvin"}, "'halvin'", "did you mean 'halving'"),
-    ({"pattern": "blocks"}, "'blocks'", "'unstructured' or 'N:M'"),
+    ({"pattern": "blocks"}, "'blocks'", "'unstructured', 'channel' or 'N:M'"),
     ({"pattern": "4:2"}, "'4:2'", "0 < N < M"),
     ({"sparsity": 0.9, "pattern": "2:4"}, "=0.9.*pattern='2:4'", "leave sparsity unset"),
     ({"scope": "global", "pattern": "2:4"}, "'global'.*pattern='2:4'", "leave scope unset"),

@@ -131,7 +131,7 @@ def tampered_weight(folder):
 
 def target_not_met(folder):
     change_state(folder, sparsity=0.9)
-    return "0.9 asks for 14746"
+    return "keeps 1638"
 
 
 def missing_tensor(folder):

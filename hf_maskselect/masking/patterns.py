@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +24,9 @@ class Pattern(Protocol):
 
     def check_sparsity(self, sparsity: float) -> None:
         """Raise a ValueError when the pattern cannot have this sparsity."""
+
+    def keeps(self, shapes: Iterable[Sequence[int]], sparsity: float) -> int:
+        """How many weights of matrices of these shapes stay at `sparsity`, to the exact count."""
 
     def masks(
         self,
@@ -105,6 +108,9 @@ class Unstructured:
     def check_sparsity(self, sparsity: float) -> None:
         """Every sparsity is possible."""
 
+    def keeps(self, shapes: Iterable[Sequence[int]], sparsity: float) -> int:
+        return kept_count(sum(math.prod(shape) for shape in shapes), sparsity)
+
     def masks(
         self,
         scores: Mapping[str, Tensor],
@@ -172,10 +178,16 @@ def _without_dead(score: Tensor, name: str, alive: Mapping[str, Tensor] | None, 
     return torch.where(alive[name], score, float("-inf"))
 
 
+def grouped(tensor: Tensor, size: int) -> Tensor:
+    """A view with `size` consecutive entries along the input axis as its last dimension. The input axis is the
+    reduction axis of the GEMM: the last one of a linear weight, the channels (axis 1) of a convolution."""
+    last = tensor.movedim(1, -1) if tensor.dim() > 2 else tensor
+    return last.unflatten(-1, (-1, size))
+
+
 @dataclass(frozen=True)
 class NM:
-    """At most `n` of every `m` consecutive weights along the input axis (the last one, the reduction axis of the
-    GEMM)."""
+    """At most `n` of every `m` consecutive weights along the input axis (see `grouped`)."""
 
     n: int
     m: int
@@ -185,11 +197,16 @@ class NM:
         if not 0 < self.n < self.m:
             raise ValueError(f"pattern '{self.n}:{self.m}' must keep N of M with 0 < N < M, as in '2:4'")
 
+    @property
+    def sparsity(self) -> float:
+        """1 - n / m."""
+        return 1 - self.n / self.m
+
     def check(self, name: str, shape: Sequence[int]) -> None:
-        if shape[-1] % self.m:
+        inputs = shape[1] if len(shape) > 2 else shape[-1]
+        if inputs % self.m:
             raise ValueError(
-                f"pattern '{self.n}:{self.m}' does not fit {name}: its {shape[-1]} columns are no multiple of "
-                f"{self.m}; "
+                f"pattern '{self.n}:{self.m}' does not fit {name}: its {inputs} columns are no multiple of {self.m}; "
                 "leave the module out with exclude_modules or choose another M"
             )
 
@@ -198,9 +215,11 @@ class NM:
         if abs(zeros - round(zeros)) > 1e-9 or not 0 <= round(zeros) <= self.m - self.n:
             raise ValueError(
                 f"sparsity {sparsity} is not possible with pattern '{self.n}:{self.m}': choose a multiple of "
-                f"1/{self.m} up "
-                f"to {1 - self.n / self.m:g}"
+                f"1/{self.m} up to {self.sparsity:g}"
             )
+
+    def keeps(self, shapes: Iterable[Sequence[int]], sparsity: float) -> int:
+        return sum(math.prod(shape) // self.m * (self.m - round(sparsity * self.m)) for shape in shapes)
 
     def masks(
         self,
@@ -214,8 +233,45 @@ class NM:
         masks = {}
         for name, score in scores.items():
             self.check(name, score.shape)
-            groups = _without_dead(score, name, alive, consume).view(-1, self.m)
-            masks[name] = _best_of_groups(groups, keep).view(score.shape)
+            groups = grouped(_without_dead(score, name, alive, consume), self.m)
+            mask = _best_of_groups(groups.reshape(-1, self.m), keep).view(groups.shape).flatten(-2)
+            masks[name] = mask.movedim(-1, 1).contiguous() if mask.dim() > 2 else mask
+        return masks
+
+
+@dataclass(frozen=True)
+class Channel:
+    """Whole output channels: the rows of a linear weight, the filters of a convolution. Every matrix keeps the same
+    share of them, rounded, and at least one. A row is scored by the L2 norm of its scores."""
+
+    scope: str = "layer"
+
+    def check(self, name: str, shape: Sequence[int]) -> None:
+        """Every shape can hold it."""
+
+    def check_sparsity(self, sparsity: float) -> None:
+        """Every sparsity is possible."""
+
+    @staticmethod
+    def rows(shape: Sequence[int], sparsity: float) -> int:
+        """How many rows of a weight of this shape stay."""
+        return max(1, kept_count(shape[0], sparsity))
+
+    def keeps(self, shapes: Iterable[Sequence[int]], sparsity: float) -> int:
+        return sum(self.rows(shape, sparsity) * math.prod(shape[1:]) for shape in shapes)
+
+    def masks(
+        self,
+        scores: Mapping[str, Tensor],
+        sparsity: float,
+        alive: Mapping[str, Tensor] | None = None,
+        consume: bool = False,
+    ) -> dict[str, Tensor]:
+        masks = {}
+        for name, score in scores.items():
+            norms = (score if alive is None else score * alive[name]).flatten(1).norm(dim=1)
+            kept = top_k_masks([norms], self.rows(score.shape, sparsity))[0]
+            masks[name] = kept.view(-1, *[1] * (score.dim() - 1)).expand_as(score).contiguous()
         return masks
 
 
@@ -235,8 +291,8 @@ def _best_of_groups(groups: Tensor, keep: int) -> Tensor:
     return torch.stack([count < keep for count in beaten], dim=1)
 
 
-def parse_pattern(text: str, scope: str = "layer", floor: float = 0.125) -> Unstructured | NM:
-    """`"unstructured"` or `"N:M"` -> the pattern.
+def parse_pattern(text: str, scope: str = "layer", floor: float = 0.125) -> Unstructured | NM | Channel:
+    """`"unstructured"`, `"N:M"` or `"channel"` -> the pattern.
 
     Raises:
         ValueError: the name is unknown, or N >= M.
@@ -245,4 +301,6 @@ def parse_pattern(text: str, scope: str = "layer", floor: float = 0.125) -> Unst
         return Unstructured(scope, floor)
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         return NM(int(match[1]), int(match[2]))
-    raise ValueError(f"pattern={text!r} is unknown: use 'unstructured' or 'N:M' such as '2:4'")
+    if text == "channel":
+        return Channel()
+    raise ValueError(f"pattern={text!r} is unknown: use 'unstructured', 'channel' or 'N:M' such as '2:4'")

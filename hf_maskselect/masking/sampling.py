@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .patterns import NM
+from .patterns import NM, grouped
 from .soft import group_boundaries
 
 
@@ -31,7 +31,7 @@ def sample(perturbed_logits: Tensor, tau: float, pattern: NM | None = None) -> t
     Args:
         perturbed_logits: from `perturbed`.
         tau: temperature, > 0; the paper's is 1.
-        pattern: keep the best N of every M along the last axis instead of what is above 0; the soft sample is then
+        pattern: keep the best N of every M along the input axis instead of what is above 0; the soft sample is then
             measured from half-way between the last that stays and the first that falls.
 
     Returns:
@@ -41,10 +41,12 @@ def sample(perturbed_logits: Tensor, tau: float, pattern: NM | None = None) -> t
         mask = perturbed_logits > 0
         soft = perturbed_logits.mul(1 / tau).sigmoid_()
     else:
-        mask = pattern.masks({"": perturbed_logits}, 1 - pattern.n / pattern.m)[""]
-        groups = perturbed_logits.reshape(-1, pattern.m)
-        falls, stays = group_boundaries(perturbed_logits, pattern.n, pattern.m)
-        soft = groups.sub(falls.add_(stays).mul_(0.5).unsqueeze(1)).mul_(1 / tau).sigmoid_().view(mask.shape)
+        mask = pattern.masks({"": perturbed_logits}, pattern.sparsity)[""]
+        groups = grouped(perturbed_logits, pattern.m)
+        falls, stays = group_boundaries(groups, pattern.n)
+        soft = perturbed_logits.clone()
+        grouped(soft, pattern.m).sub_(falls.add(stays).mul_(0.5).unsqueeze(-1))
+        soft.mul_(1 / tau).sigmoid_()
     return mask, soft.addcmul_(soft, soft, value=-1).mul_(1 / tau)
 
 

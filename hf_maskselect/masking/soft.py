@@ -40,14 +40,37 @@ def soft_gradient_(grad: Tensor, weight: Tensor, threshold: Tensor | float, tau:
     return grad.mul_(factor)
 
 
-def group_boundaries(magnitudes: Tensor, keep: int, size: int) -> tuple[Tensor, Tensor]:
-    """Of every `size` consecutive entries along the last axis, the largest that falls and the smallest of the `keep`
-    that stay.
+@torch.no_grad()
+def soft_row_weight(weight: Tensor, threshold: Tensor | float, tau: float) -> Tensor:
+    """Whole rows: `w m(norm)` with the row's root mean square in place of |w|, so that tau keeps its meaning."""
+    wide = weight if weight.dtype == torch.float64 else weight.float()
+    return (wide * soft_mask(row_squares(wide), threshold, tau)).to(weight.dtype)
+
+
+@torch.no_grad()
+def soft_row_gradient_(grad: Tensor, weight: Tensor, threshold: Tensor | float, tau: float) -> Tensor:
+    """`soft_gradient_` for `soft_row_weight`: `g m + (2 w / (n tau)) m (1 - m) sum(g w)` over each row of n
+    weights."""
+    wide = weight if weight.dtype == torch.float64 else weight.float()
+    axes = tuple(range(1, weight.dim()))
+    mask = soft_mask(row_squares(wide), threshold, tau)
+    pull = (grad * wide).sum(axes, keepdim=True) * mask * (1 - mask) * (2 / (tau * wide[0].numel()))
+    return grad.mul_(mask).addcmul_(wide, pull)
+
+
+def row_squares(weight: Tensor) -> Tensor:
+    """Mean square of every row (axis 0), shaped to broadcast over the weight."""
+    return weight.square().mean(tuple(range(1, weight.dim())), keepdim=True)
+
+
+def group_boundaries(groups: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Of every group (the last axis), the largest entry that falls and the smallest of the `keep` that stay.
 
     Returns:
-        two tensors of shape `(numel / size,)`.
+        two tensors of the groups' shape without its last axis.
     """
-    ordered = [column.contiguous() for column in magnitudes.reshape(-1, size).unbind(1)]
+    size = groups.shape[-1]
+    ordered = [column.contiguous() for column in groups.unbind(-1)]
     # An odd-even sorting network: whole columns at a time, no index moves. M is small.
     for round_ in range(size):
         for i in range(round_ % 2, size - 1, 2):

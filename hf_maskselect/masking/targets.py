@@ -18,9 +18,10 @@ def prunable_weights(
 ) -> dict[str, nn.Parameter]:
     """Name -> weight matrix of everything that may be pruned, in model order, each parameter once.
 
-    By default these are the weights of every `nn.Linear` that lies in a stack of layers (an `nn.ModuleList`): the
-    encoder of BERT-like models, whatever its submodules are called. Embeddings and their projections, poolers, heads,
-    biases and norms lie outside the stack or are no `nn.Linear`, and stay dense.
+    By default these are the weights of every `nn.Linear`, `nn.Conv2d` and `Conv1D` (of transformers: a linear layer
+    stored transposed) that lies in a stack of layers (an `nn.ModuleList`): the encoder of BERT-like models and the
+    stages of a ResNet, whatever their submodules are called. Embeddings and their projections, poolers, heads, biases
+    and norms lie outside the stack or are of another type, and stay dense.
 
     Args:
         model: any `nn.Module`, not wrapped (unwrap DDP or `torch.compile` first).
@@ -29,8 +30,9 @@ def prunable_weights(
         exclude_modules: module names, in the same notation, that are left dense.
 
     Returns:
-        dict from parameter name (`"...query.weight"`) to a parameter of shape `(out_features, in_features)`. A layer
-        shared between depths (ALBERT) appears once, under its first name. A matrix tied to an embedding is left out.
+        dict from parameter name (`"...query.weight"`) to a parameter of shape `(out_features, in_features)`, for a
+        convolution `(out, in / groups, height, width)`, for `Conv1D` `(in, out)`. A layer shared between depths
+        (ALBERT) appears once, under its first name. A matrix tied to an embedding is left out.
 
     Raises:
         ValueError: nothing is left to prune.
@@ -40,7 +42,7 @@ def prunable_weights(
     weights: dict[str, nn.Parameter] = {}
     seen = set(embeddings)
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or id(module.weight) in seen:
+        if not _is_layer(module) or id(module.weight) in seen:
             continue
         wanted = name.startswith(stacks) if target_modules is None else _matches(name, target_modules)
         if not wanted or (exclude_modules is not None and _matches(name, exclude_modules)):
@@ -50,12 +52,25 @@ def prunable_weights(
     if not weights:
         raise ValueError(
             f"no weight to prune: target_modules={target_modules!r} with exclude_modules={exclude_modules!r} "
-            "matches no "
-            f"nn.Linear of {type(model).__name__}; its linear modules are named like {_examples(model)}, so name "
-            "one of "
-            "their suffixes (or leave target_modules unset for every linear layer of the encoder)"
+            f"matches no linear or convolution layer of {type(model).__name__}; its layers are named like "
+            f"{_examples(model)}, so name one of their suffixes (or leave target_modules unset for every such layer "
+            "of the encoder)"
         )
     return weights
+
+
+def transposed_weights(model: nn.Module) -> set[str]:
+    """Names of the weights that are stored `(in, out)`."""
+    return {f"{name}.weight" for name, module in model.named_modules() if _is_transposed(module)}
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    # By name: this package of masks does not know transformers.
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Conv2d) or _is_transposed(module)
 
 
 def _matches(name: str, patterns: str | Sequence[str]) -> bool:
@@ -73,5 +88,5 @@ def _matches(name: str, patterns: str | Sequence[str]) -> bool:
 
 
 def _examples(model: nn.Module) -> list[str]:
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name, module in model.named_modules() if _is_layer(module)]
     return names[:2] + names[-1:]

@@ -176,7 +176,7 @@ class Gumbel(SoftMasks):
         if isinstance(self._pattern, Unstructured):
             return MaskSet(self._pattern.masks(logits, self.plan.ramp_at(self._step) * self._sparsity))
         groups = self._groups_now()
-        return MaskSet.ones(logits) if groups is None else MaskSet(groups.masks(logits, 1 - groups.n / groups.m))
+        return MaskSet.ones(logits) if groups is None else MaskSet(groups.masks(logits, groups.sparsity))
 
     def candidate(self, ratio: float | None, seed: int) -> MaskSet:
         scores = {name: t.data for name, t in self._logits.items()}

@@ -14,10 +14,17 @@ from torch import Tensor, nn
 
 from ..masking.boundary import Boundary
 from ..masking.maskset import MaskSet
-from ..masking.patterns import NM, Unstructured
+from ..masking.patterns import NM, Channel, Unstructured, grouped
 from ..masking.ranking import top_k_masks
 from ..masking.scores import CRITERIA
-from ..masking.soft import group_boundaries, soft_gradient_, soft_weight
+from ..masking.soft import (
+    group_boundaries,
+    row_squares,
+    soft_gradient_,
+    soft_row_gradient_,
+    soft_row_weight,
+    soft_weight,
+)
 from ..masking.votes import number_of_draws, rank_by_votes_
 from .hard import Choose, FindWeights
 from .soft import SoftMasks
@@ -30,7 +37,8 @@ class Pdp(SoftMasks):
 
     Args:
         pattern: `Unstructured` (its scope decides the ranking that fixes the counts; the paper's is "global", and its
-            floor is the cap that leaves no matrix empty) or `NM` (t inside each group, rising from 0).
+            floor is the cap that leaves no matrix empty), `NM` (t inside each group, rising from 0) or `Channel` (one
+            mask value a row, from its norm).
         sparsity: the target.
         tau: width of the soft band in squared weight units.
     """
@@ -40,15 +48,21 @@ class Pdp(SoftMasks):
         find_weights: FindWeights,
         choose: Choose,
         report: Callable[[Mapping[str, float]], None],
-        pattern: Unstructured | NM,
+        pattern: Unstructured | NM | Channel,
         sparsity: float,
         tau: float,
     ) -> None:
         super().__init__(find_weights, choose, report)
         self._pattern, self._sparsity, self._tau = pattern, sparsity, tau
-        self._zeros: dict[str, int] = {}  # what each matrix will lose; fixed when the soft phase begins
+        # What each matrix will lose, in weights (in rows for channels); fixed when the soft phase begins.
+        self._zeros: dict[str, int] = {}
         self._boundaries: dict[str, Boundary] = {}
         self._thresholds: dict[str, Tensor | float | None] = {}  # None: nothing falls
+
+    def _ranked(self, weight: Tensor) -> Tensor:
+        """What is compared with t: magnitudes, for channels the root mean square of each row."""
+        wide = weight.abs().float()
+        return row_squares(wide).sqrt_().view(-1) if isinstance(self._pattern, Channel) else wide
 
     def _magnitudes(self) -> dict[str, Tensor]:
         return {name: self._weight(name).abs().float() for name in self.weights}
@@ -56,6 +70,8 @@ class Pdp(SoftMasks):
     def prepare(self, step: int) -> None:
         if not self._zeros:
             masks = self._pattern.masks(self._magnitudes(), self._sparsity, consume=True)
+            if isinstance(self._pattern, Channel):
+                masks = {name: mask.flatten(1)[:, 0] for name, mask in masks.items()}
             self._zeros = {name: mask.numel() - int(torch.count_nonzero(mask)) for name, mask in masks.items()}
             self._boundaries = {name: Boundary() for name in masks}
 
@@ -63,16 +79,22 @@ class Pdp(SoftMasks):
         threshold = self._thresholds[name] = self._threshold(name, weight)
         if threshold is None:
             return weight
-        return soft_weight(self._groups(weight), threshold, self._tau).view(weight.shape)
+        if isinstance(self._pattern, Channel):
+            return soft_row_weight(weight, threshold, self._tau)
+        found = torch.empty_like(weight)
+        self._groups(found).copy_(soft_weight(self._groups(weight), threshold, self._tau))
+        return found
 
     def carry(self, name: str, weight: nn.Parameter, effective: Tensor) -> None:
         threshold = self._thresholds.pop(name)
-        if threshold is not None:
+        if isinstance(self._pattern, Channel) and threshold is not None:
+            soft_row_gradient_(weight.grad, weight.data, threshold, self._tau)
+        elif threshold is not None:
             soft_gradient_(self._groups(weight.grad), self._groups(weight.data), threshold, self._tau)
 
     def _groups(self, tensor: Tensor) -> Tensor:
         """Shaped so that a threshold broadcasts: one row a group for N:M."""
-        return tensor.view(-1, self._pattern.m) if isinstance(self._pattern, NM) else tensor
+        return grouped(tensor, self._pattern.m) if isinstance(self._pattern, NM) else tensor
 
     def _falling(self, name: str) -> int:
         """How many weights of a matrix are pruned at this step of the ramp."""
@@ -80,28 +102,28 @@ class Pdp(SoftMasks):
 
     def _threshold(self, name: str, weight: Tensor) -> Tensor | float | None:
         """t: a number, or one value a group of N:M as a column; None where nothing falls yet."""
-        magnitudes = weight.abs().float()
         if isinstance(self._pattern, NM):
-            falls, stays = group_boundaries(magnitudes, self._pattern.n, self._pattern.m)
-            return falls.add_(stays).mul_(0.5 * self.plan.ramp_at(self._step)).unsqueeze(1)
-        zeros = self._falling(name)
+            falls, stays = group_boundaries(self._groups(weight.abs().float()), self._pattern.n)
+            return falls.add(stays).mul_(0.5 * self.plan.ramp_at(self._step)).unsqueeze(-1)
+        zeros, magnitudes = self._falling(name), self._ranked(weight)
         if zeros == 0:
             return None
-        if zeros == weight.numel():
+        if zeros == magnitudes.numel():
             return float("inf")
         falls, stays = self._boundaries[name].find(magnitudes, zeros)
         return 0.5 * (falls + stays)
 
     def hard_masks(self) -> MaskSet:
         self.prepare(self._step)
-        magnitudes = self._magnitudes()
         if not isinstance(self._pattern, NM):
-            return self._cut(magnitudes, {name: self._falling(name) for name in magnitudes})
+            return self._cut(self._magnitudes(), {name: self._falling(name) for name in self.weights})
         if self.plan.ramp_at(self._step) == 1:
-            return MaskSet(self._pattern.masks(magnitudes, self._sparsity))
-        return MaskSet(
-            {name: self._groups(w).ge(self._threshold(name, w)).view(w.shape) for name, w in magnitudes.items()}
-        )
+            return MaskSet(self._pattern.masks(self._magnitudes(), self._sparsity))
+        masks = {}
+        for name, size in self._magnitudes().items():
+            masks[name] = torch.empty_like(size, dtype=torch.bool)
+            self._groups(masks[name]).copy_(self._groups(size) >= self._threshold(name, size))
+        return MaskSet(masks)
 
     def candidate(self, ratio: float | None, seed: int) -> MaskSet:
         self.prepare(self._step)
@@ -116,9 +138,15 @@ class Pdp(SoftMasks):
             return MaskSet(self._pattern.masks(scores, self._sparsity, consume=True))
         return self._cut(scores, self._zeros)
 
-    @staticmethod
-    def _cut(scores: dict[str, Tensor], zeros: dict[str, int]) -> MaskSet:
-        return MaskSet({name: top_k_masks([s], s.numel() - zeros[name])[0] for name, s in scores.items()})
+    def _cut(self, scores: dict[str, Tensor], zeros: dict[str, int]) -> MaskSet:
+        masks = {}
+        for name, score in scores.items():
+            ranked = self._ranked(score) if isinstance(self._pattern, Channel) else score
+            mask = top_k_masks([ranked], ranked.numel() - zeros[name])[0]
+            if isinstance(self._pattern, Channel):
+                mask = mask.view(-1, *[1] * (score.dim() - 1)).expand_as(score).contiguous()
+            masks[name] = mask
+        return MaskSet(masks)
 
     def state_dict(self) -> dict[str, Tensor]:
         state = super().state_dict()

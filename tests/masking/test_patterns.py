@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from hf_maskselect.masking.patterns import NM, SCOPES, Unstructured, allocate, kept_count, parse_pattern
+from hf_maskselect.masking.patterns import NM, SCOPES, Channel, Unstructured, allocate, kept_count, parse_pattern
 
 ODD_SHAPES = {"a": (7, 13), "b": (5, 3), "c": (1, 1), "d": (11, 17)}
 SPARSITIES = [0.0, 0.01, 0.1, 1 / 3, 0.5, 0.54, 2 / 3, 0.9375, 0.99, 0.999]
@@ -236,7 +236,7 @@ def test_n_of_m_needs_n_below_m(text):
 
 @pytest.mark.parametrize("text", ["", "2:4:8", "blocks", "2-4", "-1:4", " 2:4"])
 def test_unknown_patterns_are_refused(text):
-    with pytest.raises(ValueError, match=f"{text!r}.*'unstructured' or 'N:M'"):
+    with pytest.raises(ValueError, match=f"{text!r}.*'unstructured', 'channel' or 'N:M'"):
         parse_pattern(text)
 
 
@@ -246,3 +246,43 @@ def test_unknown_scopes_and_floors_are_refused():
     for floor in (-0.1, 1.1):
         with pytest.raises(ValueError, match=f"floor={floor}"):
             Unstructured("global", floor)
+
+
+# -- convolutions and channels ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (3, 8)])
+def test_groups_of_a_convolution_run_along_its_input_channels(n, m):
+    score = torch.rand(5, 2 * m, 3, 3, generator=torch.Generator().manual_seed(0))
+    mask = NM(n, m).masks({"w": score}, 1 - n / m)["w"]
+    flat = NM(n, m).masks({"w": score.permute(0, 2, 3, 1).reshape(-1, 2 * m)}, 1 - n / m)["w"]
+    assert torch.equal(mask.permute(0, 2, 3, 1).reshape(-1, 2 * m), flat) and mask.is_contiguous()
+    with pytest.raises(ValueError, match=f"its {m + 1} columns are no multiple of {m}"):
+        NM(n, m).check("w", (m, m + 1, m, m))
+
+
+@pytest.mark.parametrize("shape", [(8, 5), (8, 5, 3, 3)])
+@pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.6, 0.99])
+def test_channels_are_kept_whole_by_their_norm(shape, sparsity):
+    score = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    mask = Channel().masks({"w": score}, sparsity)["w"].flatten(1)
+    kept = mask.all(1)
+    assert torch.equal(kept, mask.any(1)) and int(kept.sum()) == max(1, 8 - round(8 * sparsity))
+    norms = score.flatten(1).square().sum(1)
+    assert not (~kept).any() or norms[kept].min() > norms[~kept].max()
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("text", ["unstructured", "2:8", "channel"])
+def test_a_pattern_knows_how_many_it_keeps(text, sparsity):
+    pattern, scores = parse_pattern(text), draw({"a": (6, 16), "b": (3, 8), "c": (10, 8, 3, 3)})
+    assert pattern.keeps([s.shape for s in scores.values()], sparsity) == sum(
+        kept(pattern.masks(scores, sparsity)).values()
+    )
+
+
+def test_channels_of_a_later_level_lie_within_the_earlier():
+    scores = draw({"a": (16, 5), "b": (9, 2, 3, 3)})
+    first = Channel().masks(scores, 0.5)
+    second = Channel().masks(draw({"a": (16, 5), "b": (9, 2, 3, 3)}, seed=1), 0.75, first)
+    assert all(bool((first[name] | ~second[name]).all()) for name in scores)

@@ -11,7 +11,7 @@ from hf_maskselect import MaskSet, PruningState, prunable_weights, verify
 from hf_maskselect.checkpoint import load_method_state
 from hf_maskselect.proposals import key_seed
 
-GUMBEL = {"method": "gumbel", "num_levels": None}
+GUMBEL = {"method": "gumbel", "num_levels": None, "frozen_steps": 0}
 PAPER = {**GUMBEL, "sparsity": None, "gumbel_untrained": True}
 
 
@@ -179,7 +179,7 @@ def test_a_checkpoint_is_plain_sparse_and_scaled(tmp_path):
 
 
 def test_candidates_are_samples_tried_when_the_mask_hardens(tmp_path):
-    trainer = make_trainer(tmp_path, **GUMBEL, num_candidates=3, frozen_steps=4, trial_steps=2)
+    trainer = make_trainer(tmp_path, **{**GUMBEL, "frozen_steps": 4}, num_candidates=3, trial_steps=2)
     before = weights_of(trainer.model)
     trainer.train()
     (search,) = trainer._search.history

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 from hf_maskselect import MaskSet, PruningState, verify
 from hf_maskselect.checkpoint import load_method_state
 
-PDP = {"method": "pdp", "num_levels": None, "pruning_warmup_steps": 2, "pdp_tau": 1e-3}
+PDP = {"method": "pdp", "num_levels": None, "pruning_warmup_steps": 2, "frozen_steps": 0, "pdp_tau": 1e-3}
 
 
 def plain_training(model, rows, steps, *, warmup, ramp, target, tau, rate):
@@ -85,6 +85,18 @@ def test_groups_keep_n_of_m(tmp_path, pattern, share):
         assert (mask.view(-1, size).sum(1) == share * size).all()
     found = [entry["eval_sparsity"] for entry in trainer.state.log_history if "eval_sparsity" in entry]
     assert 0 < found[0] < found[1] == 1 - share  # after 5 and 10 steps; the ramp ends with the tenth
+
+
+def test_channels_fall_whole_and_the_count_is_exact(tmp_path):
+    trainer = make_trainer(
+        tmp_path, **{**PDP, "sparsity": 0.5}, pattern="channel", eval_strategy="steps", eval_steps=6
+    )
+    trainer.train()
+    trainer.save_model()
+    masks = verify(tmp_path).masks
+    assert all(torch.equal(mask.all(1), mask.any(1)) and mask.any(1).float().mean() == 0.5 for mask in masks.values())
+    found = [entry["eval_sparsity"] for entry in trainer.state.log_history if "eval_sparsity" in entry]
+    assert 0 < found[0] < found[1] == 0.5
 
 
 @pytest.mark.parametrize("scope", ["layer", "balanced", "global"])
@@ -202,7 +214,7 @@ def test_a_run_stopped_inside_a_step_saves_its_trained_weights(tmp_path):
 
 
 def test_candidates_are_neighbours_tried_when_the_mask_hardens(tmp_path):
-    trainer = make_trainer(tmp_path, **PDP, num_candidates=3, frozen_steps=4, trial_steps=2)
+    trainer = make_trainer(tmp_path, **{**PDP, "frozen_steps": 4}, num_candidates=3, trial_steps=2)
     trainer.train()
     (search,) = trainer._search.history
     assert search.step == 8 and [c.index for c in search.candidates] == [0, 1, 2]
