@@ -56,12 +56,14 @@ def _rising(args: PruningConfig) -> str:
     return "emerges" if args.emergent else f"0 - {args.sparsity:.4f}"
 
 
-def _phase(plan: LevelPlan, level: int) -> str:
+def _phase(plan: LevelPlan, level: int, emergent: bool) -> str:
     if level >= 0:
         return f"level {level + 1}" if plan.soft_start is None else "frozen mask"
     if plan.soft_start is None:
         return "dense"
     dense = f"dense to step {plan.soft_start - 1}, " if plan.soft_start else ""
+    if emergent:
+        return f"{dense}soft"
     return f"{dense}soft, at the target from step {min(plan.soft_start + plan.ramp_steps - 1, plan.starts[0])}"
 
 
@@ -82,7 +84,7 @@ def plan_text(
         trials = rungs[level] if level >= 0 else []
         rows.append(
             [
-                _phase(plan, level),
+                _phase(plan, level, args.emergent),
                 f"{plan.levels[level]:.4f}" if level >= 0 else _rising(args) if args.soft else "0",
                 f"{first}-{last - 1}",
                 f"{args.learning_rate:g}" if args.lr_rewind or first == 0 else "(one schedule)",

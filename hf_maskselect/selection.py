@@ -129,8 +129,8 @@ class MaskSearch:
         """The proposals of every level; those of a soft method are its own mask and random neighbours."""
         config = self._config
         if config.soft:
-            ratios = itertools.islice(itertools.cycle(config.sampling_ratios), config.num_candidates - 1)
-            return [Proposal(config.method, config.scope), *(Proposal(config.method, config.scope, r) for r in ratios)]
+            others = itertools.islice(itertools.cycle(config.sampling_ratios), config.num_candidates - 1)
+            return [Proposal(config.method, config.scope), *(Proposal(config.method, config.scope, r) for r in others)]
         return proposal_pool(
             config.proposals,
             "score_fn" if "score_fn" in self._criteria else config.criterion,

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
 
 from .checkpoint import PruningState, check_zeros, load_method_state
-from .config import SELECTION_LOSSES, PruningConfig
+from .checks import SELECTION_LOSSES
+from .config import PruningConfig
 from .distillation import Distiller, load_teacher
 from .level_best import LevelBest
 from .masking.maskset import MaskSet
@@ -278,7 +279,7 @@ class PruningTrainer(Trainer):
         return super()._get_grad_norm(model, grad_norm)
 
     def _choose_masks(self, level: int) -> MaskSet:
-        if self._reached(level):  # the model was that sparse before
+        if not self.args.emergent and self._reached(level):  # the model was that sparse before
             return self._method.masks
         if self._level_best and level > 0:
             self._restore_level_best(level - 1)
@@ -300,8 +301,10 @@ class PruningTrainer(Trainer):
         return chosen
 
     def _reached(self, level: int) -> bool:
-        """Whether the masks in force are as sparse as `level`."""
+        """Whether the masks in force are as sparse as `level`; an emergent sparsity is reached once masks are."""
         masks = self._method.masks
+        if self.args.emergent:
+            return masks.kept < masks.total
         shapes = [mask.shape for mask in masks.values()]
         return masks.kept <= self.args.mask_pattern.keeps(shapes, self._plan.levels[level])
 
@@ -368,7 +371,7 @@ class PruningTrainer(Trainer):
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         # Early, denser models score best and must not win.
-        if not self.args.emergent and not self._reached(len(self._plan.levels) - 1):
+        if not self._reached(len(self._plan.levels) - 1):
             return False
         return super()._determine_best_metric(metrics, trial)
 

@@ -16,7 +16,7 @@ from transformers import EvalPrediction, Trainer, get_scheduler, set_seed
 from transformers.trainer_pt_utils import find_batch_size, nested_concat, nested_numpify
 from transformers.utils import is_datasets_available
 
-from .config import SELECTION_LOSSES
+from .checks import SELECTION_LOSSES
 from .masking.maskset import MaskSet
 from .masking.scores import GradientStats
 from .methods.hard import HardMasks

@@ -206,14 +206,24 @@ def test_the_command_line_refuses_unknown_methods(tmp_path, capsys):
     assert "magnitude" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("fields", [{}, {"method": "fisher", "sparsity": 0.8}, {"pattern": "1:4", "num_levels": 3}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"method": "fisher", "sparsity": 0.8},
+        {"pattern": "1:4", "num_levels": 3},
+        {"method": "pdp"},
+        {"method": "gumbel", "frozen_steps": 0.1},
+        {"method": "gumbel", "gumbel_untrained": True},
+    ],
+)
 def test_a_copy_with_one_field_changed_keeps_the_others(make, fields):
     config = make(**fields)
     copy = dataclasses.replace(config, learning_rate=1e-3)
     assert copy.learning_rate == 1e-3 != config.learning_rate
     for name in ("method", "sparsity", "pattern", "levels", "num_levels", "criterion", "scope", "num_candidates"):
         assert getattr(copy, name) == getattr(config, name), name
-    with pytest.raises(ValueError, match="sparsity"):
+    with pytest.raises(ValueError, match="sparsity|levels"):
         dataclasses.replace(config, sparsity=2.0)
 
 

@@ -21,12 +21,15 @@ def kth_largest(tensors: Sequence[Tensor], k: int) -> Tensor:
     A strided sample brackets the answer, one pass counts what lies above the bracket and collects what lies inside,
     and only the inside (about 2 % of the entries) is searched. A bracket that misses is widened, so the answer is
     always exact. `tensors` must be contiguous, of one dtype and device, without NaN.
+
+    Raises:
+        ValueError: k is out of range, or a NaN was met.
     """
     total = sum(t.numel() for t in tensors)
     if not 1 <= k <= total:
         raise ValueError(f"k must lie in 1..{total} (the number of entries), got {k}")
     if total <= _SMALL:
-        return torch.cat([t.reshape(-1) for t in tensors]).kthvalue(total - k + 1).values
+        return torch.cat([t.reshape(-1) for t in tensors]).kthvalue(total - k + 1).values  # NaN counts as largest
     # An odd stride that is no multiple of 3 does not walk down single columns of the usual matrix widths.
     stride = max(1, total // min(max(total // 32, _SAMPLE[0]), _SAMPLE[1])) | 1
     stride += 2 if stride % 3 == 0 else 0
@@ -46,6 +49,8 @@ def kth_largest(tensors: Sequence[Tensor], k: int) -> Tensor:
         middle = torch.cat(inside)
         if 1 <= k - above <= middle.numel():
             return middle.kthvalue(middle.numel() - (k - above) + 1).values
+        if first < 0 and last >= sample.numel():  # the bracket held everything that compares
+            raise ValueError("NaN among the values to be ranked")
         margin *= 8
 
 

@@ -51,8 +51,9 @@ def sample(perturbed_logits: Tensor, tau: float, pattern: NM | None = None) -> t
 
 
 @torch.no_grad()
-def budget_shift(logits: Sequence[Tensor], keep: float, start: float = 0.0, tolerance: float = 1e-4) -> float:
-    """theta with `sum sigmoid(logit - theta) = keep`, to within `tolerance` of the number of logits.
+def budget_shift(logits: Sequence[Tensor], keep: float, start: float = 0.0, tolerance: float = 1e-3) -> float:
+    """theta with `sum sigmoid(logit - theta) = keep`, to within half a weight or `tolerance` of what is kept or falls,
+    whichever of these is less.
 
     It holds the expected number of kept weights at the budget whatever the logits do: the multiplier of that
     constraint. Newton's steps from `start`, kept inside a bracket that always holds the answer.
@@ -63,6 +64,7 @@ def budget_shift(logits: Sequence[Tensor], keep: float, start: float = 0.0, tole
     total = sum(t.numel() for t in logits)
     if not 0 < keep < total:
         raise ValueError(f"keep must lie in (0, {total}) (the number of logits), got {keep}")
+    allowed = max(tolerance * min(keep, total - keep), 0.5)
     # At these ends even the extreme logits are surely kept or surely dropped.
     low = min(float(t.min()) for t in logits) - 40.0
     high = max(float(t.max()) for t in logits) + 40.0
@@ -74,7 +76,7 @@ def budget_shift(logits: Sequence[Tensor], keep: float, start: float = 0.0, tole
             kept = float(chance.sum(dtype=torch.float64))
             expected += kept
             slope += kept - float(chance.square_().sum(dtype=torch.float64))
-        if abs(expected - keep) <= tolerance * total:
+        if abs(expected - keep) <= allowed:
             return theta
         low, high = (theta, high) if expected > keep else (low, theta)
         step = theta + (expected - keep) / slope if slope > 0 else low

@@ -35,9 +35,6 @@ class Method(Protocol):
     def on_optimizer_step(self) -> None:
         """Right after the optimizer changed the weights."""
 
-    def penalty(self) -> Tensor | None:
-        """A term added to the training loss, or None."""
-
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint needs beyond the model's own weights and the masks."""
 

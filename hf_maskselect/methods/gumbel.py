@@ -1,11 +1,11 @@
 """Gumbel-Softmax subnetworks with Smart Rescale: "Extracting Effective Subnetworks with Gumbel-Softmax" (Dupont,
 Alaoui, Sahbi, Lebois; ICIP 2022; arXiv 2202.12986).
 
-The weights are frozen; one logit a weight and one scale a matrix are trained. Every optimizer step draws one hard
-mask, and the model computes with `scale * weight * mask`. At the end the scale is folded in and the mask is fixed:
-where `logit >= 0` (the paper: the sparsity emerges), or the best logits of an exact budget (ours). The budget also
-holds while training: a shift common to all logits, the multiplier of the constraint, keeps the expected number of kept
-weights on the ramp, so that logits only compete with each other and no penalty weight has to be tuned.
+In the soft phase the weights are frozen; one logit a weight and one scale a matrix are trained. Every optimizer step
+draws one hard mask, and the model computes with `scale * weight * mask`. At the end the scale is folded in and the
+mask is fixed: where `logit >= 0` (the paper: the sparsity emerges), or the best logits of an exact budget (ours). The
+budget also holds while training: a shift common to all logits, the multiplier of the constraint, keeps the expected
+number of kept weights on the ramp, so that logits only compete with each other and no penalty weight has to be tuned.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ class GumbelOptions:
     """tau: temperature. budget: hold the expected number of kept weights at the ramp and end in the exact count; else
     the paper's rule. rescale: learn the scales. initial_logit, prior: the logits start at `initial_logit + prior * z`,
     z the standardized log-magnitude of each weight in its matrix. signed_constant: replace each weight by its sign
-    times its matrix's standard deviation before training. logit_rate, scale_rate: learning rates. train_rest: also
-    train what is neither prunable nor part of the head."""
+    times its matrix's standard deviation before training. logit_rate, scale_rate: learning rates. train_rest: in the
+    soft phase, also train what is neither prunable nor part of the head (what lies outside a transformers model's
+    `base_model`; a model that has no such part has no head)."""
 
     tau: float
     budget: bool
@@ -43,6 +44,10 @@ class GumbelOptions:
     logit_rate: float
     scale_rate: float
     train_rest: bool
+
+
+_NEVER = -1e4  # the logit of a weight that was dead before
+_SAME = 1e-3  # standard deviations of log-magnitude below this are rounding: all weights are of one size
 
 
 class Gumbel(SoftMasks):
@@ -92,6 +97,15 @@ class Gumbel(SoftMasks):
         body = model.base_model if isinstance(model, PreTrainedModel) else model
         self._frozen = [] if options.train_rest else list(body.parameters())
 
+    @torch.no_grad()
+    def reset(self) -> None:
+        self._shifts, self._started = {}, False
+        for name, logits in self._logits.items():
+            logits.fill_(self._options.initial_logit)
+            self._scales[name].fill_(1.0)
+            for trained in (logits, self._scales[name]):
+                self.optimizer.state.pop(trained, None)
+
     def parameter_groups(self) -> list[dict]:
         groups = [{"params": list(self._logits.values()), "lr": self._options.logit_rate, "weight_decay": 0.0}]
         if self._options.rescale:
@@ -107,13 +121,21 @@ class Gumbel(SoftMasks):
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
-    def prepare(self, step: int) -> None:
-        if self._options.prior and not self._started:
-            for name, weight in self.weights.items():
-                size = weight.detach().abs().float().clamp_min_(torch.finfo(torch.float32).tiny).log_()
-                size.sub_(size.mean()).div_(size.std().clamp_min_(1e-12))
-                self._logits[name].data.add_(size, alpha=self._options.prior)
+    def _start(self) -> None:
+        """Once, from the weights that the soft phase begins with: the prior, and no chance for what is dead."""
+        if self._started:
+            return
         self._started = True
+        for name, weight in self.weights.items():
+            dead, logits = weight.detach() == 0, self._logits[name].data
+            if self._options.prior:
+                size = weight.detach().abs().float().log_()
+                alive = size[~dead]
+                logits.add_((size - alive.mean()).div_(alive.std().clamp_min_(_SAME)), alpha=self._options.prior)
+            logits.masked_fill_(dead, _NEVER)
+
+    def prepare(self, step: int) -> None:
+        self._start()
         device = next(iter(self._logits.values())).device
         self._generator = torch.Generator(device=device).manual_seed(self._seed_of(step))
         if self._options.budget and isinstance(self._pattern, Unstructured):
@@ -155,6 +177,11 @@ class Gumbel(SoftMasks):
         self._logits[name].grad = grad.float().mul_(self._slopes.pop(name)).mul_(weight.data).mul_(scale.data)
         weight.grad = None
 
+    def gap(self, masks: MaskSet) -> float:
+        found = super().gap(masks)
+        self._slopes.clear()
+        return found
+
     def before_clipping(self) -> None:
         stepping = bool(self._trained)
         super().before_clipping()
@@ -170,6 +197,7 @@ class Gumbel(SoftMasks):
     # -- the masks they amount to ------------------------------------------------------------------------------------
 
     def hard_masks(self) -> MaskSet:
+        self._start()
         logits = {name: t.data for name, t in self._logits.items()}
         if not self._options.budget:
             return MaskSet({name: t >= 0 for name, t in logits.items()})
@@ -179,6 +207,7 @@ class Gumbel(SoftMasks):
         return MaskSet.ones(logits) if groups is None else MaskSet(groups.masks(logits, groups.sparsity))
 
     def candidate(self, ratio: float | None, seed: int) -> MaskSet:
+        self._start()
         scores = {name: t.data for name, t in self._logits.items()}
         if ratio is not None:  # a sample of the learned law with the exact count
             generator = torch.Generator(device=next(iter(scores.values())).device).manual_seed(seed)

@@ -92,14 +92,12 @@ class HardMasks:
     def parameter_groups(self) -> list[dict]:
         return []
 
-    def penalty(self) -> None:
-        return None
-
     def state_dict(self) -> dict[str, Tensor]:
         return {}
 
     def load_state_dict(self, masks: MaskSet, state: dict[str, Tensor], step: int) -> None:
-        self.set_masks(masks)
+        if self._keep or masks.kept < masks.total:  # a mask of ones is not worth its memory
+            self.set_masks(masks)
         self._steps_done = step
 
     def baked_state_dict(self) -> None:

@@ -59,13 +59,26 @@ class Pdp(SoftMasks):
         self._boundaries: dict[str, Boundary] = {}
         self._thresholds: dict[str, Tensor | float | None] = {}  # None: nothing falls
 
+    def reset(self) -> None:
+        self._zeros, self._boundaries, self._thresholds = {}, {}, {}
+
     def _ranked(self, weight: Tensor) -> Tensor:
         """What is compared with t: magnitudes, for channels the root mean square of each row."""
         wide = weight.abs().float()
         return row_squares(wide).sqrt_().view(-1) if isinstance(self._pattern, Channel) else wide
 
     def _magnitudes(self) -> dict[str, Tensor]:
-        return {name: self._weight(name).abs().float() for name in self.weights}
+        found = {name: self._weight(name).abs().float() for name in self.weights}
+        for name, magnitudes in found.items():
+            if not bool(torch.isfinite(magnitudes.max())):
+                raise ValueError(self._diverged(name))
+        return found
+
+    def _diverged(self, name: str) -> str:
+        return (
+            f"{name} holds NaN or infinity at step {self._step}, training has diverged: use a lower learning_rate or "
+            "a smaller max_grad_norm"
+        )
 
     def prepare(self, step: int) -> None:
         if not self._zeros:
@@ -110,7 +123,10 @@ class Pdp(SoftMasks):
             return None
         if zeros == magnitudes.numel():
             return float("inf")
-        falls, stays = self._boundaries[name].find(magnitudes, zeros)
+        try:
+            falls, stays = self._boundaries[name].find(magnitudes, zeros)
+        except ValueError as error:
+            raise ValueError(self._diverged(name)) from error
         return 0.5 * (falls + stays)
 
     def hard_masks(self) -> MaskSet:

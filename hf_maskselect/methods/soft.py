@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 
@@ -36,6 +37,7 @@ class SoftMasks(HardMasks):
         self._trained: dict[str, Tensor] = {}  # what waits while the effective weights are in its place
         self._step = -1  # the last step begun
         self._hardened = False
+        self._resumed = False
 
     # -- for each method to fill in ----------------------------------------------------------------------------------
 
@@ -59,6 +61,9 @@ class SoftMasks(HardMasks):
     def candidate(self, ratio: float | None, seed: int) -> MaskSet:
         """Masks at the target sparsity: the deterministic ones where `ratio` is None, else a random neighbour."""
 
+    def reset(self) -> None:
+        """Forget what an earlier run learned; called before every run that is not resumed inside its soft phase."""
+
     def folded(self, name: str, weight: Tensor) -> Tensor:
         """The weight as the hardened model has it, before its mask."""
         return weight
@@ -66,9 +71,20 @@ class SoftMasks(HardMasks):
     # -- one optimizer step ------------------------------------------------------------------------------------------
 
     def begin(self, plan: LevelPlan, optimizer: torch.optim.Optimizer) -> None:
+        self.put_back()
         self._step = self._steps_done - 1
         super().begin(plan, optimizer)
         self._hardened = self.level >= 0
+        if not self._resumed:
+            self.reset()
+        self._resumed = False
+
+    def put_back(self) -> None:
+        """The trained weights return to their place. A step may end before its gradients are clipped: leftover
+        micro-batches of an epoch without length, a callback that stops training, an interruption."""
+        for name, tensor in self._trained.items():
+            self.weights[name].data = tensor
+        self._trained.clear()
 
     def attach(self, model: nn.Module) -> None:
         known = self.weights
@@ -82,9 +98,10 @@ class SoftMasks(HardMasks):
         return not self._hardened and self.plan is not None and self.plan.ramp_at(self._step) > 0
 
     def on_step_begin(self, step: int) -> None:
+        self.put_back()
         if self.plan.level_at(step) >= 0:
             if not self._hardened:
-                self._harden()
+                self._harden(self.candidate(None, 0))
             super().on_step_begin(step)
             return
         self._step = step
@@ -106,20 +123,20 @@ class SoftMasks(HardMasks):
     # -- leaving the soft phase --------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _harden(self) -> None:
-        """From here on the weights are those of the hard model, still unmasked."""
+    def _harden(self, masks: MaskSet) -> None:
+        """From here on the weights are those of the hard model, still unmasked. masks: what they are compared with."""
         if self.soft:
-            self._report({"soft_hard_gap": self.gap()})
+            self._report({"soft_hard_gap": self.gap(masks)})
         for name, weight in self.weights.items():
             weight.copy_(self.folded(name, weight.data))
         self._hardened = True
 
     @torch.no_grad()
-    def gap(self) -> float:
+    def gap(self, masks: MaskSet) -> float:
         """What hardening changes: `|soft - hard| / |hard|` between the effective and the hard weights, over all of
         them together."""
         self.prepare(self._step)
-        masks, distance, norm = self.hard_masks(), 0.0, 0.0
+        distance, norm = 0.0, 0.0
         for name, weight in self.weights.items():
             hard = self.folded(name, weight.data) * masks[name]
             distance += float((self.effective(name, weight.data) - hard).float().square().sum())
@@ -127,9 +144,16 @@ class SoftMasks(HardMasks):
         return (distance / norm) ** 0.5 if norm else 0.0
 
     def finalize(self) -> None:
+        self.put_back()
         if not self._hardened:
+            if self.plan.ramp_at(self._step) < 1:
+                warnings.warn(
+                    f"training ended after {self._step + 1} steps, before the soft masks had reached their target: "
+                    "the rest is cut at once",
+                    stacklevel=2,
+                )
             masks = self.candidate(None, 0)
-            self._harden()
+            self._harden(masks)
             self.set_masks(masks)
         super().finalize()
 
@@ -155,9 +179,11 @@ class SoftMasks(HardMasks):
 
     @torch.no_grad()
     def load_state_dict(self, masks: MaskSet, state: dict[str, Tensor], step: int) -> None:
+        self._trained.clear()  # of a run that was interrupted inside a step; the weights have been loaded since
+        self._resumed = bool(state)
         if state:
             for name, weight in self.weights.items():
                 weight.copy_(state[_DENSE + name])
-            self._steps_done = step
+            self._keep, self._steps_done = {}, step
         else:
             super().load_state_dict(masks, state, step)

@@ -11,23 +11,35 @@ import pytest
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 
 
-def launch(folder, ranks, batch):
+METHODS = [
+    {"method": "random", "trial_steps": 2},
+    {"method": "pdp", "num_levels": None, "frozen_steps": 3, "num_candidates": 2, "trial_steps": 2},
+    {"method": "gumbel", "num_levels": None, "frozen_steps": 0},
+]
+
+
+def launch(folder, ranks, batch, changes):
     folder.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*command, str(SCRIPT), str(folder), str(batch)], capture_output=True, text=True, env=environment, timeout=300
+        [*command, str(SCRIPT), str(folder), str(batch), json.dumps(changes)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one_run(tmp_path):
-    first, second = launch(tmp_path / "two", ranks=2, batch=8)
+@pytest.mark.parametrize("changes", METHODS, ids=lambda changes: changes["method"])
+def test_two_ranks_are_one_run(tmp_path, changes):
+    first, second = launch(tmp_path / "two", 2, 8, changes)
     assert first["wrapped"] == "DistributedDataParallel"
     for key in ("masks", "chosen", "weights", "after"):
         assert first[key] == second[key], key
-    (alone,) = launch(tmp_path / "one", ranks=1, batch=8)
+    (alone,) = launch(tmp_path / "one", 1, 8, changes)
     assert alone["before"] == pytest.approx(first["before"], rel=1e-5)  # P1: not multiplied by the ranks
     assert not list((tmp_path / "two" / "out").glob("search-*"))

@@ -12,13 +12,12 @@ from tiny import losses, make, make_rows, make_trainer  # noqa: E402
 from run_glue import leave_process_group  # noqa: E402
 
 torch.set_num_threads(1)
-folder, batch = Path(sys.argv[1]), int(sys.argv[2])
+folder, batch, changes = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
 keywords = {"selection_dataset": make_rows(16, seed=2), "teacher": make(seed=3)}
 trainer = make_trainer(
     folder / "out",
     make(),
-    method="random",
-    trial_steps=2,
+    **changes,
     per_device_train_batch_size=batch,
     data_seed=1,
     ddp_find_unused_parameters=False,

@@ -98,6 +98,34 @@ def test_the_sparsity_emerges_and_is_written_as_it_came_out(tmp_path):
     assert 0.1 < state.sparsity < 0.9 and state.sparsity != 0.5
 
 
+def test_a_dense_checkpoint_never_wins_where_the_sparsity_emerges(tmp_path):
+    ranks = iter(range(100, 0, -1))
+    trainer = make_trainer(
+        tmp_path,
+        **PAPER,
+        pruning_warmup_steps=4,
+        load_best_model_at_end=True,
+        metric_for_best_model="rank",
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        keywords={"compute_metrics": lambda prediction: {"rank": next(ranks)}},
+    )
+    trainer.train()
+    assert trainer.state.best_global_step == 6 and 0.1 < MaskSet.from_zeros(trainer.model).sparsity() < 0.9
+
+
+@pytest.mark.parametrize("changes", [{}, {"frozen_steps": 3, "level_eval_steps": 1}, {"max_grad_norm": 0.0}])
+def test_half_precision_level_best_and_no_clipping(tmp_path, changes):
+    model = make().to(torch.bfloat16) if not changes else make()
+    trainer = make_trainer(tmp_path, model, **{**GUMBEL, **changes})
+    trainer.train()
+    trainer.save_model()
+    assert verify(tmp_path).masks.sparsity() == 0.75
+    assert all(weight.data.dtype == model.dtype for weight in trainer._method.weights.values())
+
+
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_samples_keep_the_budget_along_the_ramp(tmp_path, scope):
     kept = []
@@ -198,6 +226,17 @@ def test_candidates_are_samples_tried_when_the_mask_hardens(tmp_path):
         ({"scope": "balanced"}, "scope='balanced' has no meaning with method='gumbel'"),
         ({"gumbel_budget": False}, "sparsity=0.75 has no meaning with gumbel_budget=False"),
         ({"gumbel_budget": False, "sparsity": None, "pattern": "2:4"}, "needs gumbel_budget=True"),
+        ({"gumbel_scale_learning_rate": -1.0}, "gumbel_scale_learning_rate=-1.0 must be positive"),
+        ({"gumbel_budget": "false"}, "gumbel_budget='false' must be true or false"),
+        ({"gumbel_untrained": True, "gumbel_prior": 1.0, "sparsity": None}, "gumbel_prior=1.0 has no meaning"),
+        (
+            {"method": "pdp", "gumbel_tau": 2.0},
+            "gumbel_tau=2.0 has no meaning with method='pdp', it belongs to gumbel",
+        ),
+        (
+            {**PAPER, "num_candidates": 2, "frozen_steps": 4},
+            "num_candidates=2 has no meaning with gumbel_budget=False",
+        ),
         ({"num_candidates": 2}, "num_candidates=2 needs steps under the hard mask"),
         ({"gumbel_learning_rate": -1.0}, "gumbel_learning_rate=-1.0 must be positive"),
     ],

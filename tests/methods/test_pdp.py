@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from tiny import FAMILIES, losses, make, make_rows, make_trainer, same, weights_of
+from tiny import FAMILIES, losses, make, make_config, make_rows, make_trainer, same, weights_of
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
-from hf_maskselect import MaskSet, PruningState, verify
+from hf_maskselect import MaskSet, PruningState, PruningTrainer, verify
 from hf_maskselect.checkpoint import load_method_state
 
 PDP = {"method": "pdp", "num_levels": None, "pruning_warmup_steps": 2, "frozen_steps": 0, "pdp_tau": 1e-3}
@@ -213,6 +213,100 @@ def test_a_run_stopped_inside_a_step_saves_its_trained_weights(tmp_path):
         assert not torch.equal(trainer._method.weights[name], trained)
 
 
+@pytest.mark.parametrize("method", [PDP, {**PDP, "method": "gumbel", "pdp_tau": 1e-4}], ids=["pdp", "gumbel"])
+def test_a_step_that_never_ends_loses_nothing(tmp_path, method):
+    """Training stopped between micro-batches, and again after an interruption: masks fit the weights each time."""
+
+    class Stop(TrainerCallback):
+        raising = True
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                if self.raising:
+                    raise KeyboardInterrupt
+                control.should_training_stop = True
+
+    stop = Stop()
+    trainer = make_trainer(tmp_path, **method, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    trainer.add_callback(stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trained = {name: tensor.clone() for name, tensor in trainer._method._trained.items()}
+    stop.raising = False
+    with pytest.warns(UserWarning, match="before the soft masks had reached their target"):
+        trainer.train()
+    assert trained and MaskSet.from_zeros(trainer.model).sparsity() == 0.75
+    trainer.save_model()
+    verify(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["pdp", "gumbel"])
+def test_a_second_run_starts_afresh_and_keeps_what_is_dead(tmp_path, method):
+    changes = {"method": method, "num_levels": None, "frozen_steps": 0}
+    trainer = make_trainer(tmp_path, **changes)
+    trainer.train()
+    first = trainer.pruning_state().masks
+    trainer.train()
+    second = trainer.pruning_state().masks
+    assert second.sparsity() == MaskSet.from_zeros(trainer.model).sparsity() == 0.75
+    assert second.overlap(first) == 1
+    trainer.save_model()
+    verify(tmp_path)
+
+
+def test_another_model_gets_its_own_targets(tmp_path):
+    """`model_init`: the second model is not pruned to the first one's counts."""
+    first, second = make(), make(seed=1)
+    with torch.no_grad():
+        first.bert.encoder.layer[0].output.dense.weight.mul_(4)
+        second.bert.encoder.layer[1].output.dense.weight.mul_(4)
+    models = iter([first, first, second])
+    changes = {**PDP, "pruning_warmup_steps": 0}
+    trainer = PruningTrainer(
+        args=make_config(tmp_path / "a", **changes),
+        model_init=lambda: copy.deepcopy(next(models)),
+        train_dataset=make_rows(),
+    )
+    trainer.train()
+    counts = trainer._method._zeros
+    trainer.train()
+    alone = make_trainer(tmp_path / "b", second, **changes)
+    alone.train()
+    assert trainer._method._zeros == alone._method._zeros != counts
+
+
+def test_a_run_that_ends_in_its_warm_up_is_cut_by_its_own_criterion(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    for method in ("pdp", "gumbel"):
+        changes = {
+            "method": method,
+            "num_levels": None,
+            "frozen_steps": 0,
+            "pruning_warmup_steps": 4,
+            "scope": "layer",
+        }
+        trainer = make_trainer(tmp_path / method, **changes)
+        trainer.add_callback(Stop())
+        with pytest.warns(UserWarning, match="the rest is cut at once"):
+            trainer.train()
+        for name, mask in trainer.pruning_state().masks.items():
+            weight = trainer._method.weights[name].abs()
+            assert mask.float().mean() == 0.25 and weight[mask].min() > 0 == weight[~mask].max()
+
+
+@pytest.mark.parametrize("size", [64, 1024])
+def test_diverged_weights_are_named(tmp_path, size):
+    """At the first ranking, in small matrices and in those that are searched by brackets."""
+    model = make(intermediate_size=size)
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"layer\.0\.attention\.self\.query\.weight holds NaN or infinity at step 2"):
+        make_trainer(tmp_path, model, **PDP).train()
+
+
 def test_candidates_are_neighbours_tried_when_the_mask_hardens(tmp_path):
     trainer = make_trainer(tmp_path, **{**PDP, "frozen_steps": 4}, num_candidates=3, trial_steps=2)
     trainer.train()
@@ -261,7 +355,12 @@ def test_tied_embeddings_are_left_alone(tmp_path):
         ({"proposals": ["paper"]}, "have no meaning with method='pdp'"),
         ({"num_candidates": 4}, "num_candidates=4 needs steps under the hard mask"),
         ({"level_eval_steps": 2}, "level_eval_steps=2 needs steps under the hard mask"),
-        ({"method": "magnitude", "frozen_steps": 2}, "frozen_steps=2 has no meaning with method='magnitude'"),
+        (
+            {"method": "magnitude", "pdp_tau": 1e-4, "frozen_steps": 2},
+            "frozen_steps=2 has no meaning with method='magnitude'",
+        ),
+        ({"method": "magnitude", "frozen_steps": 0}, "pdp_tau=0.001 has no meaning with method='magnitude'"),
+        ({"frozen_steps": 0.05, "num_candidates": 2}, "frozen_steps=0.05 of 12 steps is not one step"),
         ({"pruning_warmup_steps": 9, "frozen_steps": 3}, "leave no soft step of 12"),
     ],
 )
