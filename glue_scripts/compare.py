@@ -28,9 +28,11 @@ from tasks import get_task
 
 METHODS = {
     "dense": [],
-    "magnitude": ["--method", "magnitude", "--num_candidates", "1"],
-    "fisher": ["--method", "fisher", "--num_candidates", "1"],
-    "taylor": ["--method", "taylor", "--num_candidates", "1"],
+    "magnitude": ["--method", "magnitude"],
+    "fisher": ["--method", "fisher"],
+    "taylor": ["--method", "taylor"],
+    "pdp": ["--method", "pdp"],
+    "gumbel": ["--method", "gumbel"],
     "random-paper": ["--method", "random", "--proposals", "paper"],
     "random": ["--method", "random"],
 }
