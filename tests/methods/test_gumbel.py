@@ -168,33 +168,6 @@ def test_the_signed_constant_and_the_rest_of_the_body(tmp_path):
     )
 
 
-def test_accumulated_batches_are_one_batch(tmp_path):
-    runs = []
-    for batch, count in ((8, 1), (4, 2)):
-        trainer = make_trainer(
-            tmp_path / str(batch), **GUMBEL, per_device_train_batch_size=batch, gradient_accumulation_steps=count
-        )
-        trainer.train()
-        runs.append(trainer)
-    assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-4)
-    assert runs[0].pruning_state().masks.overlap(runs[1].pruning_state().masks) > 0.98
-
-
-@pytest.mark.parametrize("step", [1, 4, 10])
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-def test_a_run_resumes_to_the_bit(tmp_path, step, pattern):
-    """From the warm-up, the ramp and the frozen phase."""
-    common = {**GUMBEL, "pattern": pattern, "sparsity": None, "frozen_steps": 3, "pruning_warmup_steps": 2}
-    common |= {"save_strategy": "steps", "save_steps": 1}
-    whole = make_trainer(tmp_path, **common)
-    whole.train()
-    resumed = make_trainer(tmp_path / "again", make(seed=5), **common)
-    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-    assert losses(whole) == losses(resumed)
-    assert same(weights_of(whole.model), weights_of(resumed.model))
-    assert whole.pruning_state().masks.digest() == resumed.pruning_state().masks.digest()
-
-
 def test_a_checkpoint_is_plain_sparse_and_scaled(tmp_path):
     trainer = make_trainer(tmp_path, **GUMBEL, gumbel_scale_learning_rate=0.1, save_strategy="steps", save_steps=6)
     trainer.train()

@@ -126,40 +126,6 @@ def test_an_evaluation_changes_nothing(tmp_path):
     assert losses(plain) == losses(watched) and same(weights_of(plain.model), weights_of(watched.model))
 
 
-def test_accumulated_batches_are_one_batch(tmp_path):
-    runs = []
-    for batch, count in ((8, 1), (4, 2), (2, 4)):
-        trainer = make_trainer(
-            tmp_path / str(batch), **PDP, per_device_train_batch_size=batch, gradient_accumulation_steps=count
-        )
-        trainer.train()
-        runs.append(trainer)
-    for other in runs[1:]:
-        assert losses(runs[0]) == pytest.approx(losses(other), rel=1e-4)
-        assert runs[0].pruning_state().masks.overlap(other.pruning_state().masks) > 0.99
-
-
-@pytest.mark.parametrize("step", [1, 4, 10])
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-def test_a_run_resumes_to_the_bit(tmp_path, step, pattern):
-    """From the warm-up, the ramp and the frozen phase."""
-    common = {
-        **PDP,
-        "pattern": pattern,
-        "sparsity": None,
-        "frozen_steps": 3,
-        "save_strategy": "steps",
-        "save_steps": 1,
-    }
-    whole = make_trainer(tmp_path, **common)
-    whole.train()
-    resumed = make_trainer(tmp_path / "again", make(seed=5), **common)
-    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-    assert losses(whole) == losses(resumed)
-    assert same(weights_of(whole.model), weights_of(resumed.model))
-    assert whole.pruning_state().masks.digest() == resumed.pruning_state().masks.digest()
-
-
 def test_a_checkpoint_on_the_ramp_is_plain_and_sparse_for_its_users(tmp_path):
     trainer = make_trainer(tmp_path, **PDP, save_strategy="steps", save_steps=5)
     trainer.train()
@@ -213,47 +179,6 @@ def test_a_run_stopped_inside_a_step_saves_its_trained_weights(tmp_path):
         assert not torch.equal(trainer._method.weights[name], trained)
 
 
-@pytest.mark.parametrize("method", [PDP, {**PDP, "method": "gumbel", "pdp_tau": 1e-4}], ids=["pdp", "gumbel"])
-def test_a_step_that_never_ends_loses_nothing(tmp_path, method):
-    """Training stopped between micro-batches, and again after an interruption: masks fit the weights each time."""
-
-    class Stop(TrainerCallback):
-        raising = True
-
-        def on_substep_end(self, args, state, control, **kwargs):
-            if state.global_step == 6:
-                if self.raising:
-                    raise KeyboardInterrupt
-                control.should_training_stop = True
-
-    stop = Stop()
-    trainer = make_trainer(tmp_path, **method, per_device_train_batch_size=4, gradient_accumulation_steps=2)
-    trainer.add_callback(stop)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    trained = {name: tensor.clone() for name, tensor in trainer._method._trained.items()}
-    stop.raising = False
-    with pytest.warns(UserWarning, match="before the soft masks had reached their target"):
-        trainer.train()
-    assert trained and MaskSet.from_zeros(trainer.model).sparsity() == 0.75
-    trainer.save_model()
-    verify(tmp_path)
-
-
-@pytest.mark.parametrize("method", ["pdp", "gumbel"])
-def test_a_second_run_starts_afresh_and_keeps_what_is_dead(tmp_path, method):
-    changes = {"method": method, "num_levels": None, "frozen_steps": 0}
-    trainer = make_trainer(tmp_path, **changes)
-    trainer.train()
-    first = trainer.pruning_state().masks
-    trainer.train()
-    second = trainer.pruning_state().masks
-    assert second.sparsity() == MaskSet.from_zeros(trainer.model).sparsity() == 0.75
-    assert second.overlap(first) == 1
-    trainer.save_model()
-    verify(tmp_path)
-
-
 def test_another_model_gets_its_own_targets(tmp_path):
     """`model_init`: the second model is not pruned to the first one's counts."""
     first, second = make(), make(seed=1)
@@ -273,28 +198,6 @@ def test_another_model_gets_its_own_targets(tmp_path):
     alone = make_trainer(tmp_path / "b", second, **changes)
     alone.train()
     assert trainer._method._zeros == alone._method._zeros != counts
-
-
-def test_a_run_that_ends_in_its_warm_up_is_cut_by_its_own_criterion(tmp_path):
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = True
-
-    for method in ("pdp", "gumbel"):
-        changes = {
-            "method": method,
-            "num_levels": None,
-            "frozen_steps": 0,
-            "pruning_warmup_steps": 4,
-            "scope": "layer",
-        }
-        trainer = make_trainer(tmp_path / method, **changes)
-        trainer.add_callback(Stop())
-        with pytest.warns(UserWarning, match="the rest is cut at once"):
-            trainer.train()
-        for name, mask in trainer.pruning_state().masks.items():
-            weight = trainer._method.weights[name].abs()
-            assert mask.float().mean() == 0.25 and weight[mask].min() > 0 == weight[~mask].max()
 
 
 @pytest.mark.parametrize("size", [64, 1024])

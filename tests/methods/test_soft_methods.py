@@ -1,0 +1,102 @@
+"""What PDP and Gumbel share: resuming, accumulation, interruption, second runs."""
+
+import pytest
+from tiny import losses, make, make_trainer, same, weights_of
+from transformers import TrainerCallback
+
+from hf_maskselect import MaskSet, verify
+
+METHODS = [
+    {"method": "pdp", "num_levels": None, "frozen_steps": 0, "pruning_warmup_steps": 2, "pdp_tau": 1e-3},
+    {"method": "gumbel", "num_levels": None, "frozen_steps": 0, "pruning_warmup_steps": 2},
+]
+each_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method["method"])
+
+
+@each_method
+def test_accumulated_batches_are_one_batch(tmp_path, method):
+    runs = []
+    for batch, count in ((8, 1), (4, 2), (2, 4)):
+        trainer = make_trainer(
+            tmp_path / str(batch), **method, per_device_train_batch_size=batch, gradient_accumulation_steps=count
+        )
+        trainer.train()
+        runs.append(trainer)
+    for other in runs[1:]:
+        assert losses(runs[0]) == pytest.approx(losses(other), rel=1e-4)
+        assert runs[0].pruning_state().masks.overlap(other.pruning_state().masks) > 0.98
+
+
+@each_method
+@pytest.mark.parametrize("step", [1, 4, 10])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_a_run_resumes_to_the_bit(tmp_path, method, step, pattern):
+    """From the warm-up, the ramp and the frozen phase."""
+    common = {**method, "pattern": pattern, "sparsity": None, "frozen_steps": 3}
+    common |= {"save_strategy": "steps", "save_steps": 1}
+    whole = make_trainer(tmp_path, **common)
+    whole.train()
+    resumed = make_trainer(tmp_path / "again", make(seed=5), **common)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert losses(whole) == losses(resumed)
+    assert same(weights_of(whole.model), weights_of(resumed.model))
+    assert whole.pruning_state().masks.digest() == resumed.pruning_state().masks.digest()
+
+
+@each_method
+def test_a_step_that_never_ends_loses_nothing(tmp_path, method):
+    """Training stopped between micro-batches, and again after an interruption: masks fit the weights each time."""
+
+    class Stop(TrainerCallback):
+        raising = True
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                if self.raising:
+                    raise KeyboardInterrupt
+                control.should_training_stop = True
+
+    stop = Stop()
+    trainer = make_trainer(tmp_path, **method, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    trainer.add_callback(stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trained = {name: tensor.clone() for name, tensor in trainer._method._trained.items()}
+    stop.raising = False
+    with pytest.warns(UserWarning, match="before the soft masks had reached their target"):
+        trainer.train()
+    assert trained and MaskSet.from_zeros(trainer.model).sparsity() == 0.75
+    trainer.save_model()
+    verify(tmp_path)
+
+
+@each_method
+def test_a_second_run_starts_afresh_and_keeps_what_is_dead(tmp_path, method):
+    trainer = make_trainer(tmp_path, **method)
+    trainer.train()
+    first = trainer.pruning_state().masks
+    trainer.train()
+    second = trainer.pruning_state().masks
+    assert second.sparsity() == MaskSet.from_zeros(trainer.model).sparsity() == 0.75
+    assert second.overlap(first) == 1
+    trainer.save_model()
+    verify(tmp_path)
+
+
+@each_method
+def test_a_run_that_ends_in_its_warm_up_is_cut_by_magnitude(tmp_path, method):
+    """Neither has learned anything yet: PDP ranks by magnitude, and Gumbel's logits start from it."""
+    dense = {}
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            dense.update(weights_of(trainer.model))
+            control.should_training_stop = True
+
+    trainer = make_trainer(tmp_path, **method, scope="layer")
+    trainer.add_callback(Stop())
+    with pytest.warns(UserWarning, match="the rest is cut at once"):
+        trainer.train()
+    for name, mask in trainer.pruning_state().masks.items():
+        size = dense[name].abs()
+        assert mask.float().mean() == 0.25 and size[mask].min() >= size[~mask].max()
