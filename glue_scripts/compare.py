@@ -26,13 +26,16 @@ from arguments import parse_arguments
 from run_glue import fine_tune_dense, prepare, run
 from tasks import get_task
 
+# Flags for the search and its levels are for the methods that have them.
+ONE_MASK = ["--num_candidates", "1"]
+SOFT = [*ONE_MASK, "--num_levels", "1"]
 METHODS = {
     "dense": [],
-    "magnitude": ["--method", "magnitude"],
-    "fisher": ["--method", "fisher"],
-    "taylor": ["--method", "taylor"],
-    "pdp": ["--method", "pdp"],
-    "gumbel": ["--method", "gumbel"],
+    "magnitude": ["--method", "magnitude", *ONE_MASK],
+    "fisher": ["--method", "fisher", *ONE_MASK],
+    "taylor": ["--method", "taylor", *ONE_MASK],
+    "pdp": ["--method", "pdp", *SOFT],
+    "gumbel": ["--method", "gumbel", *SOFT],
     "random-paper": ["--method", "random", "--proposals", "paper"],
     "random": ["--method", "random"],
 }

@@ -148,11 +148,12 @@ def test_the_demo_takes_its_flags_and_shows_its_methods(tmp_path, capsys, monkey
 
 
 def test_compare_runs_what_is_missing_and_prints_one_table(tmp_path, start, data_dir, capsys, monkeypatch):
-    flags = ["--tasks", "sst2", "--methods", "magnitude", "random", "--seeds", "1", "2", "--output_dir", str(tmp_path)]
+    methods = ["magnitude", "pdp", "gumbel", "random"]
+    flags = ["--tasks", "sst2", "--methods", *methods, "--seeds", "1", "2", "--output_dir", str(tmp_path)]
     flags += ["--model_name_or_path", start, "--data_dir", data_dir, *FLAGS]
     compare.main(flags)
     table = (tmp_path / "table.md").read_text()
-    assert [line.split(" | ")[1] for line in table.splitlines()[2:]] == ["dense", "magnitude", "random"]
+    assert [line.split(" | ")[1] for line in table.splitlines()[2:]] == ["dense", *methods]
     assert table in capsys.readouterr().out
     monkeypatch.setattr(compare, "run_cell", lambda *given: pytest.fail("a finished cell was run again"))
     compare.main(flags)
