@@ -229,6 +229,11 @@ def check_scope(config: PruningConfig) -> None:
             f"pattern='channel' has no meaning with method={config.method!r}, which draws single weights: use "
             "'pdp', 'magnitude', 'fisher' or 'taylor'"
         )
+    if isinstance(pattern, Channel) and config.num_candidates > 1:
+        raise ValueError(
+            f"num_candidates={config.num_candidates} has no meaning with pattern='channel': candidates are drawn by "
+            "votes on single weights, so leave num_candidates unset"
+        )
     if not isinstance(pattern, Unstructured):
         if config.scope not in (None, "layer"):
             raise ValueError(

@@ -131,7 +131,9 @@ class Gumbel(SoftMasks):
             if self._options.prior:
                 size = weight.detach().abs().float().log_()
                 alive = size[~dead]
-                logits.add_((size - alive.mean()).div_(alive.std().clamp_min_(_SAME)), alpha=self._options.prior)
+                logits.add_(
+                    (size - alive.mean()).div_(alive.std(correction=0).clamp_min_(_SAME)), alpha=self._options.prior
+                )
             logits.masked_fill_(dead, _NEVER)
 
     def prepare(self, step: int) -> None:

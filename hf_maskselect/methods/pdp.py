@@ -94,6 +94,8 @@ class Pdp(SoftMasks):
             return weight
         if isinstance(self._pattern, Channel):
             return soft_row_weight(weight, threshold, self._tau)
+        if isinstance(self._pattern, Unstructured):
+            return soft_weight(weight, threshold, self._tau)
         found = torch.empty_like(weight)
         self._groups(found).copy_(soft_weight(self._groups(weight), threshold, self._tau))
         return found

@@ -179,6 +179,18 @@ def test_a_checkpoint_is_plain_sparse_and_scaled(tmp_path):
         assert torch.equal(loaded.get_parameter(name), state[f"dense.{name}"] * state[f"scale.{name}"] * mask)
 
 
+def test_a_matrix_with_one_live_weight_keeps_it(tmp_path):
+    model = make()
+    name = "bert.encoder.layer.0.output.dense.weight"
+    with torch.no_grad():
+        weight = model.get_parameter(name)
+        weight.mul_(torch.arange(weight.numel()).view(weight.shape) == 5)
+    trainer = make_trainer(tmp_path, model, **GUMBEL)
+    trainer.train()
+    assert all(bool(torch.isfinite(logits).all()) for logits in trainer._method._logits.values())
+    assert trainer.pruning_state().masks[name].view(-1)[5]
+
+
 def test_candidates_are_samples_tried_when_the_mask_hardens(tmp_path):
     trainer = make_trainer(tmp_path, **{**GUMBEL, "frozen_steps": 4}, num_candidates=3, trial_steps=2)
     before = weights_of(trainer.model)

@@ -264,6 +264,10 @@ def test_tied_embeddings_are_left_alone(tmp_path):
         ),
         ({"method": "magnitude", "frozen_steps": 0}, "pdp_tau=0.001 has no meaning with method='magnitude'"),
         ({"frozen_steps": 0.05, "num_candidates": 2}, "frozen_steps=0.05 of 12 steps is not one step"),
+        (
+            {"pattern": "channel", "num_candidates": 2, "frozen_steps": 3},
+            "num_candidates=2 has no meaning with pattern",
+        ),
         ({"pruning_warmup_steps": 9, "frozen_steps": 3}, "leave no soft step of 12"),
     ],
 )

@@ -15,16 +15,21 @@ each_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: meth
 
 @each_method
 def test_accumulated_batches_are_one_batch(tmp_path, method):
+    """In double precision: Adam gives a gradient that is zero but for rounding a full step, which may flip a mask."""
     runs = []
     for batch, count in ((8, 1), (4, 2), (2, 4)):
         trainer = make_trainer(
-            tmp_path / str(batch), **method, per_device_train_batch_size=batch, gradient_accumulation_steps=count
+            tmp_path / str(batch),
+            make().double(),
+            **method,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=count,
         )
         trainer.train()
         runs.append(trainer)
     for other in runs[1:]:
-        assert losses(runs[0]) == pytest.approx(losses(other), rel=1e-4)
-        assert runs[0].pruning_state().masks.overlap(other.pruning_state().masks) > 0.98
+        assert losses(runs[0]) == pytest.approx(losses(other), rel=1e-5)
+        assert runs[0].pruning_state().masks.overlap(other.pruning_state().masks) > 0.999
 
 
 @each_method
