@@ -35,7 +35,6 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import DEBUG
 from transformers.utils.logging import get_verbosity as get_level
 
@@ -44,6 +43,7 @@ from demo_data import demo_model_config, demo_tokenizer
 from hf_maskselect import PruningConfig, PruningTrainer, prunable_weights
 from hf_maskselect.planning import rewound_rate
 from hf_maskselect.report import text_table
+from hf_maskselect.saving import last_checkpoint
 from hf_maskselect.split import hold_out
 from metrics import make_compute_metrics
 from tasks import GlueTask, get_task, load_task, tokenize
@@ -223,7 +223,7 @@ def prune(
     results: dict[str, float] = dict(dense or {})
     if config.do_train:
         checkpoint = config.resume_from_checkpoint
-        checkpoint = get_last_checkpoint(config.output_dir) if checkpoint in ("last", "True", "true") else checkpoint
+        checkpoint = last_checkpoint(config.output_dir) if checkpoint in ("last", "True", "true") else checkpoint
         results |= trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.save_model()
         trainer.save_state()

@@ -6,6 +6,7 @@ from .distillation import Distiller
 from .masking.maskset import MaskSet
 from .masking.scores import WeightStats
 from .masking.targets import prunable_weights
+from .packing import PackReport, load_pruned, pack, unpack
 from .report import SparsityReport, sparsity_report
 from .trainer import PruningTrainer
 
@@ -14,12 +15,16 @@ __version__ = "0.1.0"
 __all__ = [
     "Distiller",
     "MaskSet",
+    "PackReport",
     "PruningConfig",
     "PruningState",
     "PruningTrainer",
     "SparsityReport",
     "WeightStats",
+    "load_pruned",
+    "pack",
     "prunable_weights",
     "sparsity_report",
+    "unpack",
     "verify",
 ]

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .files import bytes_of, replacing
 from .masking.maskset import MaskSet
 from .masking.patterns import parse_pattern
 
 STATE_FILE = "pruning_state.safetensors"
+
+
+_FIELDS = ("method", "pattern", "sparsity", "step", "level", "seed")
+# What of config.json says nothing about the function that the model computes.
+_DESCRIPTIVE = ("_name_or_path", "finetuning_task", "id2label", "label2id", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class PruningState:
     """Masks in force and where the run stood; `pruning_state.safetensors` on disk, bit-packed, no pickle.
 
     sparsity: the run's target; step: optimizer steps done; level: index of the level in force, -1 before the first
-    cut.
+    cut; weights, config: SHA-256 of the weights and of the configuration that it was saved with, empty before.
     """
 
     masks: MaskSet
@@ -35,13 +42,34 @@ class PruningState:
     step: int
     level: int
     seed: int
+    weights: str = ""
+    config: str = ""
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """Everything but the masks, as text."""
+        return {name: str(getattr(self, name)) for name in (*_FIELDS, "weights", "config")}
+
+    @classmethod
+    def from_fields(cls, masks: MaskSet, fields: Mapping[str, str]) -> PruningState:
+        """The inverse of `fields`; a KeyError or ValueError for what is no such text."""
+        texts = [fields[name] for name in _FIELDS]
+        kinds = (str, str, float, int, int, int)
+        values = [kind(text) for kind, text in zip(kinds, texts, strict=True)]
+        return cls(masks, *values, fields["weights"], fields["config"])
+
+    def sealed(self, folder: str | os.PathLike) -> PruningState:
+        """The state that belongs to what is saved in `folder`: it knows those weights and that configuration.
+
+        Raises:
+            ValueError: the saved weights are not zero where the masks are.
+        """
+        return replace(self, weights=check_weights(folder, self.masks), config=config_digest(folder))
 
     def save(self, folder: str | os.PathLike, method_state: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Write the state into `folder`, under a temporary name first, with what the method needs to resume."""
-        fields = {
-            name: str(getattr(self, name)) for name in ("method", "pattern", "sparsity", "step", "level", "seed")
-        }
-        self.masks.save(Path(folder) / STATE_FILE, fields, method_state)
+        """Write the state into `folder`, with what the method needs to resume."""
+        with replacing(Path(folder) / STATE_FILE) as path:
+            self.masks.save(path, self.fields, method_state)
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> PruningState:
@@ -57,25 +85,27 @@ class PruningState:
                 "PruningTrainer saved, or start a new run from this model"
             )
         masks, meta = MaskSet.load(path)
-        if missing := {"method", "pattern", "sparsity", "step", "level", "seed"} - meta.keys():
+        try:
+            return cls.from_fields(masks, meta)
+        except (KeyError, ValueError) as error:
             raise ValueError(
-                f"{path} holds masks but no {sorted(missing)[0]}, so no run wrote it: point to a folder that "
+                f"{path} holds masks but says nothing readable of its run ({error}): point to a folder that "
                 "PruningTrainer saved"
-            )
-        return cls(
-            masks,
-            meta["method"],
-            meta["pattern"],
-            float(meta["sparsity"]),
-            int(meta["step"]),
-            int(meta["level"]),
-            int(meta["seed"]),
-        )
+            ) from error
 
     @classmethod
     def find(cls, folder: str | os.PathLike) -> PruningState | None:
         """`load`, or None where the folder has no such file."""
         return cls.load(folder) if (Path(folder) / STATE_FILE).is_file() else None
+
+    def check_saved(self, folder: str | os.PathLike) -> None:
+        """Raise a ValueError unless `folder` holds, to the bit, the weights this state was saved with."""
+        for what, now, then in (
+            ("the weights are not those", check_weights(folder, self.masks), self.weights),
+            ("config.json is not the one", config_digest(folder), self.config),
+        ):
+            if now != then:
+                raise ValueError(changed(folder, what))
 
     def check_resumes(self, method: str, pattern: str, sparsity: float) -> None:
         """Raise a ValueError when the run that wants to go on is another one."""
@@ -121,34 +151,82 @@ def saved_tensors(folder: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor
             raise ValueError(f"{path} cannot be read as weights ({error}); restore the file") from error
 
 
-def check_zeros(folder: str | os.PathLike, masks: MaskSet) -> None:
+def check_weights(folder: str | os.PathLike, masks: MaskSet) -> str:
     """Re-read the saved weights and compare them with the masks.
+
+    Returns:
+        `WeightsDigest` of all tensors, whatever files they lie in.
 
     Raises:
         ValueError: a masked weight is missing, or not zero where its mask says so.
     """
-    seen = set()
+    digest = WeightsDigest()
     for name, tensor in saved_tensors(folder):
-        if name not in masks:
-            continue
-        seen.add(name)
-        if tensor.shape != masks[name].shape:
-            raise ValueError(
-                f"{folder}: {name} has shape {tuple(tensor.shape)} but its mask has {tuple(masks[name].shape)}; the "
-                "masks "
-                "are of another model"
-            )
-        alive = int(torch.count_nonzero(tensor.masked_fill(masks[name].cpu(), 0)))
-        if alive:
-            raise ValueError(
-                f"{folder}: {name} has {alive} non-zero weights where its mask is zero; the file was changed after "
-                "pruning or "
-                "written without it, so save it again from the trainer"
-            )
-    if missing := masks.keys() - seen:
+        digest.add(name, tensor)
+        if name in masks:
+            check_zeros(folder, name, tensor, masks[name])
+    if missing := masks.keys() - digest.names:
         raise ValueError(
             f"{folder}: {sorted(missing)[0]} is masked but not in the file; the weights are of another model"
         )
+    return digest.hex()
+
+
+class WeightsDigest:
+    """SHA-256 over names, dtypes, shapes and bits of tensors, in whatever order they come."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, str] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        content = hashlib.sha256(bytes_of(tensor)).hexdigest()
+        self._lines[name] = f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:{content}"
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._lines)
+
+    def hex(self) -> str:
+        return hashlib.sha256("\n".join(sorted(self._lines.values())).encode()).hexdigest()
+
+
+def check_zeros(folder: str | os.PathLike, name: str, tensor: torch.Tensor, mask: torch.Tensor) -> None:
+    """Raise a ValueError unless one saved tensor is zero where its mask says so."""
+    if tensor.shape != mask.shape:
+        raise ValueError(
+            f"{folder}: {name} has shape {tuple(tensor.shape)} but its mask has {tuple(mask.shape)}; the masks are of "
+            "another model"
+        )
+    alive = int(torch.count_nonzero(tensor.masked_fill(mask.cpu(), 0)))
+    if alive:
+        raise ValueError(
+            f"{folder}: {name} has {alive} non-zero weights where its mask is zero; the file was changed after "
+            "pruning or written without it, so save it again from the trainer"
+        )
+
+
+def changed(folder: str | os.PathLike, what: str) -> str:
+    """The sentence for a folder whose files do not belong together."""
+    return (
+        f"{folder}: {what} that {STATE_FILE} was saved with; restore the file, or, if it was changed on purpose, "
+        f"delete {STATE_FILE}: masks are then taken from the zeros"
+    )
+
+
+def config_digest(folder: str | os.PathLike) -> str:
+    """SHA-256 over what `config.json` says of the function the model computes (not of its labels); empty where there
+    is no such file, as for a module that is not of transformers."""
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        return ""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}); restore the file") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no configuration; restore the file")
+    told = {name: value for name, value in found.items() if name not in _DESCRIPTIVE}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def model_class(folder: str | os.PathLike) -> tuple[type[PreTrainedModel], PretrainedConfig]:
@@ -168,6 +246,13 @@ def model_class(folder: str | os.PathLike) -> tuple[type[PreTrainedModel], Pretr
     return cls, config
 
 
+def skeleton(folder: str | os.PathLike) -> PreTrainedModel:
+    """The model that `config.json` describes, without weights: names and shapes only."""
+    cls, config = model_class(folder)
+    with torch.device("meta"):
+        return cls._from_config(config)
+
+
 def verify(folder: str | os.PathLike) -> PruningState:
     """Everything a user may rely on: the zeros are the masks, the count is the target, the model loads plainly.
 
@@ -178,7 +263,7 @@ def verify(folder: str | os.PathLike) -> PruningState:
         ValueError: the first thing that does not hold, with the tensor or the counts.
     """
     state = PruningState.load(folder)
-    check_zeros(folder, state.masks)
+    state.check_saved(folder)
     for name, tensor in saved_tensors(folder):
         if name not in state.masks:
             continue

@@ -1,4 +1,4 @@
-"""`hf-maskselect report|verify PATH`. Exit code 0: good, 1: the check failed, 2: bad usage."""
+"""`hf-maskselect report|verify|pack|unpack PATH`. Exit code 0: good, 1: the check failed, 2: bad usage."""
 
 from __future__ import annotations
 
@@ -10,31 +10,55 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from .checkpoint import verify
+from .packed_file import LOSSY
+from .packing import pack, unpack
 from .report import sparsity_report
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Every command and its options."""
+    parser = argparse.ArgumentParser(prog="hf-maskselect", description="Look at pruned models, pack and unpack them.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    found = {}
+    for name, text in (
+        ("report", "count the zeros: per tensor, over the prunable weights, over the whole model"),
+        ("verify", "check that the zeros are the masks, the count is the target and the model loads plainly"),
+        ("pack", "write the model as one small file for transport, with what belongs to it beside"),
+        ("unpack", "write a packed model as an ordinary one, which plain from_pretrained loads"),
+    ):
+        found[name] = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+        found[name].add_argument("path", help="folder of a saved model")
+    for name in ("pack", "unpack"):
+        found[name].add_argument("--output", required=True, help="folder to write into, made if need be")
+    found["pack"].add_argument("--values", choices=LOSSY, help="round all values to 16 bits (lossy)")
+    found["pack"].add_argument("--embeddings", choices=["int8"], help="round embedding tables to 8 bits (lossy)")
+    return parser
+
+
+def run(options: argparse.Namespace) -> str:
+    """One command; returns what it has to say."""
+    if options.command == "report":
+        return str(sparsity_report(options.path))
+    if options.command == "pack":
+        return str(pack(options.path, options.output, options.values, options.embeddings))
+    if options.command == "unpack":
+        unpack(options.path, options.output)
+        return f"wrote {options.output}"
+    state = verify(options.path)
+    zeros = state.masks.total - state.masks.kept
+    return f"good: {zeros:,} of {state.masks.total:,} prunable weights are zero ({state.masks.sparsity():.6f})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="hf-maskselect", description="Look at pruned models.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("report", "count the zeros: per tensor, over the prunable weights, over the whole model"),
-        ("verify", "check that the zeros are the masks, the count is the target and the model loads plainly"),
-    ):
-        command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
-        command.add_argument("path", help="folder of a saved model")
+    parser = make_parser()
     options = parser.parse_args(arguments)
     disable_progress_bar()  # of transformers' loading: the answer is one line
     if not Path(options.path).is_dir():
         parser.error(f"{options.path} is no folder: give the folder of a saved model")
     try:
-        if options.command == "report":
-            print(sparsity_report(options.path))
-        else:
-            state = verify(options.path)
-            zeros = state.masks.total - state.masks.kept
-            print(f"good: {zeros:,} of {state.masks.total:,} prunable weights are zero ({state.masks.sparsity():.6f})")
-    except ValueError as error:
+        print(run(options))
+    except (ValueError, OSError) as error:
         print(f"{options.command} failed: {error}", file=sys.stderr)
         return 1
     return 0

@@ -121,6 +121,12 @@ class PruningConfig(TrainingArguments):
             attention, which it switches on.
         distill_temperature (`float`, defaults to 1), hard_label_weight (`float`, defaults to 0).
 
+    > Storage
+
+    Args:
+        pack_on_save (`bool`, defaults to `False`): `save_model` also writes `packed_model.safetensors`, lossless and
+            near its entropy bound (see [`pack`]); checkpoints do not have it.
+
     Raises:
         ValueError: a field is out of range; the message names the field, the value and the remedy.
     """
@@ -204,6 +210,8 @@ class PruningConfig(TrainingArguments):
     distill_attention: float = field(default=0.0, metadata={"help": "Weight of the attention-map loss."})
     distill_temperature: float = field(default=1.0, metadata={"help": "Temperature of the soft labels."})
     hard_label_weight: float = field(default=0.0, metadata={"help": "Weight of the label loss beside the teacher's."})
+
+    pack_on_save: bool = field(default=False, metadata={"help": "Also write the packed file beside a saved model."})
 
     def __post_init__(self) -> None:
         check_pruning(self)

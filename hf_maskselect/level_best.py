@@ -12,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .files import replacing
+
 FILE = "level_best.safetensors"
 
 
@@ -32,10 +34,9 @@ class LevelBest:
         if known.get("level") == str(level) and float(known["score"]) <= score:
             return False
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_suffix(".tmp")
         weights = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
-        save_file(weights, temporary, metadata={"level": str(level), "score": repr(score)})
-        os.replace(temporary, self._path)
+        with replacing(self._path) as temporary:
+            save_file(weights, temporary, metadata={"level": str(level), "score": repr(score)})
         return True
 
     def _known(self) -> dict[str, str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .checkpoint import PruningState, model_class, saved_tensors
+from .checkpoint import PruningState, saved_tensors, skeleton
 from .masking.targets import prunable_weights
 
 
@@ -80,9 +80,7 @@ def sparsity_report(
     if state is not None:
         prunable = set(state.masks)
     else:
-        with torch.device("meta"):
-            cls, config = model_class(model_or_path)
-            prunable = set(prunable_weights(cls._from_config(config), target_modules, exclude_modules))
+        prunable = set(prunable_weights(skeleton(model_or_path), target_modules, exclude_modules))
     tensors = tuple(_count(name, t, name in prunable) for name, t in saved_tensors(model_or_path))
     if missing := prunable - {t.name for t in tensors}:
         raise ValueError(

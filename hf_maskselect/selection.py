@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import math
+import shutil
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from .config import PruningConfig
+from .files import replacing
+from .journal import Journal
 from .masking.maskset import MaskSet
 from .masking.schedule import LevelPlan
 from .masking.scores import Criterion
@@ -24,6 +27,7 @@ from .report import text_table
 from .trials import EARLY_EVALUATIONS, TrialBench
 
 SEARCH_FILE = "search.json"
+_FOLDER = "search-"  # of the masks that wait; and a random ending
 
 
 @dataclass
@@ -120,9 +124,16 @@ class MaskSearch:
     """
 
     def __init__(
-        self, config: PruningConfig, bench: TrialBench, method: HardMasks, criteria: dict[str, Criterion], quiet: bool
+        self,
+        config: PruningConfig,
+        bench: TrialBench,
+        method: HardMasks,
+        criteria: dict[str, Criterion],
+        journal: Journal,
+        quiet: bool,
     ) -> None:
-        self._config, self._bench, self._method, self._criteria, self._quiet = config, bench, method, criteria, quiet
+        self._config, self._bench, self._method, self._criteria = config, bench, method, criteria
+        self._journal, self._quiet = journal, quiet
         self.history: list[LevelSearch] = []
 
     def pool(self) -> list[Proposal]:
@@ -161,7 +172,7 @@ class MaskSearch:
         start = time.monotonic()
         done = LevelSearch(level, plan.levels[level], step, [])
         Path(self._config.output_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="search-", dir=self._config.output_dir) as folder:
+        with tempfile.TemporaryDirectory(prefix=_FOLDER, dir=self._config.output_dir) as folder:
             self._folder = Path(folder)
             self._draw(done)
             if len(done.candidates) > 1:
@@ -221,6 +232,7 @@ class MaskSearch:
             leave=False,
             disable=self._quiet,
         )
+        self._journal.open(bench.fingerprint(search.level))
         with bar:
             for count, steps in rungs:
                 if len(racing) > count:
@@ -228,8 +240,13 @@ class MaskSearch:
                 for candidate in racing:
                     bar.set_postfix_str(candidate.proposal)
                     marks = min(evaluations, steps)
-                    load = functools.partial(self._load, candidate)
-                    score = bench.trial(load, steps, rate, search.level, marks, bar)
+                    score = self._journal.find(candidate.digest, steps)
+                    if score is None:
+                        load = functools.partial(self._load, candidate)
+                        score = bench.trial(load, steps, rate, search.level, marks, bar)
+                        self._journal.add(candidate.digest, steps, score)
+                    else:
+                        bar.update(steps)
                     candidate.scores.append(score)
                     candidate.steps += steps
                     search.step_equivalents += steps + marks * bench.steps_of_score()
@@ -245,9 +262,14 @@ class MaskSearch:
         """Keep the tables of all levels in `output_dir/search.json`."""
         path = Path(self._config.output_dir) / SEARCH_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps([asdict(search) for search in self.history], indent=1))
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps([asdict(search) for search in self.history], indent=1))
+
+    def clean(self) -> None:
+        """Remove the masks that a killed run left waiting."""
+        for folder in Path(self._config.output_dir).glob(f"{_FOLDER}*"):
+            if folder.is_dir():
+                shutil.rmtree(folder)
 
     def recall(self, step: int) -> None:
         """Take up the tables written before optimizer step `step` of a run that is being resumed."""

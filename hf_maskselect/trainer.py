@@ -13,13 +13,14 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import has_length
 
-from .checkpoint import PruningState, check_zeros, load_method_state
+from .checkpoint import PruningState, load_method_state
 from .checks import SELECTION_LOSSES
 from .config import PruningConfig
 from .distillation import Distiller, load_teacher
+from .journal import Journal
 from .level_best import LevelBest
 from .masking.maskset import MaskSet
 from .masking.schedule import LevelPlan
@@ -28,8 +29,10 @@ from .masking.targets import prunable_weights, transposed_weights
 from .methods.gumbel import Gumbel
 from .methods.hard import HardMasks
 from .methods.pdp import Pdp
+from .packing import pack
 from .planning import plan_text, rewound_rate
 from .proposals import key_seed
+from .saving import WholeCheckpoints
 from .selection import MaskSearch
 from .split import hold_out
 from .trials import TrialBench
@@ -37,7 +40,7 @@ from .trials import TrialBench
 FORMAT_VERSION = 1  # of config.pruning
 
 
-class PruningTrainer(Trainer):
+class PruningTrainer(WholeCheckpoints):
     """Fine-tunes and prunes in one `train()`; the model comes out with exactly the asked-for share of zeros.
 
     Takes every argument of `Trainer`, and:
@@ -124,7 +127,8 @@ class PruningTrainer(Trainer):
         criteria = (
             CRITERIA if score_fn is None else {**CRITERIA, "score_fn": Criterion(score_fn, ("square", "product"), 5.0)}
         )
-        self._search = MaskSearch(args, self._bench, self._method, criteria, quiet=not self._speaks)
+        self._journal = Journal(args.output_dir, writes=self.is_world_process_zero())
+        self._search = MaskSearch(args, self._bench, self._method, criteria, self._journal, quiet=not self._speaks)
         if self._search.needs() and score_fn is None and args.criterion_batches == 0:
             raise ValueError(
                 f"criterion_batches=0 but proposals={args.proposals} need gradients: set it to 64 or more, or "
@@ -184,6 +188,11 @@ class PruningTrainer(Trainer):
         return HardMasks(self._find_weights, self._choose_masks)
 
     @property
+    def teacher(self) -> PreTrainedModel | None:
+        """The frozen model that is distilled from."""
+        return None if self._distiller is None else self._distiller.teacher
+
+    @property
     def _speaks(self) -> bool:
         return self.is_world_process_zero() and not self.args.disable_tqdm
 
@@ -239,8 +248,11 @@ class PruningTrainer(Trainer):
         args = self.args
         self._plan = args.plan(num_training_steps)
         self._method.begin(self._plan, self.optimizer)
-        if self._level_best and self.state.global_step == 0 and self.is_world_process_zero():
-            self._level_best.forget()  # of an earlier run in the same folder
+        if self.is_world_process_zero():
+            self._search.clean()
+            if self._level_best and self.state.global_step == 0:
+                self._level_best.forget()  # of an earlier run in the same folder
+        self.accelerator.wait_for_everyone()
         rungs = [self._search.rungs(self._plan, level) for level in range(len(self._plan.levels))]
         self._say(plan_text(args, self._plan, rungs, len(self.selection_dataset) if args.needs_selection_split else 0))
         if self.lr_scheduler is None and args.lr_rewind:
@@ -332,6 +344,7 @@ class PruningTrainer(Trainer):
             if self.is_world_process_zero():
                 self._level_best.forget()
         self._method.finalize()
+        self._journal.forget()
         return super()._finalize_training(*args, **kwargs)
 
     def search_summary(self) -> dict[str, float]:
@@ -395,19 +408,21 @@ class PruningTrainer(Trainer):
                 "achieved": state.masks.sparsity(),
                 "version": FORMAT_VERSION,
             }
-        with self._baked():
-            super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = self.args.output_dir if output_dir is None else output_dir
-            state.save(folder, self._method.state_dict())
-            check_zeros(folder, state.masks)
-            if self._level_best and folder != self.args.output_dir:
-                self._level_best.copy_to(folder)
+        with self._whole(self.args.output_dir if output_dir is None else output_dir) as folder:
+            with self._baked():
+                super()._save(folder, state_dict)
+            if self.args.should_save:
+                state.sealed(folder).save(folder, self._method.state_dict())
+                if self._level_best and self._checkpointing:
+                    self._level_best.copy_to(folder)
+                if self.args.pack_on_save and not self._checkpointing:
+                    pack(folder, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         state, extra = PruningState.load(resume_from_checkpoint), load_method_state(resume_from_checkpoint)
         args = self.args
         state.check_resumes(args.method, args.pattern, state.sparsity if args.emergent else args.sparsity)
+        state.check_saved(resume_from_checkpoint)
         state.masks.check_fits(self._find_weights(self.model))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._method.attach(self.model)
@@ -434,4 +449,6 @@ class _StepEvents(TrainerCallback):
         self._trainer._method.on_optimizer_step()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        due = control.should_log
         self._trainer._score_level()
+        control.should_log = due  # logging a score counts as this step's log, and its loss would be lost

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
+import json
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +19,7 @@ from transformers.trainer_pt_utils import find_batch_size, nested_concat, nested
 from transformers.utils import is_datasets_available
 
 from .checks import SELECTION_LOSSES
+from .files import bytes_of
 from .masking.maskset import MaskSet
 from .masking.scores import GradientStats
 from .methods.hard import HardMasks
@@ -25,6 +28,8 @@ from .proposals import key_seed
 EARLY_EVALUATIONS = 20  # of one "early" trial; its score is the mean of the last ten (arXiv 2310.13183)
 EARLY_MEAN = 10
 TRIAL_WARMUP = 0.1
+# Arguments that say where a run writes and what it resumes from, and nothing about what it computes.
+_ANY = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "hub_token", "push_to_hub_token")
 
 
 class TrialBench:
@@ -69,6 +74,19 @@ class TrialBench:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if name in self._saved:
                 tensor.copy_(self._saved[name])
+
+    def fingerprint(self, level: int) -> str:
+        """SHA-256 of all that the scores of a search depend on: weights, teacher, arguments, sizes of the data."""
+        trainer = self._trainer
+        told = {k: v for k, v in trainer.args.to_dict().items() if k not in _ANY}
+        told |= {"level": level, "metric": trainer.selection_metric}
+        told |= {"rows": [len(trainer.train_dataset), len(self._selection)]}
+        sha = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
+        for model in (trainer.model, trainer.teacher):
+            for name, tensor in () if model is None else model.state_dict().items():
+                sha.update(name.encode())
+                sha.update(bytes_of(tensor))
+        return sha.hexdigest()
 
     @contextlib.contextmanager
     def random_state(self) -> Iterator[None]:

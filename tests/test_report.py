@@ -28,7 +28,7 @@ def saved(tmp_path_factory):
     masks = MaskSet(Unstructured("global").masks(scores, 0.75))
     masks.apply_(model)
     model.save_pretrained(folder)
-    PruningState(masks, "magnitude", "unstructured", 0.75, step=10, level=0, seed=42).save(folder)
+    PruningState(masks, "magnitude", "unstructured", 0.75, step=10, level=0, seed=42).sealed(folder).save(folder)
     return folder
 
 
@@ -141,12 +141,12 @@ def missing_tensor(folder):
 
 def unexpected_tensor(folder):
     change_weights(folder, lambda tensors: tensors.update({"mask.logits": torch.zeros(3)}))
-    return "mask.logits"
+    return "the weights are not those"
 
 
 def missing_bias(folder):
     change_weights(folder, lambda tensors: tensors.pop("bert.pooler.dense.bias"))
-    return "bert.pooler.dense.bias"
+    return "the weights are not those"
 
 
 def no_state(folder):
@@ -172,7 +172,26 @@ def unreadable_config(folder):
 def foreign_architecture(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["BertTokenizer"]}))
+    PruningState.load(folder).sealed(folder).save(folder)
     return "'BertTokenizer'"
+
+
+def changed_config(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+    return "config.json is not the one"
+
+
+def unexpected_tensor_of_a_sealed_state(folder):
+    unexpected_tensor(folder)
+    PruningState.load(folder).sealed(folder).save(folder)
+    return "mask.logits"
+
+
+def missing_bias_of_a_sealed_state(folder):
+    missing_bias(folder)
+    PruningState.load(folder).sealed(folder).save(folder)
+    return "bert.pooler.dense.bias"
 
 
 def truncated_state(folder):
@@ -202,6 +221,7 @@ def masks_without_a_run(folder):
 
 BROKEN = [tampered_weight, target_not_met, missing_tensor, unexpected_tensor, missing_bias, no_state, no_weights]
 BROKEN += [no_config, unreadable_config, foreign_architecture, truncated_state, truncated_weights]
+BROKEN += [changed_config, unexpected_tensor_of_a_sealed_state, missing_bias_of_a_sealed_state]
 BROKEN += [state_of_another_size, state_of_another_model, masks_without_a_run]
 
 
@@ -241,6 +261,13 @@ def test_a_file_is_no_folder(saved):
     with pytest.raises(SystemExit) as exit_:
         main(["verify", str(saved / WEIGHTS)])
     assert exit_.value.code == 2
+
+
+def test_labels_and_versions_in_the_configuration_may_change(copied):
+    config = json.loads((copied / "config.json").read_text())
+    told = {"id2label": {"0": "bad", "1": "good"}, "label2id": {"bad": 0, "good": 1}, "transformers_version": "5.99"}
+    (copied / "config.json").write_text(json.dumps({**config, **told}))
+    verify(copied)
 
 
 # -- state ------------------------------------------------------------------------------------------------------------

@@ -77,11 +77,7 @@ class MaskSet(Mapping[str, Tensor]):
 
     def digest(self) -> str:
         """SHA-256 over names, shapes and bits: equal digests are equal masks, on any rank and machine."""
-        sha = hashlib.sha256()
-        for name, bits in sorted(self.pack().items()):
-            sha.update(f"{name}:{tuple(self[name].shape)}:".encode())
-            sha.update(bits.numpy())
-        return sha.hexdigest()
+        return packed_digest(self.pack(), {name: tuple(mask.shape) for name, mask in self.items()})
 
     # -- what it does ------------------------------------------------------------------------------------------------
 
@@ -118,23 +114,38 @@ class MaskSet(Mapping[str, Tensor]):
         """The inverse of `pack`, on the device and in the shape of `weights`."""
         return cls({name: unpack_bits(packed[name], w.shape).to(w.device) for name, w in weights.items()})
 
+    @classmethod
+    def unpack_shapes(cls, packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> MaskSet:
+        """`unpack` on the CPU where only the shapes are known."""
+        return cls({name: unpack_bits(packed[name], shapes[name]) for name in packed})
+
     def save(
         self,
         path: str | os.PathLike,
         metadata: Mapping[str, str] | None = None,
         beside: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write packed masks as safetensors, under a temporary name first. Shapes, digest and `metadata` go into the
-        header; the tensors `beside` go into the same file and are read by `load_beside`."""
-        header = {f"shape.{name}": ",".join(map(str, mask.shape)) for name, mask in self.items()}
-        header |= {"format": "hf_maskselect.masks", "format_version": str(FORMAT_VERSION), "digest": self.digest()}
-        header |= dict(metadata or {})
+        """Write packed masks as safetensors. Shapes, digest and `metadata` go into the header; the tensors `beside` go
+        into the same file and are read by `load_beside`."""
+        shapes = {name: tuple(mask.shape) for name, mask in self.items()}
+        self.save_packed(path, self.pack(), shapes, metadata, beside)
+
+    @staticmethod
+    def save_packed(
+        path: str | os.PathLike,
+        packed: Mapping[str, Tensor],
+        shapes: Mapping[str, tuple[int, ...]],
+        metadata: Mapping[str, str] | None = None,
+        beside: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """`save` of masks that are packed already."""
+        header = {f"shape.{name}": ",".join(map(str, shape)) for name, shape in shapes.items()}
+        header |= {"format": "hf_maskselect.masks", "format_version": str(FORMAT_VERSION)}
+        header |= {"digest": packed_digest(packed, shapes), **(metadata or {})}
         others = {_BESIDE + name: tensor.detach().cpu().contiguous() for name, tensor in (beside or {}).items()}
         if others:
             header["beside"] = _tensor_digest(others)
-        temporary = f"{os.fspath(path)}.tmp"
-        save_file(self.pack() | others, temporary, metadata=header | {"checksum": _checksum(header)})
-        os.replace(temporary, path)
+        save_file({**packed, **others}, path, metadata=header | {"checksum": header_checksum(header)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> tuple[MaskSet, dict[str, str]]:
@@ -143,6 +154,14 @@ class MaskSet(Mapping[str, Tensor]):
         Raises:
             ValueError: not such a file, another format version, or bits that do not match the digest.
         """
+        packed, shapes, header = cls.load_packed(path)
+        return cls.unpack_shapes(packed, shapes), header
+
+    @staticmethod
+    def load_packed(
+        path: str | os.PathLike,
+    ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]], dict[str, str]]:
+        """The packed masks, their shapes and the metadata: an eighth of the memory of `load`, and its checks."""
         try:
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
@@ -157,7 +176,7 @@ class MaskSet(Mapping[str, Tensor]):
                 f"{path} does not hold masks of format version {FORMAT_VERSION} (header says {header.get('format')!r} "
                 f"{header.get('format_version')!r}); point to a pruning_state.safetensors written by this version"
             )
-        if _checksum({k: v for k, v in header.items() if k != "checksum"}) != header.get("checksum"):
+        if header_checksum({k: v for k, v in header.items() if k != "checksum"}) != header.get("checksum"):
             raise ValueError(f"{path} is damaged: its header does not match its checksum; restore the file")
         shapes = {
             k.removeprefix("shape."): tuple(map(int, v.split(","))) for k, v in header.items() if k[:6] == "shape."
@@ -167,10 +186,9 @@ class MaskSet(Mapping[str, Tensor]):
             for n, s in shapes.items()
         ):
             raise ValueError(f"{path} is damaged: its tensors do not match its header; restore the file")
-        masks = cls({name: unpack_bits(packed[name], shapes[name]) for name in packed})
-        if masks.digest() != header.get("digest"):
+        if packed_digest(packed, shapes) != header.get("digest"):
             raise ValueError(f"{path} is damaged: its bits do not match its digest; restore the file")
-        return masks, {k: v for k, v in header.items() if not k.startswith("shape.")}
+        return packed, shapes, {k: v for k, v in header.items() if not k.startswith("shape.")}
 
     @staticmethod
     def load_beside(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -187,7 +205,17 @@ class MaskSet(Mapping[str, Tensor]):
         return {name.removeprefix(_BESIDE): tensor for name, tensor in found.items()}
 
 
-def _checksum(header: Mapping[str, str]) -> str:
+def packed_digest(packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """`MaskSet.digest` of masks that are packed already."""
+    sha = hashlib.sha256()
+    for name, bits in sorted(packed.items()):
+        sha.update(f"{name}:{shapes[name]}:".encode())
+        sha.update(bits.numpy())
+    return sha.hexdigest()
+
+
+def header_checksum(header: Mapping[str, str]) -> str:
+    """SHA-256 over the fields of a file's header."""
     return hashlib.sha256(repr(sorted(header.items())).encode()).hexdigest()
 
 

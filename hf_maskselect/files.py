@@ -1,0 +1,83 @@
+"""Files that are either whole or not there, and safetensors written one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Return when a file's content, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary name to write under. When the block ends well the file is on the disk and takes the place of
+    `path` in one rename; when it raises, `path` is as it was."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The tensor's bytes in row-major order, without a copy where it is contiguous on the CPU."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def write_safetensors(
+    file: BinaryIO,
+    layout: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    chunks: Iterable[bytes | memoryview],
+    metadata: Mapping[str, str],
+) -> None:
+    """What `safetensors.torch.save_file` writes, without having all tensors in memory.
+
+    Args:
+        layout: name -> (dtype, shape), in the order of the data.
+        chunks: the bytes of all tensors, in that order, cut anywhere.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for chunk in chunks:
+        file.write(chunk)

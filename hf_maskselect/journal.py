@@ -1,0 +1,50 @@
+"""What a search has found out so far, so that a killed run repeats no trial."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from .files import replacing
+
+JOURNAL_FILE = "search-journal.json"
+
+
+class Journal:
+    """Scores of finished trials, by search.
+
+    A search is known by its key, which covers everything its scores depend on; a trial within it by the digest of its
+    masks and its length. All searches of a run stay until it ends: a run that goes on from a checkpoint before a
+    level that was already chosen finds the whole search here.
+
+    Args:
+        folder: where the file lies.
+        writes: whether this process writes it; every process reads.
+    """
+
+    def __init__(self, folder: str | os.PathLike, writes: bool) -> None:
+        self._path, self._writes = Path(folder) / JOURNAL_FILE, writes
+        self._searches: dict[str, dict[str, float]] = {}
+
+    def open(self, key: str) -> None:
+        """Take up what is known of the search `key`."""
+        self._searches = json.loads(self._path.read_text()) if self._path.is_file() else {}
+        self._scores = self._searches.setdefault(key, {})
+
+    def find(self, digest: str, steps: int) -> float | None:
+        """The score of a trial that was finished before."""
+        return self._scores.get(f"{digest}:{steps}")
+
+    def add(self, digest: str, steps: int, score: float) -> None:
+        """Keep the score of a trial (exactly: JSON holds a float's shortest form)."""
+        self._scores[f"{digest}:{steps}"] = score
+        if self._writes:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self._path) as temporary:
+                temporary.write_text(json.dumps(self._searches))
+
+    def forget(self) -> None:
+        """Remove the file: the run is over, or another one begins."""
+        if self._writes:
+            self._path.unlink(missing_ok=True)

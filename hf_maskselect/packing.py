@@ -1,0 +1,256 @@
+"""Folders of saved models to and from the packed file, and `load_pruned`, which reads either."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .checkpoint import (
+    STATE_FILE,
+    PruningState,
+    WeightsDigest,
+    changed,
+    check_zeros,
+    config_digest,
+    model_class,
+    saved_tensors,
+    skeleton,
+)
+from .files import bytes_of, replacing, write_safetensors
+from .masking.maskset import MaskSet, pack_bits, packed_digest, unpack_bits
+from .packed_file import PACKED_FILE, PackedFile, PackedWriter
+
+# What makes a model folder besides its weights; not what a checkpoint keeps for the trainer.
+_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.png")
+_LEFT_OUT = (SAFE_WEIGHTS_INDEX_NAME, "trainer_state.json")
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """Sizes in bytes: of the tensors unpacked, of the packed file, and the least that the file could have.
+
+    bound: the entropy of each sparse tensor's mask at its density, plus its kept values, plus all else, at the dtypes
+    stored.
+    """
+
+    path: Path
+    dense: int
+    packed: int
+    bound: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: {self.packed / 1e6:,.2f} MB, {self.dense / self.packed:.2f}x smaller than the dense "
+            f"{self.dense / 1e6:,.2f} MB and {self.packed / self.bound:.4f}x the entropy bound"
+        )
+
+
+def pack(
+    folder: str | os.PathLike,
+    output: str | os.PathLike,
+    values: str | None = None,
+    embeddings: str | None = None,
+) -> PackReport:
+    """Write the model saved in `folder` as `output/packed_model.safetensors`, with its configuration and tokenizer.
+
+    Every weight comes back to the bit, but for the sign of a pruned zero. One tensor is in memory at a time.
+
+    Args:
+        folder: a folder of `PruningTrainer`, or of any saved model of transformers with zeros.
+        output: another folder (made if need be), or `folder` itself to put the packed file beside the weights.
+        values: `"bf16"` or `"fp16"` rounds all floating values (lossy).
+        embeddings: `"int8"` rounds embedding tables to 255 steps a row (lossy).
+
+    Raises:
+        ValueError: no such model, weights that are not those of its masks, or an option that does not exist.
+    """
+    folder, output = Path(folder), Path(output)
+    if embeddings not in (None, "int8"):
+        raise ValueError(f"embeddings={embeddings!r} must be 'int8', or left out to keep every bit")
+    writer = PackedWriter(values)
+    model = skeleton(folder)
+    known = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    bits, shapes, fields = {}, {}, {}
+    metadata = {"config": config_digest(folder)}
+    if (folder / STATE_FILE).is_file():
+        bits, shapes, fields = MaskSet.load_packed(folder / STATE_FILE)
+        metadata["pruning"] = json.dumps({**fields, "masked": sorted(bits)})
+
+    def encoded() -> Iterator[tuple[str, Tensor, str, Tensor | None]]:
+        digest = WeightsDigest()
+        for name, tensor in saved_tensors(folder):
+            digest.add(name, tensor)
+            mask = unpack_bits(bits[name], shapes[name]) if name in bits else None
+            if mask is not None:
+                check_zeros(folder, name, tensor, mask)
+            if embeddings and name in tables:
+                yield name, tensor, "int8", None
+            else:
+                yield name, tensor, "sparse" if known.get(name) == tensor.shape else "raw", mask
+        if bits and digest.hex() != fields["weights"]:
+            raise ValueError(changed(folder, "the weights are not those"))
+
+    _prepare(folder, output)
+    path = output / PACKED_FILE
+    writer.write(path, encoded(), metadata)
+    return PackReport(path, writer.dense_bytes, path.stat().st_size, writer.bound_bits / 8)
+
+
+def unpack(folder: str | os.PathLike, output: str | os.PathLike) -> None:
+    """Write the packed model of `folder` as an ordinary one in `output` (it may be `folder`).
+
+    Raises:
+        ValueError: no packed model there, damaged, or not of the model that its `config.json` describes.
+    """
+    folder, output = Path(folder), Path(output)
+    packed = open_packed(folder)
+    names, state = _pruning_fields(packed)
+    if (output / SAFE_WEIGHTS_NAME).exists() or (output / SAFE_WEIGHTS_INDEX_NAME).exists():
+        raise ValueError(f"{output} holds weights already: choose another output folder")
+    bits, shapes = {}, {}
+
+    def chunks() -> Iterator[memoryview]:
+        for name in packed.entries:
+            tensor, mask = packed.tensor_and_mask(name)
+            if name in names:
+                mask = torch.ones_like(tensor, dtype=torch.bool) if mask is None else mask
+                bits[name], shapes[name] = pack_bits(mask), tuple(mask.shape)
+            yield bytes_of(tensor)
+
+    _prepare(folder, output)
+    with replacing(output / SAFE_WEIGHTS_NAME) as temporary:
+        with open(temporary, "wb") as file:
+            write_safetensors(file, packed.layout, chunks(), {"format": "pt"})
+        if names and packed_digest(bits, shapes) != state["digest"]:
+            raise ValueError(f"{packed.path} is damaged: its masks do not match their digest; restore the file")
+    if names:
+        PruningState.from_fields(MaskSet.unpack_shapes(bits, shapes), state).sealed(output).save(output)
+
+
+def open_packed(folder: str | os.PathLike) -> PackedFile:
+    """The packed file of a folder, checked against the `config.json` beside it.
+
+    Raises:
+        ValueError: none there, damaged, or of another model.
+    """
+    folder = Path(folder)
+    if not (folder / PACKED_FILE).is_file():
+        raise ValueError(f"{folder} has no {PACKED_FILE}: give a folder that `hf-maskselect pack` wrote")
+    packed = PackedFile(folder / PACKED_FILE)
+    if config_digest(folder) != packed.metadata.get("config"):
+        raise ValueError(f"{folder}: config.json is not the one that {PACKED_FILE} was made with; restore the file")
+    known = {name: tuple(tensor.shape) for name, tensor in skeleton(folder).state_dict().items()}
+    for name, entry in packed.entries.items():
+        # A sparse tensor may be far larger than its bytes: its size must be the model's before it is made.
+        if entry.coding in ("bits", "gaps") and known.get(name) != entry.shape:
+            raise ValueError(
+                f"{packed.path}: {name} has shape {entry.shape} but config.json describes {known.get(name)}; the file "
+                "is of another model"
+            )
+    return packed
+
+
+def load_pruned(path_or_repo: str | os.PathLike, **options) -> tuple[PreTrainedModel, MaskSet]:
+    """The model and its masks, ready to be trained on with its zeros kept.
+
+    Args:
+        path_or_repo: a folder or a Hub repository: of `PruningTrainer`, packed (`hf-maskselect pack`), or any saved
+            model of transformers with zeros, whose masks are then taken from `MaskSet.from_zeros`. Of a folder that
+            holds both, the ordinary weights are read; of a repository, the packed ones.
+        options: for `from_pretrained`; `revision`, `token` and `cache_dir` also for the download.
+
+    Raises:
+        ValueError: nothing to load there, or files that are damaged or do not fit each other.
+    """
+    folder = Path(path_or_repo)
+    if not folder.is_dir():
+        told = {name: options.pop(name) for name in ("revision", "token", "cache_dir") if name in options}
+        folder = _download(os.fspath(path_or_repo), told)
+    if (folder / SAFE_WEIGHTS_NAME).is_file() or (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        state = PruningState.find(folder)
+        if state is not None:
+            state.check_saved(folder)
+        model = _load(model_class(folder)[0], folder, None, options)
+        return model, MaskSet.from_zeros(model) if state is None else state.masks
+    packed = open_packed(folder)
+    names, state = _pruning_fields(packed)
+    tensors, masks = {}, {}
+    for name in packed.entries:
+        tensors[name], mask = packed.tensor_and_mask(name)
+        if name in names:
+            masks[name] = torch.ones_like(tensors[name], dtype=torch.bool) if mask is None else mask
+    found = MaskSet(masks)
+    if names and found.digest() != state["digest"]:
+        raise ValueError(f"{packed.path} is damaged: its masks do not match their digest; restore the file")
+    model = _load(model_class(folder)[0], folder, tensors, options)
+    return model, found if names else MaskSet.from_zeros(model)
+
+
+def _load(cls: type[PreTrainedModel], folder: Path, tensors: dict[str, Tensor] | None, options: dict):
+    """`from_pretrained` that refuses what it would only warn of."""
+    options = {**options, "output_loading_info": True, "use_safetensors": True}
+    if tensors is None:
+        model, info = cls.from_pretrained(folder, **options)
+    else:
+        config = cls.config_class.from_pretrained(folder)
+        model, info = cls.from_pretrained(None, config=config, state_dict=tensors, **options)
+    for kind in ("missing_keys", "mismatched_keys"):
+        if info[kind]:
+            raise ValueError(
+                f"{folder}: loads with {kind.replace('_', ' ')} {sorted(info[kind])[:3]} in {cls.__name__}; its "
+                "weights are of another model"
+            )
+    return model
+
+
+def _download(repo: str, told: dict) -> Path:
+    """The files of a Hub repository that loading needs: the packed weights where it has them."""
+    try:
+        about = {name: told[name] for name in ("revision", "token") if name in told}
+        files = set(HfApi().list_repo_files(repo, **about))
+        weights = [PACKED_FILE] if PACKED_FILE in files else ["model*.safetensors", STATE_FILE]
+        return Path(snapshot_download(repo, allow_patterns=[*_COMPANIONS, *weights], **told))
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
+        raise ValueError(
+            f"{repo} is no folder, and cannot be had from the Hub ({str(error).splitlines()[0]}): check the name"
+        ) from error
+
+
+def _pruning_fields(packed: PackedFile) -> tuple[set[str], dict[str, str]]:
+    """(names of the masked tensors, fields of their `PruningState` and digest); empty for a foreign model."""
+    if "pruning" not in packed.metadata:
+        return set(), {}
+    try:
+        fields = json.loads(packed.metadata["pruning"])
+        names = set(fields.pop("masked"))
+        PruningState.from_fields(MaskSet({}), fields)
+        if not names <= packed.entries.keys() or "digest" not in fields:
+            raise ValueError("masks of tensors it does not hold")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{packed.path} is damaged: its header does not describe masks ({error})") from error
+    return names, fields
+
+
+def _prepare(folder: Path, output: Path) -> None:
+    """Make the output folder and copy what belongs to the model besides its weights."""
+    output.mkdir(parents=True, exist_ok=True)
+    if output.resolve() == folder.resolve():
+        return
+    if any((output / name).exists() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        raise ValueError(f"{output} holds the weights of a model already: choose another output folder")
+    for pattern in _COMPANIONS:
+        for file in sorted(folder.glob(pattern)):
+            if file.name not in _LEFT_OUT and not file.name.startswith("optimizer"):
+                shutil.copyfile(file, output / file.name)

@@ -1,0 +1,118 @@
+"""Folders that are saved whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from .checkpoint import STATE_FILE
+from .files import sync
+
+STAGING = "_saving"  # uploads to the Hub leave out what begins with an underscore
+
+
+class WholeCheckpoints(Trainer):
+    """A `Trainer` that may be killed at any time: a checkpoint is written aside by all ranks, brought to the disk and
+    given its name in one rename, so that every `checkpoint-*` there is can be resumed from."""
+
+    _checkpointing = False
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"{self.args.output_dir} holds no whole checkpoint to resume from: start without "
+                    "resume_from_checkpoint, or name the folder"
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if self.state.global_step < self.state.max_steps:  # resumed after the last step, `Trainer` would add one
+            super()._run_epoch(*args, **kwargs)
+
+    def _get_output_dir(self, trial) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, STAGING) if self._checkpointing else folder
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        written, final = folder / STAGING / name, folder / name
+        if self.args.should_save:
+            shutil.rmtree(folder / STAGING, ignore_errors=True)  # of a run that was killed
+        self.accelerator.wait_for_everyone()
+        self._checkpointing = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._checkpointing = False
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(final)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(written / TRAINER_STATE_NAME)
+            sync_folder(written)
+            if final.exists():  # saved at this step before, perhaps half-way by another hand
+                shutil.rmtree(final)
+            os.rename(written, final)
+            sync(folder)
+            shutil.rmtree(folder / STAGING)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._checkpointing:  # else the folder has not got its name yet
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    @contextmanager
+    def _whole(self, folder: str) -> Iterator[str]:
+        """Where to write a model meant for `folder`: aside, each file then takes its place in one rename. A checkpoint
+        is aside already."""
+        if self._checkpointing or not self.args.should_save:
+            yield folder
+            return
+        final, written = Path(folder), Path(folder) / STAGING
+        shutil.rmtree(written, ignore_errors=True)
+        yield str(written)
+        sync_folder(written)
+        new = {file.name for file in written.iterdir()}
+        for name in new:
+            os.replace(written / name, final / name)
+        for file in [*final.glob("model*.safetensors"), final / SAFE_WEIGHTS_INDEX_NAME]:
+            if file.name not in new:  # shards of an earlier model
+                file.unlink(missing_ok=True)
+        written.rmdir()
+        sync(final)
+
+
+def sync_folder(folder: Path) -> None:
+    """`sync` every file in a folder, and its names."""
+    for path in folder.iterdir():
+        sync(path)
+    sync(folder)
+
+
+def last_checkpoint(folder: str | os.PathLike) -> str | None:
+    """The whole checkpoint of the most steps in an output folder; None where there is none.
+
+    A killed run leaves no half-written one under such a name, but a folder that another hand began may lie there.
+    """
+    found = {}
+    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if step.isdigit() and (path / STATE_FILE).is_file() and (path / TRAINER_STATE_NAME).is_file():
+            found[int(step)] = str(path)
+    return found[max(found)] if found else None
