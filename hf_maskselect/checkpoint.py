@@ -22,7 +22,7 @@ from .masking.patterns import parse_pattern
 STATE_FILE = "pruning_state.safetensors"
 
 
-_FIELDS = ("method", "pattern", "sparsity", "step", "level", "seed")
+_FIELDS = {"method": str, "pattern": str, "sparsity": float, "step": int, "level": int, "seed": int, "start": float}
 # What of config.json says nothing about the function that the model computes.
 _DESCRIPTIVE = ("_name_or_path", "finetuning_task", "id2label", "label2id", "transformers_version")
 
@@ -32,7 +32,8 @@ class PruningState:
     """Masks in force and where the run stood; `pruning_state.safetensors` on disk, bit-packed, no pickle.
 
     sparsity: the run's target; step: optimizer steps done; level: index of the level in force, -1 before the first
-    cut; weights, config: SHA-256 of the weights and of the configuration that it was saved with, empty before.
+    cut; start: sparsity of the model the run began with; weights, config: SHA-256 of the weights and of the
+    configuration that it was saved with, empty before.
     """
 
     masks: MaskSet
@@ -42,6 +43,7 @@ class PruningState:
     step: int
     level: int
     seed: int
+    start: float = 0.0
     weights: str = ""
     config: str = ""
 
@@ -53,10 +55,8 @@ class PruningState:
     @classmethod
     def from_fields(cls, masks: MaskSet, fields: Mapping[str, str]) -> PruningState:
         """The inverse of `fields`; a KeyError or ValueError for what is no such text."""
-        texts = [fields[name] for name in _FIELDS]
-        kinds = (str, str, float, int, int, int)
-        values = [kind(text) for kind, text in zip(kinds, texts, strict=True)]
-        return cls(masks, *values, fields["weights"], fields["config"])
+        values = {name: kind(fields[name]) for name, kind in _FIELDS.items()}
+        return cls(masks, **values, weights=fields["weights"], config=fields["config"])
 
     def sealed(self, folder: str | os.PathLike) -> PruningState:
         """The state that belongs to what is saved in `folder`: it knows those weights and that configuration.

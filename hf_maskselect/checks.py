@@ -8,9 +8,10 @@ import math
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from .masking.maskset import MaskSet
 from .masking.patterns import NM, SCOPES, Channel, Unstructured, parse_pattern
 from .masking.schedule import check_levels, cubic_levels
-from .masking.scores import CRITERIA
+from .masking.scores import CRITERIA, ScoreFn
 from .proposals import parse_proposal
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ WHOLE_NUMBERS = (
 )
 BOOLEANS = (
     "lr_rewind",
+    "keep_zeros",
+    "pack_on_save",
     "gumbel_untrained",
     "gumbel_budget",
     "gumbel_signed_constant",
@@ -318,3 +321,40 @@ def check_choice(name: str, value: object, choices) -> None:
         close = difflib.get_close_matches(str(value), list(choices), n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"{name}={value!r} is unknown: {hint}choose one of {', '.join(choices)}")
+
+
+def check_setting(args: PruningConfig, score_fn: ScoreFn | None, compute_metrics) -> None:
+    """What the arguments of the trainer beside `args` do not go with, and devices that are not supported."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            "nn.DataParallel is not supported: start with `accelerate launch`, or show one GPU to the process"
+        )
+    if args.fsdp or args.deepspeed:
+        raise ValueError(
+            "FSDP and DeepSpeed are not supported: use DistributedDataParallel through `accelerate launch`"
+        )
+    if args.searches and args.train_sampling_strategy == "batch_rebalance":
+        raise ValueError(
+            "train_sampling_strategy='batch_rebalance' makes batches for several devices, but a trial runs on "
+            "one: use 'group_by_length'"
+        )
+    if score_fn is not None and args.method != "random":
+        raise ValueError(
+            f"score_fn has no meaning with method={args.method!r}: use method='random' (num_candidates=1 for one mask)"
+        )
+    metric = args.selection_metric
+    by_metric = metric is not None and metric not in SELECTION_LOSSES
+    if args.needs_selection_split and by_metric and compute_metrics is None:
+        raise ValueError(f"selection_metric={metric!r} needs compute_metrics: pass it, or choose 'loss'")
+
+
+def check_start(args: PruningConfig, masks: MaskSet) -> None:
+    """Refuse a target below the zeros that the model has already: pruned weights do not return."""
+    if args.emergent or masks.kept == masks.total:
+        return
+    if masks.kept < args.mask_pattern.keeps([mask.shape for mask in masks.values()], args.sparsity):
+        raise ValueError(
+            f"sparsity={args.sparsity} is less than the {masks.sparsity():.6f} that the model has already, and pruned "
+            f"weights do not return: set sparsity={masks.sparsity()!r} to fine-tune it with its zeros kept, more to "
+            "prune further, or keep_zeros=False to let them return"
+        )

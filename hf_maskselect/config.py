@@ -46,6 +46,9 @@ class PruningConfig(TrainingArguments):
         num_levels (`int`, *optional*): number of cubic levels where `levels` is not given; defaults to 4, and to 1 for
             N:M.
         last_level_weight (`float`, defaults to 2): length of the last level, in lengths of the others.
+        keep_zeros (`bool`, defaults to `True`): weights that are zero in the model a run starts from stay zero, so
+            that a pruned model is fine-tuned with its zeros kept, or pruned further. `False` for a model with matrices
+            that are zero at their initialisation.
         pruning_warmup_steps (`float`, *optional*): dense optimizer steps before the first cut; below 1 a share of
             all. Defaults to 0, and to 0.16 for `"pdp"` (16 of the paper's 100 epochs).
         lr_rewind (`bool`, defaults to `True`): restart `lr_scheduler_type` (with `warmup_steps`) at every level.
@@ -149,6 +152,8 @@ class PruningConfig(TrainingArguments):
         default=None, metadata={"help": "Suffixes or regexes of modules to leave."}
     )
 
+    keep_zeros: bool = field(default=True, metadata={"help": "Zeros of the model a run starts from stay zero."})
+
     levels: list[float] | None = field(default=None, metadata={"help": "Rising sparsities that end at the target."})
     num_levels: int | None = field(default=None, metadata={"help": "Number of cubic levels (4; for N:M 1)."})
     last_level_weight: float = field(
@@ -222,8 +227,10 @@ class PruningConfig(TrainingArguments):
         """The pattern with the scope of candidate 0."""
         return parse_pattern(self.pattern, self.scope, self.layer_floor)
 
-    def plan(self, max_steps: int) -> LevelPlan:
+    def plan(self, max_steps: int, start: float = 0.0) -> LevelPlan:
         """When each level starts in a run of `max_steps` optimizer steps.
+
+        start: sparsity of the model the run begins with; levels that it has reached are left out, but for the last.
 
         Raises:
             ValueError: the target cannot be reached within them.
@@ -237,7 +244,8 @@ class PruningConfig(TrainingArguments):
                     "raise frozen_steps"
                 )
             return LevelPlan.build_soft(self.sparsity, max_steps, warmup, frozen, self.soft_ramp)
-        return LevelPlan.build(self.levels, max_steps, warmup, self.last_level_weight)
+        levels = [level for level in self.levels if level > start] or self.levels[-1:]
+        return LevelPlan.build(levels, max_steps, warmup, self.last_level_weight)
 
     @property
     def soft(self) -> bool:

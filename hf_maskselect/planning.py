@@ -68,13 +68,18 @@ def _phase(plan: LevelPlan, level: int, emergent: bool) -> str:
 
 
 def plan_text(
-    args: PruningConfig, plan: LevelPlan, rungs: Sequence[Sequence[tuple[int, int]]], held_out: int = 0
+    args: PruningConfig,
+    plan: LevelPlan,
+    rungs: Sequence[Sequence[tuple[int, int]]],
+    held_out: int = 0,
+    start: float = 0.0,
 ) -> str:
     """The plan as a table: levels, steps, learning rate and trials of each.
 
     Args:
         rungs: for each level, (candidates, steps) of every rung of its search.
         held_out: rows that masks are chosen on; 0 where nothing is chosen.
+        start: sparsity of the model the run begins with.
     """
     rows = []
     for level in range(-1, len(plan.levels)):
@@ -85,7 +90,7 @@ def plan_text(
         rows.append(
             [
                 _phase(plan, level, args.emergent),
-                f"{plan.levels[level]:.4f}" if level >= 0 else _rising(args) if args.soft else "0",
+                f"{plan.levels[level]:.4f}" if level >= 0 else _rising(args) if args.soft else f"{start:.4g}",
                 f"{first}-{last - 1}",
                 f"{args.learning_rate:g}" if args.lr_rewind or first == 0 else "(one schedule)",
                 " + ".join(f"{count} x {steps}" for count, steps in trials) or "-",
@@ -93,9 +98,10 @@ def plan_text(
             ]
         )
     held = f"; masks are chosen on {held_out} rows held out" if held_out else ""
+    begun = f", from a model at {start:.4f} whose zeros are kept" if start else ""
     target = "that emerges" if args.emergent else f"{args.sparsity:g}"
     return (
-        f"Pruning plan: method {args.method}, pattern {args.pattern}, target {target}{held}\n"
+        f"Pruning plan: method {args.method}, pattern {args.pattern}, target {target}{begun}{held}\n"
         + text_table(["phase", "sparsity", "steps", "peak lr", "trials (count x steps)", "trial steps"], rows)
         + f"\n{plan.max_steps} training steps and {sum(row[-1] for row in rows)} trial steps"
     )

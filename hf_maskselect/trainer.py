@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import has_length
 
 from .checkpoint import PruningState, load_method_state
-from .checks import SELECTION_LOSSES
+from .checks import check_setting, check_start
 from .config import PruningConfig
 from .distillation import Distiller, load_teacher
 from .journal import Journal
@@ -74,7 +75,11 @@ class PruningTrainer(WholeCheckpoints):
         **kwargs,
     ) -> None:
         args = PruningConfig() if args is None else args
-        self._check_setting(args, score_fn, kwargs.get("compute_metrics"))
+        if not isinstance(args, PruningConfig):
+            raise ValueError(
+                f"args must be a PruningConfig, got {type(args).__name__}: it takes every TrainingArguments field"
+            )
+        check_setting(args, score_fn, kwargs.get("compute_metrics"))
         if args.needs_selection_split and train_dataset is not None:
             if selection_dataset is None:
                 train_dataset, selection_dataset = hold_out(train_dataset, args.selection_fraction, args.seed)
@@ -122,6 +127,8 @@ class PruningTrainer(WholeCheckpoints):
         self.selection_metric = args.selection_metric or ("teacher" if soft_labels else "loss")
         self.selection_dataset = selection_dataset
         self._plan: LevelPlan | None = None
+        self._start = 0.0  # sparsity of the model the run began with
+        self._resumed = False  # whether that is known from a checkpoint
         self._method = self.make_method()
         self._bench = TrialBench(self, self._method, selection_dataset)
         criteria = (
@@ -139,53 +146,16 @@ class PruningTrainer(WholeCheckpoints):
 
     # -- setting up --------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _check_setting(args: PruningConfig, score_fn: ScoreFn | None, compute_metrics) -> None:
-        if not isinstance(args, PruningConfig):
-            raise ValueError(
-                f"args must be a PruningConfig, got {type(args).__name__}: it takes every TrainingArguments field"
-            )
-        if args.n_gpu > 1:
-            raise ValueError(
-                "nn.DataParallel is not supported: start with `accelerate launch`, or show one GPU to the process"
-            )
-        if args.fsdp or args.deepspeed:
-            raise ValueError(
-                "FSDP and DeepSpeed are not supported: use DistributedDataParallel through `accelerate launch`"
-            )
-        if args.searches and args.train_sampling_strategy == "batch_rebalance":
-            raise ValueError(
-                "train_sampling_strategy='batch_rebalance' makes batches for several devices, but a trial runs on "
-                "one: use 'group_by_length'"
-            )
-        if score_fn is not None and args.method != "random":
-            raise ValueError(
-                f"score_fn has no meaning with method={args.method!r}: use method='random' (num_candidates=1 for "
-                "one mask)"
-            )
-        metric = args.selection_metric
-        by_metric = metric is not None and metric not in SELECTION_LOSSES
-        if args.needs_selection_split and by_metric and compute_metrics is None:
-            raise ValueError(f"selection_metric={metric!r} needs compute_metrics: pass it, or choose 'loss'")
-
     def make_method(self) -> HardMasks:
         """The method that keeps the masks in force; override it to train under another one."""
-        args = self.args
+        args, pattern = self.args, self.args.mask_pattern
+        common = self._find_weights, self._choose_masks
         if args.method == "pdp":
-            return Pdp(
-                self._find_weights, self._choose_masks, self.log, args.mask_pattern, args.sparsity, args.pdp_tau
-            )
+            return Pdp(*common, self.log, pattern, args.sparsity, args.pdp_tau, args.keep_zeros)
         if args.method == "gumbel":
-            return Gumbel(
-                self._find_weights,
-                self._choose_masks,
-                self.log,
-                args.mask_pattern,
-                args.sparsity,
-                args.gumbel_options,
-                lambda step: key_seed(args.seed, "gumbel", step),
-            )
-        return HardMasks(self._find_weights, self._choose_masks)
+            seed_of = functools.partial(key_seed, args.seed, "gumbel")
+            return Gumbel(*common, self.log, pattern, args.sparsity, args.gumbel_options, seed_of, args.keep_zeros)
+        return HardMasks(*common, args.keep_zeros)
 
     @property
     def teacher(self) -> PreTrainedModel | None:
@@ -246,7 +216,11 @@ class PruningTrainer(WholeCheckpoints):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         args = self.args
-        self._plan = args.plan(num_training_steps)
+        if not self._resumed:
+            self._start = self._method.masks.sparsity()
+            check_start(args, self._method.masks)
+        self._resumed = False
+        self._plan = args.plan(num_training_steps, self._start)
         self._method.begin(self._plan, self.optimizer)
         if self.is_world_process_zero():
             self._search.clean()
@@ -254,7 +228,8 @@ class PruningTrainer(WholeCheckpoints):
                 self._level_best.forget()  # of an earlier run in the same folder
         self.accelerator.wait_for_everyone()
         rungs = [self._search.rungs(self._plan, level) for level in range(len(self._plan.levels))]
-        self._say(plan_text(args, self._plan, rungs, len(self.selection_dataset) if args.needs_selection_split else 0))
+        held_out = len(self.selection_dataset) if args.needs_selection_split else 0
+        self._say(plan_text(args, self._plan, rungs, held_out, self._start))
         if self.lr_scheduler is None and args.lr_rewind:
             rate = rewound_rate(args, self._plan)
             self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, rate)
@@ -395,7 +370,9 @@ class PruningTrainer(WholeCheckpoints):
         args = self.args
         step, masks = self.state.global_step, self._method.masks
         sparsity = masks.sparsity() if args.emergent else args.sparsity
-        return PruningState(masks, args.method, args.pattern, sparsity, step, self._method.level, args.seed)
+        return PruningState(
+            masks, args.method, args.pattern, sparsity, step, self._method.level, args.seed, self._start
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         self._method.attach(self.model)
@@ -427,6 +404,7 @@ class PruningTrainer(WholeCheckpoints):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._method.attach(self.model)
         self._method.load_state_dict(state.masks, extra, state.step)
+        self._start, self._resumed = state.start, True
         self._search.recall(state.step)
         if self._level_best and self.is_world_process_zero():
             self._level_best.copy_from(resume_from_checkpoint)

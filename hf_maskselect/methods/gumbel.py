@@ -47,6 +47,7 @@ class GumbelOptions:
 
 
 _NEVER = -1e4  # the logit of a weight that was dead before
+_LEAST = -4.0  # the standardized log-magnitude of a weight that is zero and may return
 _SAME = 1e-3  # standard deviations of log-magnitude below this are rounding: all weights are of one size
 
 
@@ -69,8 +70,9 @@ class Gumbel(SoftMasks):
         sparsity: float,
         options: GumbelOptions,
         seed_of: Callable[[int], int],
+        keep_zeros: bool = True,
     ) -> None:
-        super().__init__(find_weights, choose, report)
+        super().__init__(find_weights, choose, report, keep_zeros)
         self._pattern, self._sparsity, self._options, self._seed_of = pattern, sparsity, options, seed_of
         self._logits: dict[str, nn.Parameter] = {}
         self._scales: dict[str, nn.Parameter] = {}
@@ -127,14 +129,15 @@ class Gumbel(SoftMasks):
             return
         self._started = True
         for name, weight in self.weights.items():
-            dead, logits = weight.detach() == 0, self._logits[name].data
+            logits, size = self._logits[name].data, weight.detach().abs().float()
             if self._options.prior:
-                size = weight.detach().abs().float().log_()
-                alive = size[~dead]
-                logits.add_(
-                    (size - alive.mean()).div_(alive.std(correction=0).clamp_min_(_SAME)), alpha=self._options.prior
-                )
-            logits.masked_fill_(dead, _NEVER)
+                zero = size == 0
+                size.log_()
+                some = size[~zero]
+                size.sub_(some.mean()).div_(some.std(correction=0).clamp_min_(_SAME)).masked_fill_(zero, _LEAST)
+                logits.add_(size, alpha=self._options.prior)
+            if self._keep:
+                logits.masked_fill_(self._keep[name] == 0, _NEVER)
 
     def prepare(self, step: int) -> None:
         self._start()

@@ -23,10 +23,15 @@ class HardMasks:
     Dead gradients are zeroed before clipping and dead weights after every step. At a level's first step `choose` is
     asked for the next masks. The masks are held once, in the weights' own dtype (multiplying by a boolean mask is 6x
     slower), and not at all before the first cut.
+
+    Args:
+        find_weights: model -> its prunable weights.
+        choose: level -> its masks.
+        keep_zeros: whether weights that are zero in the model to begin with are pruned ones.
     """
 
-    def __init__(self, find_weights: FindWeights, choose: Choose) -> None:
-        self._find_weights, self._choose = find_weights, choose
+    def __init__(self, find_weights: FindWeights, choose: Choose, keep_zeros: bool = True) -> None:
+        self._find_weights, self._choose, self._keep_zeros = find_weights, choose, keep_zeros
         self.weights: dict[str, nn.Parameter] = {}
         self._keep: dict[str, Tensor] = {}  # empty: everything is kept
         self._steps_done = 0
@@ -36,9 +41,15 @@ class HardMasks:
 
     def attach(self, model: nn.Module) -> None:
         known, self.weights = self.weights, self._find_weights(model)
-        if any(known.get(name) is not weight for name, weight in self.weights.items()):  # another model (model_init)
-            self._keep = {}
+        if any(known.get(name) is not weight for name, weight in self.weights.items()):  # the first, or a new model
+            self._keep = self._zeros_of_the_start() if self._keep_zeros else {}
         self._keep = {name: keep.to(self.weights[name]) for name, keep in self._keep.items()}
+
+    def _zeros_of_the_start(self) -> dict[str, Tensor]:
+        """Masks of a model that is sparse already; none for a dense one."""
+        if all(int(torch.count_nonzero(weight)) == weight.numel() for weight in self.weights.values()):
+            return {}
+        return {name: (weight != 0).to(weight.dtype) for name, weight in self.weights.items()}
 
     def begin(self, plan: LevelPlan, optimizer: torch.optim.Optimizer) -> None:
         self.plan, self.optimizer = plan, optimizer

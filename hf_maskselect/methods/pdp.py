@@ -51,8 +51,9 @@ class Pdp(SoftMasks):
         pattern: Unstructured | NM | Channel,
         sparsity: float,
         tau: float,
+        keep_zeros: bool = True,
     ) -> None:
-        super().__init__(find_weights, choose, report)
+        super().__init__(find_weights, choose, report, keep_zeros)
         self._pattern, self._sparsity, self._tau = pattern, sparsity, tau
         # What each matrix will lose, in weights (in rows for channels); fixed when the soft phase begins.
         self._zeros: dict[str, int] = {}

@@ -30,9 +30,13 @@ class SoftMasks(HardMasks):
     """
 
     def __init__(
-        self, find_weights: FindWeights, choose: Choose, report: Callable[[Mapping[str, float]], None]
+        self,
+        find_weights: FindWeights,
+        choose: Choose,
+        report: Callable[[Mapping[str, float]], None],
+        keep_zeros: bool = True,
     ) -> None:
-        super().__init__(find_weights, choose)
+        super().__init__(find_weights, choose, keep_zeros)
         self._report = report
         self._trained: dict[str, Tensor] = {}  # what waits while the effective weights are in its place
         self._step = -1  # the last step begun
@@ -184,6 +188,6 @@ class SoftMasks(HardMasks):
         if state:
             for name, weight in self.weights.items():
                 weight.copy_(state[_DENSE + name])
-            self._keep, self._steps_done = {}, step
+            self._keep, self._steps_done = self._zeros_of_the_start() if self._keep_zeros else {}, step
         else:
             super().load_state_dict(masks, state, step)

@@ -1,0 +1,135 @@
+"""Runs that begin with a model that is sparse already."""
+
+import copy
+
+import pytest
+import torch
+from tiny import make, make_trainer, same, weights_of
+
+from hf_maskselect import MaskSet, PruningState, load_pruned, prunable_weights, verify
+from hf_maskselect.masking.patterns import NM, Unstructured
+
+
+def sparse(sparsity, scope="layer", seed=0, pattern=None):
+    """A model with zeros and their masks, as any pruner may leave it."""
+    model = make(seed=seed)
+    pattern = Unstructured(scope) if pattern is None else pattern
+    masks = MaskSet(pattern.masks({n: w.detach().abs() for n, w in prunable_weights(model).items()}, sparsity))
+    masks.apply_(model)
+    return model, masks
+
+
+METHODS = [
+    {"method": "magnitude"},
+    {"method": "random", "num_candidates": 3, "trial_steps": 2},
+    {"method": "pdp", "num_levels": None, "frozen_steps": 3, "pdp_tau": 1e-3},
+    {"method": "gumbel", "num_levels": None, "frozen_steps": 3},
+]
+each_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method["method"])
+
+
+@each_method
+def test_a_sparse_model_is_fine_tuned_with_its_zeros_kept(tmp_path, method):
+    model, masks = sparse(0.75)
+    before = weights_of(model)
+    trainer = make_trainer(tmp_path, model, **method)
+    trainer.train()
+    assert trainer.pruning_state().masks.digest() == masks.digest() == MaskSet.from_zeros(model).digest()
+    name = next(iter(masks))
+    assert not torch.equal(weights_of(model)[name], before[name])
+    trainer.save_model()
+    verify(tmp_path)
+
+
+@each_method
+def test_a_sparse_model_is_pruned_further(tmp_path, method):
+    model, masks = sparse(0.5)
+    trainer = make_trainer(tmp_path, model, **method)
+    trainer.train()
+    found = trainer.pruning_state().masks
+    assert found.sparsity() == 0.75 and found.overlap(masks) == 1
+    trainer.save_model()
+    assert verify(tmp_path).start == 0.5
+
+
+@each_method
+def test_less_than_the_zeros_there_are_is_refused(tmp_path, method):
+    model, _ = sparse(0.9)
+    with pytest.raises(ValueError, match=r"sparsity=0.75 is less than the 0.90.* keep_zeros=False"):
+        make_trainer(tmp_path, model, **method).train()
+    asked = MaskSet.from_zeros(model).sparsity()
+    make_trainer(tmp_path, copy.deepcopy(model), **{**method, "sparsity": asked}).train()
+    trainer = make_trainer(tmp_path, model, **method, keep_zeros=False)
+    trainer.train()
+    assert trainer.pruning_state().masks.sparsity() == 0.75
+
+
+def test_levels_that_the_model_has_reached_are_left_out(tmp_path):
+    model, _ = sparse(0.7)
+    trainer = make_trainer(tmp_path, model, levels=[0.3, 0.6, 0.72, 0.75], num_levels=None)
+    trainer.train()
+    assert trainer._plan.levels == (0.72, 0.75)
+    dense = make_trainer(tmp_path, levels=[0.3, 0.6, 0.72, 0.75], num_levels=None)
+    dense.train()
+    assert dense._plan.levels == (0.3, 0.6, 0.72, 0.75)
+
+
+def test_the_plan_tells_where_the_model_begins(tmp_path, capsys):
+    make_trainer(tmp_path, sparse(0.5)[0]).train()
+    assert "from a model at 0.5000 whose zeros are kept" in capsys.readouterr().out
+    make_trainer(tmp_path, make()).train()
+    assert "whose zeros" not in capsys.readouterr().out
+
+
+@each_method
+@pytest.mark.parametrize("step", [2, 7, 10])
+def test_a_run_from_a_sparse_model_resumes_to_the_bit(tmp_path, method, step):
+    """The plan is that of the start, though the checkpoint is sparser."""
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    whole = make_trainer(tmp_path, sparse(0.5)[0], **method, **saving)
+    whole.train()
+    resumed = make_trainer(tmp_path / "again", sparse(0.5, seed=3)[0], **method, **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert resumed._plan == whole._plan
+    assert same(weights_of(whole.model), weights_of(resumed.model))
+
+
+def test_load_pruned_gives_what_the_trainer_goes_on_with(tmp_path):
+    first = make_trainer(tmp_path / "first", pack_on_save=True)
+    first.train()
+    first.save_model()
+    model, masks = load_pruned(tmp_path / "first")
+    trainer = make_trainer(tmp_path / "second", model, sparsity=0.875)
+    trainer.train()
+    trainer.save_model()
+    state = verify(tmp_path / "second")
+    assert state.masks.overlap(masks) == 1 and state.start == 0.75
+    for name in ("model.safetensors", "pruning_state.safetensors"):
+        (tmp_path / "first" / name).unlink()
+    packed, again = load_pruned(tmp_path / "first")
+    assert again.digest() == masks.digest() and same(weights_of(packed), weights_of(first.model))
+
+
+def test_a_foreign_sparse_folder_goes_on_without_a_state(tmp_path):
+    model, masks = sparse(0.75, scope="global")
+    model.save_pretrained(tmp_path / "foreign")
+    assert PruningState.find(tmp_path / "foreign") is None
+    loaded, found = load_pruned(tmp_path / "foreign")
+    assert found.digest() == masks.digest()
+    trainer = make_trainer(tmp_path / "out", loaded)
+    trainer.train()
+    assert trainer.pruning_state().masks.digest() == masks.digest()
+
+
+def test_an_n_m_model_keeps_its_groups(tmp_path):
+    model, masks = sparse(0.5, pattern=NM(2, 4))
+    trainer = make_trainer(tmp_path, model, pattern="2:4", sparsity=None, num_levels=None)
+    trainer.train()
+    assert trainer.pruning_state().masks.digest() == masks.digest()
+
+
+def test_an_early_save_of_a_sparse_model_knows_its_zeros(tmp_path):
+    model, masks = sparse(0.75)
+    trainer = make_trainer(tmp_path, model)
+    trainer.save_model()
+    assert PruningState.load(tmp_path).masks.digest() == masks.digest()
