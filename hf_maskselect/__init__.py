@@ -1,5 +1,6 @@
 """Prune BERT-family models while you fine-tune them: a Trainer that draws, tries and keeps the best sparsity masks."""
 
+from .adapters import merge_adapter_with_masks
 from .checkpoint import PruningState, verify
 from .config import PruningConfig
 from .distillation import Distiller
@@ -22,6 +23,7 @@ __all__ = [
     "SparsityReport",
     "WeightStats",
     "load_pruned",
+    "merge_adapter_with_masks",
     "pack",
     "prunable_weights",
     "sparsity_report",

@@ -136,8 +136,7 @@ def saved_tensors(folder: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor
     """
     folder = Path(folder)
     if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text())
-        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+        files = [folder / name for name in shard_names(folder / SAFE_WEIGHTS_INDEX_NAME)]
     elif (folder / SAFE_WEIGHTS_NAME).is_file():
         files = [folder / SAFE_WEIGHTS_NAME]
     else:
@@ -149,6 +148,21 @@ def saved_tensors(folder: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor
                     yield name, file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read as weights ({error}); restore the file") from error
+
+
+def shard_names(path: Path) -> list[str]:
+    """The files that an index of sharded weights names, all of its own folder.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError("it names no files of its folder")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as an index of weights ({error}); restore the file") from error
+    return names
 
 
 def check_weights(folder: str | os.PathLike, masks: MaskSet) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -52,6 +53,30 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         with suppress(FileNotFoundError):
             temporary.unlink()
         raise
+
+
+def write_json(path: str | os.PathLike, content: object) -> None:
+    """JSON under a checksum of its own, whole or not at all; `read_json` takes nothing else."""
+    text = json.dumps(content)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "content": text}))
+
+
+def read_json(path: str | os.PathLike, remedy: str) -> object:
+    """What `write_json` wrote.
+
+    Raises:
+        ValueError: it is damaged, or another hand wrote it; the sentence ends with `remedy`.
+    """
+    try:
+        found = json.loads(Path(path).read_text())
+        if found.keys() != {"sha256", "content"}:
+            raise ValueError("unknown fields")
+        if hashlib.sha256(found["content"].encode()).hexdigest() != found["sha256"]:
+            raise ValueError("its content does not match its checksum")
+        return json.loads(found["content"])
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {remedy}") from error
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

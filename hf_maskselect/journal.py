@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
-from .files import replacing
+from .files import read_json, write_json
 
 JOURNAL_FILE = "search-journal.json"
 
@@ -28,8 +27,13 @@ class Journal:
         self._searches: dict[str, dict[str, float]] = {}
 
     def open(self, key: str) -> None:
-        """Take up what is known of the search `key`."""
-        self._searches = json.loads(self._path.read_text()) if self._path.is_file() else {}
+        """Take up what is known of the search `key`.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        remedy = "delete it, and the trials it tells of are repeated"
+        self._searches = read_json(self._path, remedy) if self._path.is_file() else {}
         self._scores = self._searches.setdefault(key, {})
 
     def find(self, digest: str, steps: int) -> float | None:
@@ -41,8 +45,7 @@ class Journal:
         self._scores[f"{digest}:{steps}"] = score
         if self._writes:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self._path) as temporary:
-                temporary.write_text(json.dumps(self._searches))
+            write_json(self._path, self._searches)
 
     def forget(self) -> None:
         """Remove the file: the run is over, or another one begins."""

@@ -8,13 +8,16 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
+from .checkpoint import WeightsDigest
 from .files import replacing
+from .masking.maskset import header_checksum
 
 FILE = "level_best.safetensors"
+_REMEDY = "restore it, or resume from another checkpoint"
 
 
 class LevelBest:
@@ -36,22 +39,38 @@ class LevelBest:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         weights = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
         with replacing(self._path) as temporary:
-            save_file(weights, temporary, metadata={"level": str(level), "score": repr(score)})
+            told = {"level": str(level), "score": repr(score), "weights": _digest(weights)}
+            save_file(weights, temporary, metadata=told | {"checksum": header_checksum(told)})
         return True
 
     def _known(self) -> dict[str, str]:
+        """What the file says of itself; empty without one.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
         if not self._path.is_file():
             return {}
-        with safe_open(self._path, framework="pt") as file:
-            return file.metadata()
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                told = dict(file.metadata() or {})
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{self._path} cannot be read ({error}): {_REMEDY}") from error
+        if told.pop("checksum", None) != header_checksum(told):
+            raise ValueError(f"{self._path} is damaged: its header does not match its checksum; {_REMEDY}")
+        return told
 
     @torch.no_grad()
     def restore(self, level: int, model: nn.Module) -> None:
         """Load the weights kept for `level` into the model; without any (every score was NaN) it stays as it is."""
-        if self._known().get("level") != str(level):
+        told = self._known()
+        if told.get("level") != str(level):
             return
+        weights = load_file(self._path)
+        if _digest(weights) != told["weights"]:
+            raise ValueError(f"{self._path} is damaged: its weights do not match their digest; {_REMEDY}")
         parameters = dict(model.named_parameters())
-        for name, weight in load_file(self._path).items():
+        for name, weight in weights.items():
             parameters[name].copy_(weight)
 
     def copy_to(self, folder: str | os.PathLike) -> None:
@@ -69,3 +88,10 @@ class LevelBest:
     def forget(self) -> None:
         """Remove the file (the level is over)."""
         self._path.unlink(missing_ok=True)
+
+
+def _digest(weights: dict[str, Tensor]) -> str:
+    digest = WeightsDigest()
+    for name, weight in weights.items():
+        digest.add(name, weight)
+    return digest.hex()

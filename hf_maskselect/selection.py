@@ -272,14 +272,24 @@ class MaskSearch:
                 shutil.rmtree(folder)
 
     def recall(self, step: int) -> None:
-        """Take up the tables written before optimizer step `step` of a run that is being resumed."""
+        """Take up the tables written before optimizer step `step` of a run that is being resumed.
+
+        Raises:
+            ValueError: the file is no such table.
+        """
         path = Path(self._config.output_dir) / SEARCH_FILE
-        if path.is_file():
+        if not path.is_file():
+            return
+        try:
             told = [
                 LevelSearch(**{**e, "candidates": [Candidate(**c) for c in e["candidates"]]})
                 for e in json.loads(path.read_text())
             ]
             self.history = [search for search in told if search.step < step]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}): delete it, and the searches it tells of are left out of the totals"
+            ) from error
 
     def summary(self, main_steps: int) -> dict[str, float]:
         """Whole cost: `search_step_equivalents`, `search_seconds`, and `search_cost_ratio` to the main training

@@ -1,0 +1,66 @@
+"""Adapters merged into pruned models."""
+
+import pytest
+import torch
+from tiny import make, weights_of
+
+from hf_maskselect import MaskSet, merge_adapter_with_masks, prunable_weights
+from hf_maskselect.masking.patterns import Unstructured
+
+peft = pytest.importorskip("peft")
+QUERY = "bert.encoder.layer.0.attention.self.query.weight"
+
+
+def adapted(seed=0, **changes):
+    """A pruned model under a LoRA adapter that is not zero, and its masks."""
+    model = make()
+    scores = {name: weight.detach().abs() for name, weight in prunable_weights(model).items()}
+    masks = MaskSet(Unstructured("layer").masks(scores, 0.75))
+    masks.apply_(model)
+    before = weights_of(model)
+    given = {"target_modules": ["query", "output.dense"], "task_type": "SEQ_CLS", "r": 4, **changes}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**given))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return wrapped, masks, before
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_merging_keeps_the_zeros_and_the_rest_of_the_update(given):
+    expected = weights_of(adapted()[0].merge_and_unload())
+    wrapped, masks, before = adapted()
+    merged = merge_adapter_with_masks(wrapped, masks if given else None)
+    found = weights_of(merged)
+    assert type(merged) is type(make()) and found.keys() == before.keys()
+    assert MaskSet.from_zeros(merged).digest() == masks.digest()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name] * masks[name] if name in masks else expected[name])
+    assert not torch.equal(found[QUERY], before[QUERY])
+
+
+def test_the_dropped_share_is_told(monkeypatch):
+    wrapped, masks, before = adapted()
+    change = weights_of(adapted()[0].merge_and_unload())
+    whole = sum(float((change[n] - before[n]).square().sum()) for n in masks)
+    dropped = sum(float(((change[n] - before[n]) * ~masks[n]).square().sum()) for n in masks)
+    told = []
+    monkeypatch.setattr("hf_maskselect.adapters.logger.warning", told.append)
+    merge_adapter_with_masks(wrapped, masks)
+    assert told == [f"{dropped / whole:.1%} of the adapter's update (squared) fell on pruned weights: dropped"]
+
+
+def test_masks_of_another_model_are_refused_before_anything_is_merged():
+    wrapped, _, before = adapted()
+    other = MaskSet.ones(prunable_weights(make("Roberta")))
+    with pytest.raises(ValueError, match="roberta.* is no weight of the model under the adapter"):
+        merge_adapter_with_masks(wrapped, other)
+    assert torch.equal(wrapped.get_base_model().bert.encoder.layer[0].attention.self.query.weight, before[QUERY])
+
+
+def test_an_adapter_that_does_not_merge_is_refused():
+    wrapped = peft.get_peft_model(make(), peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="of type PROMPT_TUNING is no change of the weights"):
+        merge_adapter_with_masks(wrapped)
