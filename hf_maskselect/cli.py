@@ -1,4 +1,4 @@
-"""`hf-maskselect report|verify|pack|unpack PATH`. Exit code 0: good, 1: the check failed, 2: bad usage."""
+"""`hf-maskselect report|verify|plot|pack|unpack PATH`. Exit code 0: good, 1: the check failed, 2: bad usage."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from transformers.utils.logging import disable_progress_bar
 from .checkpoint import verify
 from .packed_file import LOSSY
 from .packing import pack, unpack
+from .plots import plot
+from .record import RunRecord
 from .report import sparsity_report
 
 
@@ -23,6 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, text in (
         ("report", "count the zeros: per tensor, over the prunable weights, over the whole model"),
         ("verify", "check that the zeros are the masks, the count is the target and the model loads plainly"),
+        ("plot", "draw what is kept where, the candidates of the search and the run over its steps, as PNG"),
         ("pack", "write the model as one small file for transport, with what belongs to it beside"),
         ("unpack", "write a packed model as an ordinary one, which plain from_pretrained loads"),
     ):
@@ -30,6 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         found[name].add_argument("path", help="folder of a saved model")
     for name in ("pack", "unpack"):
         found[name].add_argument("--output", required=True, help="folder to write into, made if need be")
+    found["plot"].add_argument("--output", help="folder to write into; by default that of the model")
     found["pack"].add_argument("--values", choices=LOSSY, help="round all values to 16 bits (lossy)")
     found["pack"].add_argument("--embeddings", choices=["int8"], help="round embedding tables to 8 bits (lossy)")
     return parser
@@ -41,6 +45,9 @@ def run(options: argparse.Namespace) -> str:
         return str(sparsity_report(options.path))
     if options.command == "pack":
         return str(pack(options.path, options.output, options.values, options.embeddings))
+    if options.command == "plot":
+        written = plot(RunRecord.load(options.path), options.output or options.path)
+        return "\n".join(f"wrote {path}" for path in written)
     if options.command == "unpack":
         unpack(options.path, options.output)
         return f"wrote {options.output}"

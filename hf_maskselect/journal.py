@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .files import read_json, write_json
 
-JOURNAL_FILE = "search-journal.json"
+JOURNAL_FILE = "_search-journal.json"  # uploads to the Hub leave out what begins with an underscore
 
 
 class Journal:

@@ -16,7 +16,7 @@ from .checkpoint import WeightsDigest
 from .files import replacing
 from .masking.maskset import header_checksum
 
-FILE = "level_best.safetensors"
+FILE = "_level_best.safetensors"
 _REMEDY = "restore it, or resume from another checkpoint"
 
 

@@ -68,7 +68,7 @@ class WholeCheckpoints(Trainer):
             shutil.rmtree(folder / STAGING)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(final))
+            self._push_from_checkpoint(str(final))
         if self.args.should_save:
             limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
             rotate_checkpoints(str(folder), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)

@@ -27,7 +27,7 @@ from .report import text_table
 from .trials import EARLY_EVALUATIONS, TrialBench
 
 SEARCH_FILE = "search.json"
-_FOLDER = "search-"  # of the masks that wait; and a random ending
+_FOLDER = "_search-"  # of the masks that wait; and a random ending
 
 
 @dataclass
@@ -116,10 +116,27 @@ def survivors(candidates: list[Candidate], count: int) -> list[Candidate]:
     return sorted(ranked, key=lambda c: c.index)
 
 
+def read_searches(path: Path) -> list[LevelSearch]:
+    """What `MaskSearch.write` wrote.
+
+    Raises:
+        ValueError: the file is no such table.
+    """
+    try:
+        return [
+            LevelSearch(**{**e, "candidates": [Candidate(**c) for c in e["candidates"]]})
+            for e in json.loads(path.read_text())
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): delete it, and the searches it tells of are left out of the totals"
+        ) from error
+
+
 class MaskSearch:
     """Chooses the masks of a level and writes down why.
 
-    The candidates' masks wait on disk (packed, in a folder `search-*` of `output_dir`), so that a search needs no
+    The candidates' masks wait on disk (packed, in a folder `_search-*` of `output_dir`), so that a search needs no
     more memory than one copy of the trained weights and one trial optimizer.
     """
 
@@ -278,18 +295,8 @@ class MaskSearch:
             ValueError: the file is no such table.
         """
         path = Path(self._config.output_dir) / SEARCH_FILE
-        if not path.is_file():
-            return
-        try:
-            told = [
-                LevelSearch(**{**e, "candidates": [Candidate(**c) for c in e["candidates"]]})
-                for e in json.loads(path.read_text())
-            ]
-            self.history = [search for search in told if search.step < step]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} is damaged ({error}): delete it, and the searches it tells of are left out of the totals"
-            ) from error
+        if path.is_file():
+            self.history = [search for search in read_searches(path) if search.step < step]
 
     def summary(self, main_steps: int) -> dict[str, float]:
         """Whole cost: `search_step_equivalents`, `search_seconds`, and `search_cost_ratio` to the main training

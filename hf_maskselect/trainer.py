@@ -21,6 +21,7 @@ from .checkpoint import PruningState, load_method_state
 from .checks import check_setting, check_start
 from .config import PruningConfig
 from .distillation import Distiller, load_teacher
+from .hub import HubTrainer
 from .journal import Journal
 from .level_best import LevelBest
 from .masking.maskset import MaskSet
@@ -33,7 +34,6 @@ from .methods.pdp import Pdp
 from .packing import pack
 from .planning import plan_text, rewound_rate
 from .proposals import key_seed
-from .saving import WholeCheckpoints
 from .selection import MaskSearch
 from .split import hold_out
 from .trials import TrialBench
@@ -41,7 +41,7 @@ from .trials import TrialBench
 FORMAT_VERSION = 1  # of config.pruning
 
 
-class PruningTrainer(WholeCheckpoints):
+class PruningTrainer(HubTrainer):
     """Fine-tunes and prunes in one `train()`; the model comes out with exactly the asked-for share of zeros.
 
     Takes every argument of `Trainer`, and:

@@ -109,7 +109,7 @@ def train(folder, method, events):
         "searches": searches,
         "counts": events.counts,
         "finished": events.finished,
-        "left": sorted(p.name for p in Path(folder).iterdir() if "saving" in p.name or p.name.startswith("search-")),
+        "left": sorted(p.name for p in Path(folder).iterdir() if p.name.startswith("_")),
     }
     safetensors.torch.save_file(weights_of(trainer.model), Path(folder) / "weights.safetensors")
     (Path(folder) / "found.json").write_text(json.dumps(found))

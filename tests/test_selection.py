@@ -150,7 +150,7 @@ def test_the_table_says_why(tmp_path):
     summary = trainer.search_summary()
     assert summary["search_cost_ratio"] == pytest.approx(summary["search_step_equivalents"] / 12, abs=1e-2)
     assert [e["search_level"] for e in trainer.state.log_history if "search_level" in e] == [1, 2]
-    assert not list(tmp_path.glob("search-*"))  # the losers' masks are gone
+    assert not list(tmp_path.glob("_search-*"))  # the losers' masks are gone
 
 
 def test_identical_masks_are_tried_once(tmp_path, monkeypatch):

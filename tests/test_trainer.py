@@ -249,7 +249,7 @@ def test_the_best_weights_of_a_level_go_on(tmp_path):
     best = min((e for e in logged if e["step"] in last), key=lambda e: e["selection_score"])["step"]
     assert best < 12  # otherwise this test shows nothing
     assert same(weights_of(trainer.model), states[best])
-    assert not (tmp_path / "level_best.safetensors").exists()
+    assert not (tmp_path / "_level_best.safetensors").exists()
 
 
 def test_training_again_keeps_the_zeros(tmp_path):

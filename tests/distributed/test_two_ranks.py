@@ -42,4 +42,4 @@ def test_two_ranks_are_one_run(tmp_path, changes):
         assert first[key] == second[key], key
     (alone,) = launch(tmp_path / "one", 1, 8, changes)
     assert alone["before"] == pytest.approx(first["before"], rel=1e-5)  # P1: not multiplied by the ranks
-    assert not list((tmp_path / "two" / "out").glob("search-*"))
+    assert not list((tmp_path / "two" / "out").glob("_search-*"))

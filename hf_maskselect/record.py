@@ -1,0 +1,84 @@
+"""What a saved folder tells of its run: masks, zeros, searches, scores."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+
+from .checkpoint import PruningState
+from .report import SparsityReport, sparsity_report
+from .saving import last_checkpoint
+from .selection import SEARCH_FILE, LevelSearch, read_searches
+
+RESULTS_FILE = "all_results.json"
+_NO_SCORES = ("runtime", "per_second", "sparsity", "samples", "loss")
+_LAYER = re.compile(r"^(?:.*?\.)?(\d+)\.(.*)\.weight$")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run, as its output folder tells of it.
+
+    history: the trainer's log entries, each with its `step`. results: `all_results.json`, as the scripts write it;
+    `dense_eval_*` are the scores of the model before pruning.
+    """
+
+    folder: Path
+    report: SparsityReport
+    state: PruningState | None
+    searches: list[LevelSearch] = field(default_factory=list)
+    history: list[dict] = field(default_factory=list)
+    results: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> RunRecord:
+        """Read a folder; what is not there is empty.
+
+        Raises:
+            ValueError: no model there, or a damaged file.
+        """
+        folder = Path(folder)
+        searches = read_searches(folder / SEARCH_FILE) if (folder / SEARCH_FILE).is_file() else []
+        history: list[dict] = []
+        last = last_checkpoint(folder)
+        for path in (folder / TRAINER_STATE_NAME, Path(last or folder) / TRAINER_STATE_NAME):
+            if path.is_file():
+                history = _read(path).get("log_history", [])
+                break
+        results = _read(folder / RESULTS_FILE) if (folder / RESULTS_FILE).is_file() else {}
+        return cls(folder, sparsity_report(folder), PruningState.find(folder), searches, history, results)
+
+    def densities(self) -> tuple[list[str], list[str], dict[tuple[str, str], float]]:
+        """(rows, columns, density by row and column) of the prunable tensors: rows are layers in order, columns what
+        a layer consists of; a tensor outside numbered layers has the row ""."""
+        found: dict[tuple[str, str], float] = {}
+        for tensor in self.report.tensors:
+            if tensor.prunable:
+                match = _LAYER.match(tensor.name)
+                row, column = match.groups() if match else ("", tensor.name.removesuffix(".weight"))
+                found[row, column] = 1 - tensor.zeros / tensor.total
+        rows = sorted({row for row, _ in found}, key=lambda row: (row == "", int(row or 0)))
+        columns = list(dict.fromkeys(column for _, column in found))
+        return rows, columns, found
+
+
+def metrics_of(results: Mapping[str, object], prefix: str) -> dict[str, float]:
+    """The scores among results whose keys begin with `prefix`, without it: no times, counts and losses."""
+    found = {key.removeprefix(prefix): value for key, value in results.items() if key.startswith(prefix)}
+    return {k: v for k, v in found.items() if not k.endswith(_NO_SCORES) and isinstance(v, int | float)}
+
+
+def _read(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}); restore the file or delete it") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no table; restore the file or delete it")
+    return found

@@ -1,0 +1,160 @@
+"""The card and the pictures of a run."""
+
+import json
+import re
+import shutil
+import sys
+
+import pytest
+from tiny import make, make_rows, make_trainer
+
+from hf_maskselect.card import card_text, markdown_table
+from hf_maskselect.cli import main
+from hf_maskselect.plots import DENSITY, HISTORY, SEARCH, draw_density, draw_history, draw_search
+from hf_maskselect.record import RunRecord, metrics_of
+
+pytest.importorskip("matplotlib")
+from matplotlib.figure import Figure  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run with two searches and evaluations; do not change."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer = make_trainer(
+        folder,
+        make(num_hidden_layers=3),
+        make_rows(),
+        method="random",
+        num_candidates=3,
+        trial_steps=2,
+        eval_strategy="steps",
+        eval_steps=3,
+        keywords={"compute_metrics": lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())}},
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    return folder, trainer
+
+
+def test_a_record_holds_what_the_trainer_knew(run):
+    folder, trainer = run
+    record = RunRecord.load(folder)
+    assert record.history == trainer.state.log_history
+    assert record.searches == trainer._search.history and len(record.searches) == 2
+    assert record.state.masks.digest() == trainer.pruning_state().masks.digest()
+    rows, columns, found = record.densities()
+    assert rows == ["0", "1", "2"] and len(columns) == 6 and len(found) == 18
+    masks = record.state.masks
+    name = "bert.encoder.layer.1.attention.self.query.weight"
+    assert found["1", "attention.self.query"] == pytest.approx(float(masks[name].float().mean()))
+
+
+def test_scores_are_told_from_times_and_counts():
+    results = {"eval_f1": 0.5, "eval_runtime": 3, "eval_samples": 9, "eval_loss": 1.0, "eval_sparsity": 0.9, "x": 1}
+    assert metrics_of(results, "eval_") == {"f1": 0.5}
+
+
+def test_the_card_says_what_the_files_hold(run):
+    folder, trainer = run
+    record = RunRecord.load(folder)
+    text = card_text(record, "someone/model", folder, trainer.args.to_dict(), dense_scores={"accuracy": 0.875})
+    assert f"{record.report.prunable_zeros:,} of {record.report.prunable_total:,} prunable weights are zero" in text
+    for tensor in record.report.tensors:
+        assert (f"| `{tensor.name}` |" in text) == tensor.prunable
+    for search in record.searches:
+        for candidate in search.candidates:
+            assert f"`{candidate.proposal}` | " + " → ".join(f"{s:.4f}" for s in candidate.scores) in text
+    assert text.count("| chosen |") == 2
+    last = [entry["eval_accuracy"] for entry in record.history if "eval_accuracy" in entry][-1]
+    assert f"| accuracy | 0.8750 | {last:.4f} | {last / 0.875:.1%} |" in text and "One seed." in text
+    assert "BertForSequenceClassification.from_pretrained(" in text and "2310.13183" in text
+    assert "| `num_candidates` | `3` |" in text and "gumbel" not in text and "pdp" not in text
+
+
+def test_the_card_tells_the_spread_over_seeds(run):
+    folder, _ = run
+    scores, dense = {"accuracy": [0.8, 0.9]}, {"accuracy": [0.9, 0.9]}
+    text = card_text(RunRecord.load(folder), "m", folder, {}, scores, dense)
+    assert "| accuracy | 0.9000 ± 0.0000 | 0.8500 ± 0.0707 | 94.4% |" in text
+    assert "Mean and standard deviation of 2 seeds." in text
+
+
+def test_the_code_in_the_card_runs(run):
+    """With the folder in place of the repository's name."""
+    folder, trainer = run
+    text = card_text(RunRecord.load(folder), str(folder), folder, {})
+    first, second = re.findall(r"```python\n(.*?)```", text, re.S)
+    names = {}
+    exec(first, names)
+    exec(second.replace("train_dataset=...", "train_dataset=[{'labels': 0}] * 20"), names)
+    assert names["masks"].digest() == trainer.pruning_state().masks.digest()
+    assert names["trainer"].args.sparsity == 0.75
+
+
+def test_a_card_of_another_method_cites_it(tmp_path):
+    for method, cited in (("pdp", "2305.11203"), ("gumbel", "2202.12986"), ("magnitude", "classic")):
+        own = {} if method == "magnitude" else {"num_levels": None, "frozen_steps": 2}
+        trainer = make_trainer(tmp_path / method, method=method, **own)
+        trainer.train()
+        trainer.save_model()
+        trainer.create_model_card()
+        text = (tmp_path / method / "README.md").read_text()
+        assert cited in text and "No masks were tried against each other." in text
+
+
+def test_the_console_draws_what_there_is(run, tmp_path, capsys):
+    folder, _ = run
+    assert main(["plot", str(folder), "--output", str(tmp_path / "a")]) == 0
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == sorted([DENSITY, SEARCH, HISTORY])
+    assert capsys.readouterr().out.count("wrote ") == 3
+    make().save_pretrained(tmp_path / "dense")
+    assert main(["plot", str(tmp_path / "dense")]) == 0
+    assert [p.name for p in (tmp_path / "dense").glob("*.png")] == [DENSITY]
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5000
+
+
+def test_pictures_show_the_numbers(run):
+    record = RunRecord.load(run[0])
+    figure = Figure()
+    draw_density(record, figure)
+    texts = {text.get_text() for text in figure.axes[0].texts}
+    assert texts == {f"{100 * value:.1f}" for value in record.densities()[2].values()}
+    figure = Figure()
+    draw_search(record, figure)
+    assert len(figure.axes) == 2
+    for axes, search in zip(figure.axes, record.searches, strict=True):
+        drawn = sorted(tuple(line.get_ydata()) for line in axes.lines)
+        assert drawn == sorted(tuple(candidate.scores) for candidate in search.candidates)
+    figure = Figure()
+    draw_history(record, figure)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["training loss", "accuracy", "sparsity"]
+    losses = [entry["loss"] for entry in record.history if "loss" in entry]
+    assert list(figure.axes[0].lines[0].get_ydata()) == losses
+
+
+def test_plots_without_matplotlib_say_what_to_install(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["plot", str(run[0]), "--output", str(tmp_path)]) == 1
+    assert "pip install 'hf_maskselect[plots]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "search.json", "all_results.json"])
+def test_a_damaged_table_is_named(run, tmp_path, capsys, name):
+    folder = shutil.copytree(run[0], tmp_path / "copy")
+    (folder / name).write_text("{")
+    assert main(["plot", str(folder)]) == 1
+    assert name in capsys.readouterr().err
+
+
+def test_results_of_the_scripts_are_shown(run, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "copy")
+    told = {"eval_f1": 0.5, "dense_eval_f1": 0.625, "eval_runtime": 1.0}
+    (folder / "all_results.json").write_text(json.dumps(told))
+    assert "| f1 | 0.6250 | 0.5000 | 80.0% |" in card_text(RunRecord.load(folder), "m", folder)
+
+
+def test_a_markdown_table():
+    assert markdown_table(["a", "b"], [[1, 2]]) == "| a | b |\n| --- | ---: |\n| 1 | 2 |"
