@@ -23,6 +23,7 @@ STATE_FILE = "pruning_state.safetensors"
 
 
 _FIELDS = {"method": str, "pattern": str, "sparsity": float, "step": int, "level": int, "seed": int, "start": float}
+_TEXTS = ("architecture", "weights", "config")
 # What of config.json says nothing about the function that the model computes.
 _DESCRIPTIVE = ("_name_or_path", "finetuning_task", "id2label", "label2id", "transformers_version")
 
@@ -32,8 +33,8 @@ class PruningState:
     """Masks in force and where the run stood; `pruning_state.safetensors` on disk, bit-packed, no pickle.
 
     sparsity: the run's target; step: optimizer steps done; level: index of the level in force, -1 before the first
-    cut; start: sparsity of the model the run began with; weights, config: SHA-256 of the weights and of the
-    configuration that it was saved with, empty before.
+    cut; start: sparsity of the model the run began with; architecture: the model's class; weights, config: SHA-256 of
+    the weights and of the configuration that it was saved with, empty before.
     """
 
     masks: MaskSet
@@ -44,19 +45,20 @@ class PruningState:
     level: int
     seed: int
     start: float = 0.0
+    architecture: str = ""
     weights: str = ""
     config: str = ""
 
     @property
     def fields(self) -> dict[str, str]:
         """Everything but the masks, as text."""
-        return {name: str(getattr(self, name)) for name in (*_FIELDS, "weights", "config")}
+        return {name: str(getattr(self, name)) for name in (*_FIELDS, *_TEXTS)}
 
     @classmethod
     def from_fields(cls, masks: MaskSet, fields: Mapping[str, str]) -> PruningState:
         """The inverse of `fields`; a KeyError or ValueError for what is no such text."""
         values = {name: kind(fields[name]) for name, kind in _FIELDS.items()}
-        return cls(masks, **values, weights=fields["weights"], config=fields["config"])
+        return cls(masks, **values, **{name: fields[name] for name in _TEXTS})
 
     def sealed(self, folder: str | os.PathLike) -> PruningState:
         """The state that belongs to what is saved in `folder`: it knows those weights and that configuration.
@@ -107,15 +109,16 @@ class PruningState:
             if now != then:
                 raise ValueError(changed(folder, what))
 
-    def check_resumes(self, method: str, pattern: str, sparsity: float) -> None:
-        """Raise a ValueError when the run that wants to go on is another one."""
-        for name, now in (("method", method), ("pattern", pattern), ("sparsity", sparsity)):
+    def check_resumes(self, method: str, pattern: str, sparsity: float, architecture: str = "") -> None:
+        """Raise a ValueError when the run that wants to go on is another one; an unknown architecture is any."""
+        architecture = architecture if self.architecture else ""
+        given = {"method": method, "pattern": pattern, "sparsity": sparsity, "architecture": architecture}
+        for name, now in given.items():
             then = getattr(self, name)
             if then != now:
                 raise ValueError(
                     f"the checkpoint was written with {name}={then!r} but this run has {name}={now!r}: resume with "
-                    "the same "
-                    "value, or start a new run from the checkpoint's model"
+                    "the same value, or start a new run from the checkpoint's model"
                 )
 
 

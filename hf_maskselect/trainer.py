@@ -371,7 +371,15 @@ class PruningTrainer(HubTrainer):
         step, masks = self.state.global_step, self._method.masks
         sparsity = masks.sparsity() if args.emergent else args.sparsity
         return PruningState(
-            masks, args.method, args.pattern, sparsity, step, self._method.level, args.seed, self._start
+            masks,
+            args.method,
+            args.pattern,
+            sparsity,
+            step,
+            self._method.level,
+            args.seed,
+            self._start,
+            type(self.model).__name__,
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -398,7 +406,8 @@ class PruningTrainer(HubTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         state, extra = PruningState.load(resume_from_checkpoint), load_method_state(resume_from_checkpoint)
         args = self.args
-        state.check_resumes(args.method, args.pattern, state.sparsity if args.emergent else args.sparsity)
+        target = state.sparsity if args.emergent else args.sparsity
+        state.check_resumes(args.method, args.pattern, target, type(self.model).__name__)
         state.check_saved(resume_from_checkpoint)
         state.masks.check_fits(self._find_weights(self.model))
         super()._load_from_checkpoint(resume_from_checkpoint, model)

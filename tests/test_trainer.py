@@ -228,6 +228,8 @@ def test_resuming_another_run_is_refused(tmp_path):
     for changes in ({"sparsity": 0.9}, {"method": "taylor"}, {"pattern": "1:4", "num_levels": None}):
         with pytest.raises(ValueError, match="checkpoint was written with"):
             make_trainer(tmp_path / "other", **changes).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="architecture='BertForSequenceClassification' but this run has .*Token"):
+        make_trainer(tmp_path / "other", make(head="ForTokenClassification")).train(resume_from_checkpoint=checkpoint)
     with pytest.raises(ValueError, match="masks do not fit the model"):
         make_trainer(tmp_path / "other", make(intermediate_size=48)).train(resume_from_checkpoint=checkpoint)
     with pytest.raises(ValueError, match="masks do not fit the model"):
@@ -235,6 +237,27 @@ def test_resuming_another_run_is_refused(tmp_path):
     (tmp_path / "checkpoint-6" / "pruning_state.safetensors").unlink()
     with pytest.raises(ValueError, match="no checkpoint of a pruning run"):
         make_trainer(tmp_path / "other").train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_run_resumed_after_its_last_step_trains_no_more(tmp_path):
+    whole = make_trainer(tmp_path, save_strategy="steps", save_steps=6)
+    whole.train()
+    resumed = make_trainer(tmp_path, make(seed=5), save_strategy="steps", save_steps=6)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 12 and losses(resumed) == losses(whole)
+    assert same(weights_of(whole.model), weights_of(resumed.model))
+
+
+def test_resuming_from_nothing_is_refused(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()  # another hand began one
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_scoring_a_level_loses_no_logged_loss(tmp_path):
+    trainer = make_trainer(tmp_path, level_eval_steps=1)
+    trainer.train()
+    assert len(losses(trainer)) == 12
 
 
 def test_the_best_weights_of_a_level_go_on(tmp_path):

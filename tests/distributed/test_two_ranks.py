@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from hf_maskselect import PruningState
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 
@@ -19,7 +22,7 @@ METHODS = [
 
 
 def launch(folder, ranks, batch, changes):
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -43,3 +46,23 @@ def test_two_ranks_are_one_run(tmp_path, changes):
     (alone,) = launch(tmp_path / "one", 1, 8, changes)
     assert alone["before"] == pytest.approx(first["before"], rel=1e-5)  # P1: not multiplied by the ranks
     assert not list((tmp_path / "two" / "out").glob("_search-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", METHODS, ids=lambda changes: changes["method"])
+def test_two_ranks_resume_to_the_bit(tmp_path, changes):
+    """From the checkpoint of a run that was killed in its eighth step."""
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    whole = launch(tmp_path / "whole", 2, 8, {**changes, **saving})
+    out = tmp_path / "killed" / "out"
+    shutil.copytree(tmp_path / "whole" / "out" / "checkpoint-6", out / "checkpoint-6")
+    (out / "_saving" / "checkpoint-9").mkdir(parents=True)  # half-written
+    if changes["method"] == "random":
+        shutil.copy(tmp_path / "whole" / "out" / "search.json", out)
+    resumed = launch(tmp_path / "killed", 2, 8, {**changes, **saving, "resume": True})
+    for first, second in zip(whole, resumed, strict=True):
+        for key in ("masks", "losses", "after", "weights"):
+            assert first[key] == second[key], key
+    states = [PruningState.load(tmp_path / run / "out") for run in ("whole", "killed")]
+    assert states[0].weights == states[1].weights
+    assert not list(out.glob("_*"))

@@ -13,6 +13,7 @@ from run_glue import leave_process_group  # noqa: E402
 
 torch.set_num_threads(1)
 folder, batch, changes = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+resume = changes.pop("resume", None)
 keywords = {"selection_dataset": make_rows(16, seed=2), "teacher": make(seed=3)}
 trainer = make_trainer(
     folder / "out",
@@ -24,7 +25,7 @@ trainer = make_trainer(
     keywords=keywords,
 )
 before = trainer.evaluate()["eval_loss"]
-trainer.train()
+trainer.train(resume_from_checkpoint=resume)
 trainer.save_model()
 found = {
     "wrapped": type(trainer.model_wrapped).__name__,

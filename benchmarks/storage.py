@@ -1,0 +1,130 @@
+"""How small is a packed model, how fast is packing, and what do masks add to a checkpoint?
+
+A model of BERT-base's shape with random weights (110 M, 85 M of them prunable) is cut at random places to four
+sparsities, packed and unpacked; sizes stand beside the entropy bound, speeds are in bytes of dense weights. Then plain
+`Trainer` and `PruningTrainer` save checkpoints of the same model in turn.
+
+    python benchmarks/storage.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from common import TokenRows, alternate, machine, seconds, spread
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers.utils import logging
+
+from hf_maskselect import MaskSet, PruningConfig, PruningState, PruningTrainer, pack, prunable_weights, unpack
+from hf_maskselect.report import text_table
+
+SPARSITIES = (0.8, 0.9, 0.9375, 0.99)
+LOSSY = {"lossless": {}, "bf16 values, int8 tables": {"values": "bf16", "embeddings": "int8"}}
+
+
+def cut(model, sparsity: float) -> MaskSet:
+    """Fresh random weights under random masks."""
+    with torch.no_grad():
+        masks = {}
+        for name, weight in prunable_weights(model).items():
+            masks[name] = torch.rand_like(weight) >= sparsity
+            weight.copy_(torch.randn_like(weight).mul_(0.04) * masks[name])
+    return MaskSet(masks)
+
+
+def storage(model, root: Path, repeats: int) -> None:
+    rows = []
+    for sparsity in SPARSITIES:
+        masks = cut(model, sparsity)
+        folder = root / "saved"
+        model.save_pretrained(folder)
+        PruningState(masks, "random", "unstructured", sparsity, 1, 0, 0).sealed(folder).save(folder)
+        for title, options in LOSSY.items():
+            packing, unpacking = [], []
+            for _ in range(repeats):
+                for name in ("packed", "again"):
+                    shutil.rmtree(root / name, ignore_errors=True)
+                start = time.perf_counter()
+                report = pack(folder, root / "packed", **options)
+                packing.append(time.perf_counter() - start)
+                unpacking.append(seconds(lambda: unpack(root / "packed", root / "again")))
+            if not options:
+                before, after = (
+                    load_file(folder / "model.safetensors"),
+                    load_file(root / "again" / "model.safetensors"),
+                )
+                assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+            rate = [report.dense / 1e6 / statistics.median(times) for times in (packing, unpacking)]
+            rows.append(
+                [f"{sparsity:g}, {title}", f"{report.packed / 1e6:.1f}", f"{report.dense / report.packed:.2f}"]
+                + [f"{report.packed / report.bound:.4f}", f"{rate[0]:.0f}", f"{rate[1]:.0f}"]
+            )
+    print(text_table(["sparsity", "MB", "times smaller", "of the bound", "pack MB/s", "unpack MB/s"], rows))
+
+
+def checkpoints(model, root: Path, repeats: int) -> None:
+    """Seconds and bytes of one checkpoint, plain and with masks, in turn."""
+    common = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 1,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    data = TokenRows(8, 8, model.config.vocab_size)
+    with contextlib.redirect_stdout(io.StringIO()):
+        plain = Trainer(model, TrainingArguments(str(root / "plain"), **common), train_dataset=data)
+        plain.train()
+        other = BertForSequenceClassification(model.config)
+        config = PruningConfig(str(root / "pruned"), method="magnitude", num_levels=1, **common)
+        pruned = PruningTrainer(other, config, train_dataset=data)
+        pruned.train()
+
+    def save(trainer) -> None:
+        shutil.rmtree(Path(trainer.args.output_dir) / "checkpoint-1", ignore_errors=True)
+        trainer._save_checkpoint(trainer.model, None)
+
+    jobs = {"transformers.Trainer": lambda: save(plain), "PruningTrainer": lambda: save(pruned)}
+    times = alternate(jobs, repeats)
+    sizes = {
+        name: sum(f.stat().st_size for f in (root / folder / "checkpoint-1").iterdir())
+        for name, folder in zip(jobs, ("plain", "pruned"), strict=True)
+    }
+    base = list(jobs)[0]
+    rows = [
+        [name, spread(times[name]), f"{statistics.median(times[name]) / statistics.median(times[base]):.3f}"]
+        + [f"{sizes[name] / 1e6:.1f}", f"{sizes[name] / sizes[base]:.4f}"]
+        for name in jobs
+    ]
+    print(text_table(["checkpoint", "seconds", "ratio", "MB", "ratio of size"], rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model = BertForSequenceClassification(BertConfig())
+    print(machine("; BERT-base, random weights and masks") + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        storage(model, Path(folder), args.repeats)
+        print()
+        checkpoints(model, Path(folder), args.repeats)
+
+
+if __name__ == "__main__":
+    main()
