@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .checkpoint import model_class
+from .checkpoint import model_class, of_transformers
 from .packed_file import PACKED_FILE
 from .packing import pack
 from .plots import DENSITY, HISTORY, SEARCH
@@ -157,6 +157,10 @@ def _show(value: float | Sequence[float]) -> str:
 
 
 def _loading(folder: Path, name: str) -> str:
+    if not of_transformers(folder):
+        return (
+            "Its class is not one of transformers: build it with its own code, then load `model.safetensors` into it."
+        )
     kind = model_class(folder)[0].__name__
     text = (
         f'```python\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained("{name}")\n```\n\n'
@@ -204,6 +208,8 @@ def _search(record: RunRecord, pictures: Path) -> str:
 
 
 def _sizes(record: RunRecord) -> str:
+    if not of_transformers(record.folder):
+        return f"{sum(file.stat().st_size for file in record.folder.glob('model*.safetensors')) / 1e6:,.2f} MB."
     with tempfile.TemporaryDirectory() as folder:
         report = pack(record.folder, folder)
     sizes = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -100,6 +100,14 @@ class PruningState:
         """`load`, or None where the folder has no such file."""
         return cls.load(folder) if (Path(folder) / STATE_FILE).is_file() else None
 
+    def check_step(self, step: int, folder: str | os.PathLike) -> None:
+        """Raise a ValueError unless the trainer's own state was saved at the same step."""
+        if step != self.step:
+            raise ValueError(
+                f"{folder}: {STATE_FILE} is of step {self.step} but trainer_state.json of step {step}; the files do "
+                "not belong together, so resume from another checkpoint"
+            )
+
     def check_saved(self, folder: str | os.PathLike) -> None:
         """Raise a ValueError unless `folder` holds, to the bit, the weights this state was saved with."""
         for what, now, then in (
@@ -138,10 +146,10 @@ def saved_tensors(folder: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor
         ValueError: no safetensors weights there.
     """
     folder = Path(folder)
-    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        files = [folder / name for name in shard_names(folder / SAFE_WEIGHTS_INDEX_NAME)]
-    elif (folder / SAFE_WEIGHTS_NAME).is_file():
+    if (folder / SAFE_WEIGHTS_NAME).is_file():  # in the order in which from_pretrained looks
         files = [folder / SAFE_WEIGHTS_NAME]
+    elif (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        files = [folder / name for name in shard_names(folder / SAFE_WEIGHTS_INDEX_NAME)]
     else:
         raise ValueError(f"{folder} holds no {SAFE_WEIGHTS_NAME}: give the folder of a model saved by save_pretrained")
     for path in files:
@@ -243,6 +251,8 @@ def config_digest(folder: str | os.PathLike) -> str:
     if not isinstance(found, dict):
         raise ValueError(f"{path} is no configuration; restore the file")
     told = {name: value for name, value in found.items() if name not in _DESCRIPTIVE}
+    labels = found.get("id2label")  # the names may change, their number is the head's size: 2 where none are told
+    told["labels"] = len(labels) if isinstance(labels, dict) else 2
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
@@ -254,7 +264,7 @@ def model_class(folder: str | os.PathLike) -> tuple[type[PreTrainedModel], Pretr
     """
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, KeyError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: config.json cannot be read ({error}); restore the file") from error
     name = (config.architectures or [""])[0]
     cls = getattr(transformers, name, None) if name else None
@@ -263,11 +273,47 @@ def model_class(folder: str | os.PathLike) -> tuple[type[PreTrainedModel], Pretr
     return cls, config
 
 
+def of_transformers(folder: str | os.PathLike) -> bool:
+    """Whether `config.json` is there and names a class of transformers."""
+    try:
+        model_class(folder)
+    except ValueError:
+        return False
+    return True
+
+
 def skeleton(folder: str | os.PathLike) -> PreTrainedModel:
     """The model that `config.json` describes, without weights: names and shapes only."""
     cls, config = model_class(folder)
     with torch.device("meta"):
         return cls._from_config(config)
+
+
+def load_strictly(
+    cls: type[PreTrainedModel], folder: str | os.PathLike, source, refused: Sequence[str], **options
+) -> PreTrainedModel:
+    """`cls.from_pretrained(source, ...)` that refuses what it would only warn of.
+
+    Args:
+        folder: where the model lies, for the messages.
+        refused: names of the loading report that must be empty.
+
+    Raises:
+        ValueError: the weights are not those of the class and configuration.
+    """
+    try:
+        model, info = cls.from_pretrained(source, output_loading_info=True, use_safetensors=True, **options)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{folder}: its weights do not fit {cls.__name__} as config.json describes it ({error})"
+        ) from error
+    for kind in refused:
+        if info[kind]:
+            raise ValueError(
+                f"{folder}: loads with {kind.replace('_', ' ')} {sorted(info[kind])[:3]} in {cls.__name__}; its "
+                "weights are of another model"
+            )
+    return model
 
 
 def verify(folder: str | os.PathLike) -> PruningState:
@@ -298,10 +344,5 @@ def verify(folder: str | os.PathLike) -> PruningState:
             f"(step {state.step}, level {state.level + 1})"
         )
     cls, _ = model_class(folder)
-    _, info = cls.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            raise ValueError(
-                f"{folder}: loads with {kind.replace('_', ' ')} {sorted(info[kind])[:3]} in {cls.__name__}"
-            )
+    load_strictly(cls, folder, folder, ("missing_keys", "unexpected_keys"))
     return state

@@ -8,6 +8,8 @@ import math
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+import transformers
+
 from .masking.maskset import MaskSet
 from .masking.patterns import NM, SCOPES, Channel, Unstructured, parse_pattern
 from .masking.schedule import check_levels, cubic_levels
@@ -346,6 +348,18 @@ def check_setting(args: PruningConfig, score_fn: ScoreFn | None, compute_metrics
     by_metric = metric is not None and metric not in SELECTION_LOSSES
     if args.needs_selection_split and by_metric and compute_metrics is None:
         raise ValueError(f"selection_metric={metric!r} needs compute_metrics: pass it, or choose 'loss'")
+
+
+def check_packs(args: PruningConfig, model) -> None:
+    """Packing needs a model that can be built from its configuration."""
+    if (
+        args.pack_on_save
+        and model is not None
+        and getattr(transformers, type(model).__name__, None) is not type(model)
+    ):
+        raise ValueError(
+            f"pack_on_save=True needs a model class of transformers, and {type(model).__name__} is none: leave it out"
+        )
 
 
 def check_start(args: PruningConfig, masks: MaskSet) -> None:

@@ -11,7 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .checkpoint import verify
 from .packed_file import LOSSY
-from .packing import pack, unpack
+from .packing import find_folder, pack, unpack
 from .plots import plot
 from .record import RunRecord
 from .report import sparsity_report
@@ -30,7 +30,9 @@ def make_parser() -> argparse.ArgumentParser:
         ("unpack", "write a packed model as an ordinary one, which plain from_pretrained loads"),
     ):
         found[name] = commands.add_parser(name, help=text, description=text.capitalize() + ".")
-        found[name].add_argument("path", help="folder of a saved model")
+        found[name].add_argument(
+            "path", help="folder of a saved model; for report and verify also user/name on the Hub"
+        )
     for name in ("pack", "unpack"):
         found[name].add_argument("--output", required=True, help="folder to write into, made if need be")
     found["plot"].add_argument("--output", help="folder to write into; by default that of the model")
@@ -61,9 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(arguments)
     disable_progress_bar()  # of transformers' loading: the answer is one line
-    if not Path(options.path).is_dir():
+    online = options.command in ("report", "verify") and options.path.count("/") == 1
+    online = online and not Path(options.path).exists()
+    if not Path(options.path).is_dir() and not online:
         parser.error(f"{options.path} is no folder: give the folder of a saved model")
     try:
+        if online:
+            options.path = find_folder(options.path)
         print(run(options))
     except (ValueError, OSError) as error:
         print(f"{options.command} failed: {error}", file=sys.stderr)

@@ -43,7 +43,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary name to write under. When the block ends well the file is on the disk and takes the place of
     `path` in one rename; when it raises, `path` is as it was."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"_{path.name}.tmp")  # uploads to the Hub leave out what begins so
     try:
         yield temporary
         sync(temporary)

@@ -11,8 +11,9 @@ from transformers.trainer_utils import HubStrategy
 
 from .card import Scores, card_text, mean, shown_scores, write_card
 from .checkpoint import STATE_FILE, PruningState
+from .packed_file import PACKED_FILE
 from .plots import plot
-from .record import RunRecord
+from .record import RunRecord, metrics_of
 from .saving import WholeCheckpoints
 from .selection import SEARCH_FILE, read_searches
 
@@ -58,6 +59,8 @@ class HubTrainer(WholeCheckpoints):
         record = dataclasses.replace(RunRecord.load(source), searches=searches, history=self.state.log_history)
         if importlib.util.find_spec("matplotlib"):
             plot(record, output)
+        last = next((e for e in reversed(self.state.log_history) if metrics_of(e, "eval_")), {})
+        scores = scores or metrics_of(last, "eval_")  # of this run, whatever an earlier one left in the folder
         name = self.hub_model_id or model_name or output.name
         metadata = ModelCard.load(output / "README.md").data
         metadata.model_name = name.split("/")[-1]
@@ -94,5 +97,6 @@ class HubTrainer(WholeCheckpoints):
             # An upload in flight still reads `output_dir`, and would mix this model with the last.
             self._finish_current_push()
             PruningState.load(checkpoint_folder).save(self.args.output_dir)  # without what resuming needs
+            (Path(self.args.output_dir) / PACKED_FILE).unlink(missing_ok=True)  # of another model
             self._write_card(Path(checkpoint_folder), None, None)
         super()._push_from_checkpoint(checkpoint_folder)

@@ -120,10 +120,15 @@ class PackedWriter:
             count, bits = int(torch.count_nonzero(keep)), 8 * stored.itemsize
             least = entropy_bits(count, keep.numel()) + bits * count
             self.bound_bits += min(least, bits * keep.numel())
-            # Each kept weight costs a bit at least, or each weight of a bitmap.
-            if min(count, keep.numel()) + bits * count < bits * keep.numel():
-                coding, where, kept, k, values = _locate(flat, keep, bits)
+            # A mask must come back whatever it costs. Else each kept weight costs a bit at least, or each weight does.
+            masked = mask is not None and count < keep.numel()
+            if masked or min(count, keep.numel()) + bits * count < bits * keep.numel():
+                coding, where, kept, k, values = _locate(flat, keep, bits, masked)
                 values = tensor if coding == "raw" else values
+        elif mask is not None and not bool(mask.all()):
+            raise ValueError(
+                f"{name} is no weight of the model that config.json describes, and cannot be stored sparse"
+            )
         else:
             self.bound_bits += 8 * stored.itemsize * kept
         if coding != "int8":
@@ -256,12 +261,13 @@ def _positions(entry: Entry, where: Tensor) -> Tensor:
     return decode_gaps(where, entry.k, entry.kept, entry.total)
 
 
-def _locate(flat: Tensor, keep: Tensor, bits: int) -> tuple[str, Tensor | None, int, int, Tensor]:
-    """(coding, where, kept, k, values) of the smallest of raw, bits and gaps; bits: size of a stored value."""
+def _locate(flat: Tensor, keep: Tensor, bits: int, masked: bool) -> tuple[str, Tensor | None, int, int, Tensor]:
+    """(coding, where, kept, k, values) of the smallest of raw, bits and gaps; bits: size of a stored value; masked:
+    raw would lose the mask."""
     positions, total = keep.nonzero().view(-1), keep.numel()
     kept, gaps = positions.numel(), gaps_of(positions)
     k, cost = rice_parameter(gaps, total)
-    if min(cost, total) + bits * kept >= bits * total:
+    if not masked and min(cost, total) + bits * kept >= bits * total:
         return "raw", None, total, 0, flat
     values = flat[positions]
     if cost >= total:

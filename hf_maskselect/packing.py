@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HTTPError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -21,8 +21,10 @@ from .checkpoint import (
     PruningState,
     WeightsDigest,
     changed,
+    check_weights,
     check_zeros,
     config_digest,
+    load_strictly,
     model_class,
     saved_tensors,
     skeleton,
@@ -136,7 +138,27 @@ def unpack(folder: str | os.PathLike, output: str | os.PathLike) -> None:
         if names and packed_digest(bits, shapes) != state["digest"]:
             raise ValueError(f"{packed.path} is damaged: its masks do not match their digest; restore the file")
     if names:
-        PruningState.from_fields(MaskSet.unpack_shapes(bits, shapes), state).sealed(output).save(output)
+        masks = _Unpacked(bits, shapes)
+        told = {"weights": check_weights(output, masks), "config": config_digest(output)}
+        state = {name: text for name, text in state.items() if name in PruningState.from_fields(masks, state).fields}
+        with replacing(output / STATE_FILE) as temporary:
+            MaskSet.save_packed(temporary, bits, shapes, {**state, **told})
+
+
+class _Unpacked(Mapping[str, Tensor]):
+    """Masks that are unpacked one at a time, when they are asked for."""
+
+    def __init__(self, bits: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+        self._bits, self._shapes = bits, shapes
+
+    def __getitem__(self, name: str) -> Tensor:
+        return unpack_bits(self._bits[name], self._shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bits)
+
+    def __len__(self) -> int:
+        return len(self._bits)
 
 
 def open_packed(folder: str | os.PathLike) -> PackedFile:
@@ -168,21 +190,21 @@ def load_pruned(path_or_repo: str | os.PathLike, **options) -> tuple[PreTrainedM
     Args:
         path_or_repo: a folder or a Hub repository: of `PruningTrainer`, packed (`hf-maskselect pack`), or any saved
             model of transformers with zeros, whose masks are then taken from `MaskSet.from_zeros`. Of a folder that
-            holds both, the ordinary weights are read; of a repository, the packed ones.
+            holds both, the ordinary weights are read; of a repository, the packed ones are downloaded.
         options: for `from_pretrained`; `revision`, `token` and `cache_dir` also for the download.
 
     Raises:
         ValueError: nothing to load there, or files that are damaged or do not fit each other.
     """
-    folder = Path(path_or_repo)
-    if not folder.is_dir():
-        told = {name: options.pop(name) for name in ("revision", "token", "cache_dir") if name in options}
-        folder = _download(os.fspath(path_or_repo), told)
+    if elsewhere := {"subfolder", "variant", "gguf_file"} & options.keys():
+        raise ValueError(f"load_pruned takes no {sorted(elsewhere)[0]}: what is checked lies in the folder itself")
+    told = {name: options.pop(name) for name in ("revision", "token", "cache_dir") if name in options}
+    folder = find_folder(path_or_repo, packed=True, **told)
     if (folder / SAFE_WEIGHTS_NAME).is_file() or (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
         state = PruningState.find(folder)
         if state is not None:
             state.check_saved(folder)
-        model = _load(model_class(folder)[0], folder, None, options)
+        model = load_strictly(model_class(folder)[0], folder, folder, ("missing_keys",), **options)
         return model, MaskSet.from_zeros(model) if state is None else state.masks
     packed = open_packed(folder)
     names, state = _pruning_fields(packed)
@@ -194,38 +216,42 @@ def load_pruned(path_or_repo: str | os.PathLike, **options) -> tuple[PreTrainedM
     found = MaskSet(masks)
     if names and found.digest() != state["digest"]:
         raise ValueError(f"{packed.path} is damaged: its masks do not match their digest; restore the file")
-    model = _load(model_class(folder)[0], folder, tensors, options)
+    cls, config = model_class(folder)
+    model = load_strictly(cls, folder, None, ("missing_keys",), config=config, state_dict=tensors, **options)
     return model, found if names else MaskSet.from_zeros(model)
 
 
-def _load(cls: type[PreTrainedModel], folder: Path, tensors: dict[str, Tensor] | None, options: dict):
-    """`from_pretrained` that refuses what it would only warn of."""
-    options = {**options, "output_loading_info": True, "use_safetensors": True}
-    if tensors is None:
-        model, info = cls.from_pretrained(folder, **options)
-    else:
-        config = cls.config_class.from_pretrained(folder)
-        model, info = cls.from_pretrained(None, config=config, state_dict=tensors, **options)
-    for kind in ("missing_keys", "mismatched_keys"):
-        if info[kind]:
-            raise ValueError(
-                f"{folder}: loads with {kind.replace('_', ' ')} {sorted(info[kind])[:3]} in {cls.__name__}; its "
-                "weights are of another model"
-            )
-    return model
+def find_folder(path_or_repo: str | os.PathLike, packed: bool = False, **told) -> Path:
+    """The folder itself, or the files of a Hub repository that loading needs.
 
+    Args:
+        packed: take the packed weights of a repository that has them, if they are those its state belongs to.
+        told: `revision`, `token` and `cache_dir` of the download.
 
-def _download(repo: str, told: dict) -> Path:
-    """The files of a Hub repository that loading needs: the packed weights where it has them."""
+    Raises:
+        ValueError: there is neither.
+    """
+    if Path(path_or_repo).is_dir():
+        return Path(path_or_repo)
+    repo, dense = os.fspath(path_or_repo), ["model*.safetensors", SAFE_WEIGHTS_INDEX_NAME]
     try:
-        about = {name: told[name] for name in ("revision", "token") if name in told}
-        files = set(HfApi().list_repo_files(repo, **about))
-        weights = [PACKED_FILE] if PACKED_FILE in files else ["model*.safetensors", STATE_FILE]
-        return Path(snapshot_download(repo, allow_patterns=[*_COMPANIONS, *weights], **told))
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
+        if packed:
+            folder = Path(snapshot_download(repo, allow_patterns=[*_COMPANIONS, STATE_FILE, PACKED_FILE], **told))
+            if _belongs(folder):
+                return folder
+        return Path(snapshot_download(repo, allow_patterns=[*_COMPANIONS, STATE_FILE, *dense], **told))
+    except (OSError, HTTPError, HFValidationError) as error:
         raise ValueError(
             f"{repo} is no folder, and cannot be had from the Hub ({str(error).splitlines()[0]}): check the name"
         ) from error
+
+
+def _belongs(folder: Path) -> bool:
+    """Whether the packed weights of a repository are there and not left over from an earlier model."""
+    if not (folder / PACKED_FILE).is_file():
+        return False
+    state, (_, fields) = PruningState.find(folder), _pruning_fields(PackedFile(folder / PACKED_FILE))
+    return state is None or fields.get("weights") == state.weights
 
 
 def _pruning_fields(packed: PackedFile) -> tuple[set[str], dict[str, str]]:

@@ -18,7 +18,7 @@ from .selection import SEARCH_FILE, LevelSearch, read_searches
 
 RESULTS_FILE = "all_results.json"
 _NO_SCORES = ("runtime", "per_second", "sparsity", "samples", "loss")
-_LAYER = re.compile(r"^(?:.*?\.)?(\d+)\.(.*)\.weight$")
+_LAYER = re.compile(r"^(.*?\.)?(\d+)\.(.*)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,18 @@ class RunRecord:
         return cls(folder, sparsity_report(folder), PruningState.find(folder), searches, history, results)
 
     def densities(self) -> tuple[list[str], list[str], dict[tuple[str, str], float]]:
-        """(rows, columns, density by row and column) of the prunable tensors: rows are layers in order, columns what
-        a layer consists of; a tensor outside numbered layers has the row ""."""
-        found: dict[tuple[str, str], float] = {}
+        """(rows, columns, density by row and column) of the prunable tensors: rows are layers in order (with their
+        stack, where there are several), columns what a layer consists of; a tensor outside layers has the row ""."""
+        parsed = []
         for tensor in self.report.tensors:
             if tensor.prunable:
                 match = _LAYER.match(tensor.name)
-                row, column = match.groups() if match else ("", tensor.name.removesuffix(".weight"))
-                found[row, column] = 1 - tensor.zeros / tensor.total
-        rows = sorted({row for row, _ in found}, key=lambda row: (row == "", int(row or 0)))
-        columns = list(dict.fromkeys(column for _, column in found))
-        return rows, columns, found
+                stack, number, rest = match.groups() if match else ("", "", tensor.name.removesuffix(".weight"))
+                parsed.append(((stack or "", int(number or 0)), number, rest, 1 - tensor.zeros / tensor.total))
+        several = len({stack for (stack, _), _, _, _ in parsed}) > 1
+        names = {layer: f"{layer[0]}{number}" if several else number for layer, number, _, _ in sorted(parsed)}
+        found = {(names[layer], column): density for layer, _, column, density in parsed}
+        return list(names.values()), list(dict.fromkeys(column for _, column in found)), found
 
 
 def metrics_of(results: Mapping[str, object], prefix: str) -> dict[str, float]:

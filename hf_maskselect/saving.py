@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,11 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .checkpoint import STATE_FILE
 from .files import sync
+from .packed_file import PACKED_FILE
 
+_WEIGHTS = re.compile(
+    rf"model(-\d{{5}}-of-\d{{5}})?\.safetensors|{re.escape(SAFE_WEIGHTS_INDEX_NAME)}|{re.escape(PACKED_FILE)}"
+)
 STAGING = "_saving"  # uploads to the Hub leave out what begins with an underscore
 
 
@@ -55,8 +60,10 @@ class WholeCheckpoints(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._checkpointing = False
-        if self.state.best_model_checkpoint == str(written):
-            self.state.best_model_checkpoint = str(final)
+        if self.state.best_global_step:  # `Trainer` looked for it where this one was written
+            best = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if best == final or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.state.save_to_json(written / TRAINER_STATE_NAME)
@@ -90,17 +97,19 @@ class WholeCheckpoints(Trainer):
         sync_folder(written)
         new = {file.name for file in written.iterdir()}
         for name in new:
+            if (final / name).is_dir():  # a rename does not replace these
+                shutil.rmtree(final / name)
             os.replace(written / name, final / name)
-        for file in [*final.glob("model*.safetensors"), final / SAFE_WEIGHTS_INDEX_NAME]:
-            if file.name not in new:  # shards of an earlier model
-                file.unlink(missing_ok=True)
+        for file in final.iterdir():
+            if _WEIGHTS.fullmatch(file.name) and file.name not in new:  # of an earlier model
+                file.unlink()
         written.rmdir()
         sync(final)
 
 
 def sync_folder(folder: Path) -> None:
     """`sync` every file in a folder, and its names."""
-    for path in folder.iterdir():
+    for path in folder.rglob("*"):
         sync(path)
     sync(folder)
 

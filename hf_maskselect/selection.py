@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import shutil
 import tempfile
 import time
@@ -123,10 +124,10 @@ def read_searches(path: Path) -> list[LevelSearch]:
         ValueError: the file is no such table.
     """
     try:
-        return [
-            LevelSearch(**{**e, "candidates": [Candidate(**c) for c in e["candidates"]]})
-            for e in json.loads(path.read_text())
-        ]
+        told = json.loads(path.read_text())
+        if not all(type(e[key]) is int for e in told for key in ("level", "step")):
+            raise ValueError("levels and steps are whole numbers")
+        return [LevelSearch(**{**e, "candidates": [Candidate(**c) for c in e["candidates"]]}) for e in told]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): delete it, and the searches it tells of are left out of the totals"
@@ -275,26 +276,28 @@ class MaskSearch:
     def _load(self, candidate: Candidate) -> MaskSet:
         return MaskSet.load(self._path(candidate))[0]
 
-    def write(self) -> None:
-        """Keep the tables of all levels in `output_dir/search.json`."""
-        path = Path(self._config.output_dir) / SEARCH_FILE
+    def write(self, folder: str | os.PathLike | None = None) -> None:
+        """Keep the tables of all levels in `search.json` of a folder, by default `output_dir`."""
+        path = Path(self._config.output_dir if folder is None else folder) / SEARCH_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             temporary.write_text(json.dumps([asdict(search) for search in self.history], indent=1))
 
-    def clean(self) -> None:
-        """Remove the masks that a killed run left waiting."""
+    def clean(self, anew: bool) -> None:
+        """Remove the masks that a killed run left waiting, and the tables of an earlier run where a new one begins."""
+        if anew:
+            (Path(self._config.output_dir) / SEARCH_FILE).unlink(missing_ok=True)
         for folder in Path(self._config.output_dir).glob(f"{_FOLDER}*"):
             if folder.is_dir():
                 shutil.rmtree(folder)
 
-    def recall(self, step: int) -> None:
+    def recall(self, step: int, checkpoint: str | os.PathLike) -> None:
         """Take up the tables written before optimizer step `step` of a run that is being resumed.
 
         Raises:
             ValueError: the file is no such table.
         """
-        path = Path(self._config.output_dir) / SEARCH_FILE
+        path = Path(checkpoint) / SEARCH_FILE
         if path.is_file():
             self.history = [search for search in read_searches(path) if search.step < step]
 

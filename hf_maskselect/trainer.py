@@ -14,11 +14,12 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import has_length
 
 from .checkpoint import PruningState, load_method_state
-from .checks import check_setting, check_start
+from .checks import check_packs, check_setting, check_start
 from .config import PruningConfig
 from .distillation import Distiller, load_teacher
 from .hub import HubTrainer
@@ -79,6 +80,7 @@ class PruningTrainer(HubTrainer):
             raise ValueError(
                 f"args must be a PruningConfig, got {type(args).__name__}: it takes every TrainingArguments field"
             )
+        check_packs(args, model)
         check_setting(args, score_fn, kwargs.get("compute_metrics"))
         if args.needs_selection_split and train_dataset is not None:
             if selection_dataset is None:
@@ -223,7 +225,7 @@ class PruningTrainer(HubTrainer):
         self._plan = args.plan(num_training_steps, self._start)
         self._method.begin(self._plan, self.optimizer)
         if self.is_world_process_zero():
-            self._search.clean()
+            self._search.clean(anew=self.state.global_step == 0)
             if self._level_best and self.state.global_step == 0:
                 self._level_best.forget()  # of an earlier run in the same folder
         self.accelerator.wait_for_everyone()
@@ -319,7 +321,8 @@ class PruningTrainer(HubTrainer):
             if self.is_world_process_zero():
                 self._level_best.forget()
         self._method.finalize()
-        self._journal.forget()
+        if self.state.global_step >= self.state.max_steps:  # else it was stopped, and may go on
+            self._journal.forget()
         return super()._finalize_training(*args, **kwargs)
 
     def search_summary(self) -> dict[str, float]:
@@ -398,8 +401,10 @@ class PruningTrainer(HubTrainer):
                 super()._save(folder, state_dict)
             if self.args.should_save:
                 state.sealed(folder).save(folder, self._method.state_dict())
-                if self._level_best and self._checkpointing:
-                    self._level_best.copy_to(folder)
+                if self._checkpointing:
+                    self._search.write(folder)
+                    if self._level_best:
+                        self._level_best.copy_to(folder)
                 if self.args.pack_on_save and not self._checkpointing:
                     pack(folder, folder)
 
@@ -409,18 +414,22 @@ class PruningTrainer(HubTrainer):
         target = state.sparsity if args.emergent else args.sparsity
         state.check_resumes(args.method, args.pattern, target, type(self.model).__name__)
         state.check_saved(resume_from_checkpoint)
+        told = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+        state.check_step(told.global_step, resume_from_checkpoint)
         state.masks.check_fits(self._find_weights(self.model))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._method.attach(self.model)
         self._method.load_state_dict(state.masks, extra, state.step)
         self._start, self._resumed = state.start, True
-        self._search.recall(state.step)
+        self._search.recall(state.step, resume_from_checkpoint)
         if self._level_best and self.is_world_process_zero():
             self._level_best.copy_from(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        best = PruningState.load(self.state.best_model_checkpoint)
+        best.check_saved(self.state.best_model_checkpoint)
         super()._load_best_model()
-        self._method.set_masks(PruningState.load(self.state.best_model_checkpoint).masks)
+        self._method.set_masks(best.masks)
 
 
 class _StepEvents(TrainerCallback):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, Trainer, get_scheduler, set_seed
+from transformers import EvalPrediction, PreTrainedModel, Trainer, get_scheduler, set_seed
 from transformers.trainer_pt_utils import find_batch_size, nested_concat, nested_numpify
 from transformers.utils import is_datasets_available
 
@@ -28,8 +28,19 @@ from .proposals import key_seed
 EARLY_EVALUATIONS = 20  # of one "early" trial; its score is the mean of the last ten (arXiv 2310.13183)
 EARLY_MEAN = 10
 TRIAL_WARMUP = 0.1
-# Arguments that say where a run writes and what it resumes from, and nothing about what it computes.
+# What says where a run writes, what it resumes from and how far it got, and nothing about what it computes.
 _ANY = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "hub_token", "push_to_hub_token")
+_ANY += ("pruning", "_name_or_path", "transformers_version")
+_ANY += (
+    "architectures",
+    "dtype",
+    "problem_type",
+)  # written into a model's configuration by its first save and forward
+
+
+def _text(value) -> str:
+    """A value that JSON does not know, with all its digits."""
+    return str(value.tolist()) if isinstance(value, np.ndarray) else str(value)
 
 
 class TrialBench:
@@ -81,7 +92,13 @@ class TrialBench:
         told = {k: v for k, v in trainer.args.to_dict().items() if k not in _ANY}
         told |= {"level": level, "metric": trainer.selection_metric}
         told |= {"rows": [len(trainer.train_dataset), len(self._selection)]}
-        sha = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
+        if isinstance(trainer.model, PreTrainedModel):
+            told["model"] = {k: v for k, v in trainer.model.config.to_dict().items() if k not in _ANY}
+        with self.random_state():  # what the data look like when the model gets them
+            for dataset in (trainer.train_dataset, self._selection):
+                some = self._loader(dataset, 4, range(min(4, len(dataset))))
+                told[f"batch of {len(told)}"] = [nested_numpify(batch) for batch in some]
+        sha = hashlib.sha256(json.dumps(told, sort_keys=True, default=_text).encode())
         for model in (trainer.model, trainer.teacher):
             for name, tensor in () if model is None else model.state_dict().items():
                 sha.update(name.encode())

@@ -81,8 +81,9 @@ def test_the_card_tells_the_spread_over_seeds(run):
     assert "Mean and standard deviation of 2 seeds." in text
 
 
-def test_the_code_in_the_card_runs(run):
+def test_the_code_in_the_card_runs(run, tmp_path, monkeypatch):
     """With the folder in place of the repository's name."""
+    monkeypatch.chdir(tmp_path)
     folder, trainer = run
     text = card_text(RunRecord.load(folder), str(folder), folder, {})
     first, second = re.findall(r"```python\n(.*?)```", text, re.S)

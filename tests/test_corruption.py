@@ -29,7 +29,7 @@ def folders(tmp_path_factory):
     """`plain`: weights and state; `shards`: the weights in several files; `packed`: the packed file; `run`: what a
     run keeps beside its checkpoints. Do not change."""
     root = tmp_path_factory.mktemp("whole")
-    trainer = make_trainer(root / "plain", make(**SMALL))
+    trainer = make_trainer(root / "plain", make(**SMALL, num_labels=3))
     trainer.train()
     trainer.save_model()
     (root / "plain" / "search.json").unlink(missing_ok=True)
@@ -71,12 +71,13 @@ def read_journal(folder):
 
 def read_search(folder):
     search = MaskSearch(types.SimpleNamespace(output_dir=str(folder)), None, None, {}, None, quiet=True)
-    search.recall(100)
+    search.recall(100, folder)
+    assert all(type(done.step) is int and done.metrics() for done in search.history)
     return {}, "", []  # a table for people: refused or read, no weights depend on it
 
 
 def read_level_best(folder):
-    model = make(**SMALL, seed=3)
+    model = make(**SMALL, seed=3, num_labels=3)
     best = LevelBest(folder)
     best.restore(1, model)
     return weights_of(model), best._known()["score"], []

@@ -1,5 +1,6 @@
 """Packed models: round trips, sizes, lossy options, refusals."""
 
+import hashlib
 import json
 import math
 import re
@@ -66,7 +67,7 @@ def load(folder):
 
 
 @pytest.mark.parametrize("family", ["Bert", "Roberta", "DistilBert", "Albert", "ModernBert"])
-@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9375, 1 - 1 / 256])
+@pytest.mark.parametrize("sparsity", [0.0, 0.01, 0.02, 0.5, 0.9375, 1 - 1 / 256])
 def test_a_model_comes_back(tmp_path, family, sparsity):
     _, masks = save_pruned(tmp_path / "a", sparsity, family=family)
     pack(tmp_path / "a", tmp_path / "b")
@@ -261,6 +262,33 @@ def test_load_pruned_reads_either_and_gives_its_masks(saved, packed):
     AutoModelForSequenceClassification.from_pretrained(saved)
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.01, 0.02, 0.9])
+def test_masks_of_nearly_dense_models_are_loaded(tmp_path, sparsity):
+    _, masks = save_pruned(tmp_path / "a", sparsity, dtype=torch.bfloat16)
+    pack(tmp_path / "a", tmp_path / "b")
+    assert load_pruned(tmp_path / "b")[1].digest() == masks.digest()
+
+
+def test_the_single_file_is_checked_where_it_is_the_one_that_loads(tmp_path):
+    """`from_pretrained` prefers it to shards beside it."""
+    model, _ = save_pruned(tmp_path)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    with torch.no_grad():
+        model.classifier.weight.add_(1)
+    model.save_pretrained(tmp_path / "other")
+    for file in (tmp_path / "shards").glob("model*"):
+        shutil.copy(file, tmp_path)
+    verify(tmp_path)
+    shutil.copy(tmp_path / "other" / "model.safetensors", tmp_path)
+    with pytest.raises(ValueError, match="the weights are not those"):
+        verify(tmp_path)
+
+
+def test_a_place_inside_the_folder_is_refused(saved):
+    with pytest.raises(ValueError, match="load_pruned takes no subfolder"):
+        load_pruned(saved, subfolder="x")
+
+
 def test_load_pruned_passes_options_on(saved, packed):
     for folder in (saved, packed):
         assert load_pruned(folder, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
@@ -321,6 +349,21 @@ def negative_shape(folder):
     return "impossible sizes"
 
 
+def long_code(folder):
+    path = f"where/{QUERY}"
+
+    def retell(entries):
+        with safe_open(folder / PACKED_FILE, "pt") as file:
+            streams = [torch.cat([file.get_tensor(path), torch.zeros(10**6, dtype=torch.uint8)])]
+            streams.append(file.get_tensor(f"values/{QUERY}"))
+        sha = hashlib.sha256(b"".join(stream.numpy().tobytes() for stream in streams)).hexdigest()
+        entries[QUERY].update(sha256=sha)
+
+    longer = torch.zeros(10**6, dtype=torch.uint8)
+    rewrite(folder, lambda tensors: tensors.update({path: torch.cat([tensors[path], longer])}), retell)
+    return f"{QUERY} does not decode"
+
+
 def hostile_parameter(folder):
     rewrite(folder, retell=lambda entries: entries[QUERY].update(k=31))
     return f"{QUERY} does not decode"
@@ -364,7 +407,7 @@ def no_packed_file(folder):
 
 
 DAMAGES = [swapped, another_dtype, another_shape, hostile_shape, hostile_count, negative_shape, hostile_parameter]
-DAMAGES += [unknown_coding, unknown_field, no_entry, truncated, foreign, another_config, no_packed_file]
+DAMAGES += [long_code, unknown_coding, unknown_field, no_entry, truncated, foreign, another_config, no_packed_file]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)

@@ -1,6 +1,7 @@
 """What the trainer promises: exact zeros at every step, one trajectory however the batch is cut, plain checkpoints."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -239,6 +240,15 @@ def test_resuming_another_run_is_refused(tmp_path):
         make_trainer(tmp_path / "other").train(resume_from_checkpoint=checkpoint)
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd"])
+def test_a_pruned_weight_is_plus_zero(tmp_path, optim):
+    """One bit pattern, so that any compressor sees the zeros."""
+    trainer = make_trainer(tmp_path, optim=optim, weight_decay=0.1)
+    trainer.train()
+    for name, mask in masks_of(trainer).items():
+        assert not trainer.model.get_parameter(name).detach()[~mask].view(torch.int32).any()
+
+
 def test_a_run_resumed_after_its_last_step_trains_no_more(tmp_path):
     whole = make_trainer(tmp_path, save_strategy="steps", save_steps=6)
     whole.train()
@@ -246,6 +256,51 @@ def test_a_run_resumed_after_its_last_step_trains_no_more(tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 12 and losses(resumed) == losses(whole)
     assert same(weights_of(whole.model), weights_of(resumed.model))
+
+
+def test_a_checkpoint_of_two_steps_is_refused(tmp_path):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=6).train()
+    path = tmp_path / "checkpoint-6" / "trainer_state.json"
+    path.write_text(path.read_text().replace('"global_step": 6', '"global_step": 7'))
+    with pytest.raises(ValueError, match="is of step 6 but trainer_state.json of step 7"):
+        make_trainer(tmp_path / "other").train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+
+
+def test_the_best_checkpoint_is_found_in_a_relative_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = make_trainer("./out", save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=3)
+    trainer.args.load_best_model_at_end, trainer.args.metric_for_best_model = True, "eval_loss"
+    trainer.args.greater_is_better = False
+    trainer.train()
+    assert Path(trainer.state.best_model_checkpoint).is_dir()
+    assert masks_of(trainer).sparsity() == 0.75
+
+
+def test_a_folder_keeps_files_of_its_own_when_a_model_is_saved(tmp_path):
+    trainer = make_trainer(tmp_path, pack_on_save=True)
+    trainer.train()
+    for name in ("model_dense.safetensors", "model.fp16.safetensors", "model-00001-of-00002.safetensors"):
+        (tmp_path / name).write_text("x")
+    trainer.save_model()
+    assert (tmp_path / "packed_model.safetensors").exists()
+    trainer.args.pack_on_save = False
+    trainer.save_model()
+    left = {path.name for path in tmp_path.glob("*.safetensors")}
+    own = {"model_dense.safetensors", "model.fp16.safetensors"}
+    assert left == own | {"model.safetensors", "pruning_state.safetensors"}
+
+
+def test_packing_needs_a_class_of_transformers(tmp_path):
+    class Own(type(make())):
+        pass
+
+    with pytest.raises(ValueError, match="pack_on_save=True needs a model class of transformers, and Own is none"):
+        make_trainer(tmp_path, Own(make().config), pack_on_save=True)
+    trainer = make_trainer(tmp_path, Own(make().config))
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    assert "Its class is not one of transformers" in (tmp_path / "README.md").read_text()
 
 
 def test_resuming_from_nothing_is_refused(tmp_path):

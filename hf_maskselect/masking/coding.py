@@ -60,6 +60,8 @@ def decode_gaps(coded: Tensor, k: int, kept: int, total: int) -> Tensor:
     if not 0 <= k < 32 or coded.numel() < k * plane:
         raise ValueError(f"{coded.numel()} bytes cannot hold {kept} gaps of {k} low bits")
     unary = coded[k * plane :]
+    if unary.numel() * 8 > kept + (total >> k) + 7:
+        raise ValueError(f"{coded.numel()} bytes are too many for {kept} gaps among {total} weights")
     ends = unpack_bits(unary, (unary.numel() * 8,)).nonzero().view(-1)
     if ends.numel() != kept:
         raise ValueError(f"the code holds {ends.numel()} positions, not {kept}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Mapping
 
@@ -178,11 +179,11 @@ class MaskSet(Mapping[str, Tensor]):
             )
         if header_checksum({k: v for k, v in header.items() if k != "checksum"}) != header.get("checksum"):
             raise ValueError(f"{path} is damaged: its header does not match its checksum; restore the file")
-        shapes = {
-            k.removeprefix("shape."): tuple(map(int, v.split(","))) for k, v in header.items() if k[:6] == "shape."
-        }
+        told = {k.removeprefix("shape."): v.split(",") for k, v in header.items() if k[:6] == "shape."}
+        sizes = [size for shape in told.values() for size in shape]
+        shapes = {k: tuple(map(int, v)) for k, v in told.items()} if all(map(str.isdigit, sizes)) else {}
         if shapes.keys() != packed.keys() or any(
-            packed[n].dtype != torch.uint8 or packed[n].numel() != (torch.Size(s).numel() + 7) // 8
+            packed[n].dtype != torch.uint8 or packed[n].dim() != 1 or packed[n].numel() != (math.prod(s) + 7) // 8
             for n, s in shapes.items()
         ):
             raise ValueError(f"{path} is damaged: its tensors do not match its header; restore the file")

@@ -73,6 +73,9 @@ class HardMasks:
             else:
                 self._keep[name] = masks[name].to(weight)
         self.on_optimizer_step()  # zeroes the weights
+        with torch.no_grad():
+            for weight in self.weights.values():
+                weight.add_(0.0)  # -0.0 becomes 0.0 and stays so: equal numbers, but only one of them compresses
 
     def on_step_begin(self, step: int) -> None:
         level = self.plan.level_at(step)

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..masking.maskset import MaskSet
+from ..masking.maskset import MaskSet, pack_bits, unpack_bits
 from ..masking.schedule import LevelPlan
 from .hard import Choose, FindWeights, HardMasks
 
+_ALIVE = "alive."  # prefix of the masks in force below the soft ones, packed: the zeros that the run began with
 _DENSE = "dense."  # prefix of the trained weights in a checkpoint, whose model file holds the baked ones
 
 
@@ -179,7 +180,10 @@ class SoftMasks(HardMasks):
         return {name: self.folded(name, self._weight(name)) * mask for name, mask in self.hard_masks().items()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {_DENSE + name: self._weight(name) for name in self.weights} if self.soft else {}
+        if not self.soft:
+            return {}
+        zeros = {_ALIVE + name: pack_bits(keep != 0) for name, keep in self._keep.items()}
+        return zeros | {_DENSE + name: self._weight(name) for name in self.weights}
 
     @torch.no_grad()
     def load_state_dict(self, masks: MaskSet, state: dict[str, Tensor], step: int) -> None:
@@ -188,6 +192,9 @@ class SoftMasks(HardMasks):
         if state:
             for name, weight in self.weights.items():
                 weight.copy_(state[_DENSE + name])
-            self._keep, self._steps_done = self._zeros_of_the_start() if self._keep_zeros else {}, step
+            self._keep, self._steps_done = {}, step
+            for name, weight in self.weights.items():
+                if _ALIVE + name in state:
+                    self._keep[name] = unpack_bits(state[_ALIVE + name], weight.shape).to(weight)
         else:
             super().load_state_dict(masks, state, step)

@@ -11,6 +11,7 @@ from tiny import make_trainer, same, weights_of
 from transformers import BertForSequenceClassification
 
 from hf_maskselect import PruningState, load_pruned, verify
+from hf_maskselect.cli import main as main_of_console
 
 torch.set_num_threads(1)
 
@@ -38,7 +39,12 @@ def main(folder, strategy):
     trainer.push_to_hub(dense_scores={"accuracy": 0.9})
     plain = BertForSequenceClassification.from_pretrained(repository)
     assert same(weights_of(plain), weights_of(trainer.model))
-    model, masks = load_pruned(repository)
+    model, masks = load_pruned(repository, cache_dir=Path(folder) / "fresh")
+    packed = list((Path(folder) / "fresh").rglob("packed_model.safetensors"))
+    dense = list((Path(folder) / "fresh").rglob("model.safetensors"))
+    assert (len(packed), len(dense)) == ((1, 0) if trainer.args.pack_on_save else (0, 1))
+    assert load_pruned(repository)[1].digest() == masks.digest()  # where a plain load has left its files
+    assert main_of_console(["verify", repository]) == 0
     assert same(weights_of(model), weights_of(trainer.model))
     assert masks.digest() == trainer.pruning_state().masks.digest()
     assert plain.config.pruning["sparsity"] == 0.75

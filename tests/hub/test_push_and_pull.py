@@ -33,6 +33,7 @@ def test_a_model_is_pushed_and_pulled(tmp_path, strategy):
             timeout=300,
         )
     assert done.returncode == 0, done.stderr[-4000:]
+    assert not hub.unknown
     commits = hub.repositories[f"someone/{strategy}"]
     files = commits[-1][2]
     assert files.keys() >= MODEL | PICTURES
