@@ -102,3 +102,13 @@ def test_rows_share_one_mask_and_its_gradient(shape):
     assert torch.autograd.gradcheck(
         lambda w: SoftRows.apply(w, t, tau), (weight.requires_grad_(),), eps=1e-7, atol=1e-6
     )
+
+
+def test_no_effective_weight_is_subnormal():
+    """They would be nothing but slow."""
+    weight = torch.linspace(-0.2, 0.2, 40_001)
+    for tau in (1e-5, 1e-4, 1e-3):
+        found = soft_weight(weight, 0.117, tau)
+        assert bool(((found == 0) | (found.abs() > torch.finfo(torch.float32).tiny)).all())
+        grad = soft_gradient_(torch.full_like(weight, 1e-6), weight, 0.117, tau)
+        assert bool(((grad == 0) | (grad.abs() > torch.finfo(torch.float32).tiny)).all())
