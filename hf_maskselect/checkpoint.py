@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .files import bytes_of, replacing
+from .files import bytes_of, read_object, replacing
 from .masking.maskset import MaskSet
 from .masking.patterns import parse_pattern
 
@@ -244,12 +244,7 @@ def config_digest(folder: str | os.PathLike) -> str:
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
         return ""
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}); restore the file") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is no configuration; restore the file")
+    found = read_object(path, "restore the file")
     told = {name: value for name, value in found.items() if name not in _DESCRIPTIVE}
     labels = found.get("id2label")  # the names may change, their number is the head's size: 2 where none are told
     told["labels"] = len(labels) if isinstance(labels, dict) else 2

@@ -55,6 +55,21 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
+def read_object(path: str | os.PathLike, remedy: str) -> dict:
+    """The object that a JSON file holds.
+
+    Raises:
+        ValueError: it holds none; the sentence ends with `remedy`.
+    """
+    try:
+        found = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}); {remedy}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object; {remedy}")
+    return found
+
+
 def write_json(path: str | os.PathLike, content: object) -> None:
     """JSON under a checksum of its own, whole or not at all; `read_json` takes nothing else."""
     text = json.dumps(content)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -12,11 +11,13 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .checkpoint import PruningState
+from .files import read_object
 from .report import SparsityReport, sparsity_report
 from .saving import last_checkpoint
 from .selection import SEARCH_FILE, LevelSearch, read_searches
 
 RESULTS_FILE = "all_results.json"
+_REMEDY = "restore the file or delete it"
 _NO_SCORES = ("runtime", "per_second", "sparsity", "samples", "loss")
 _LAYER = re.compile(r"^(.*?\.)?(\d+)\.(.*)\.weight$")
 
@@ -49,9 +50,9 @@ class RunRecord:
         last = last_checkpoint(folder)
         for path in (folder / TRAINER_STATE_NAME, Path(last or folder) / TRAINER_STATE_NAME):
             if path.is_file():
-                history = _read(path).get("log_history", [])
+                history = read_object(path, _REMEDY).get("log_history", [])
                 break
-        results = _read(folder / RESULTS_FILE) if (folder / RESULTS_FILE).is_file() else {}
+        results = read_object(folder / RESULTS_FILE, _REMEDY) if (folder / RESULTS_FILE).is_file() else {}
         return cls(folder, sparsity_report(folder), PruningState.find(folder), searches, history, results)
 
     def densities(self) -> tuple[list[str], list[str], dict[tuple[str, str], float]]:
@@ -73,13 +74,3 @@ def metrics_of(results: Mapping[str, object], prefix: str) -> dict[str, float]:
     """The scores among results whose keys begin with `prefix`, without it: no times, counts and losses."""
     found = {key.removeprefix(prefix): value for key, value in results.items() if key.startswith(prefix)}
     return {k: v for k, v in found.items() if not k.endswith(_NO_SCORES) and isinstance(v, int | float)}
-
-
-def _read(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}); restore the file or delete it") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no table; restore the file or delete it")
-    return found
