@@ -257,6 +257,11 @@ def model_class(folder: str | os.PathLike) -> tuple[type[PreTrainedModel], Pretr
     Raises:
         ValueError: the configuration names no class of transformers.
     """
+    if not (Path(folder) / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"{folder} has no config.json, so it is no saved model of transformers: give the folder of one that "
+            "save_pretrained or PruningTrainer wrote"
+        )
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:

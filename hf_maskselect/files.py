@@ -83,15 +83,11 @@ def read_json(path: str | os.PathLike, remedy: str) -> object:
     Raises:
         ValueError: it is damaged, or another hand wrote it; the sentence ends with `remedy`.
     """
-    try:
-        found = json.loads(Path(path).read_text())
-        if found.keys() != {"sha256", "content"}:
-            raise ValueError("unknown fields")
-        if hashlib.sha256(found["content"].encode()).hexdigest() != found["sha256"]:
-            raise ValueError("its content does not match its checksum")
-        return json.loads(found["content"])
-    except (AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): {remedy}") from error
+    found = read_object(path, remedy)
+    content = found.get("content")
+    if not isinstance(content, str) or hashlib.sha256(content.encode()).hexdigest() != found.get("sha256"):
+        raise ValueError(f"{path} is damaged, its content does not match its checksum: {remedy}")
+    return json.loads(content)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -48,6 +48,6 @@ class Journal:
             write_json(self._path, self._searches)
 
     def forget(self) -> None:
-        """Remove the file: the run is over, or another one begins."""
+        """Remove the file: the run is over."""
         if self._writes:
             self._path.unlink(missing_ok=True)

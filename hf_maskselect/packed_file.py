@@ -295,7 +295,7 @@ def quantize_rows(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """(int8 of the same shape, float32 scale of each row): symmetric, to the nearest of 255 steps."""
     wide = tensor.float()
     scale = wide.abs().amax(-1).div_(127)
-    steps = wide.div_(scale.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1))
+    steps = wide.div(scale.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1))
     return steps.round_().to(torch.int8), scale
 
 

@@ -242,7 +242,8 @@ def find_folder(path_or_repo: str | os.PathLike, packed: bool = False, **told) -
         return Path(snapshot_download(repo, allow_patterns=[*_COMPANIONS, STATE_FILE, *dense], **told))
     except (OSError, HTTPError, HFValidationError) as error:
         raise ValueError(
-            f"{repo} is no folder, and cannot be had from the Hub ({str(error).splitlines()[0]}): check the name"
+            f"{repo} is no folder, and cannot be had from the Hub ({str(error).splitlines()[0]}): check the name "
+            "and the connection"
         ) from error
 
 

@@ -63,7 +63,7 @@ def draw_density(record: RunRecord, figure: Figure) -> None:
                 if value == value:
                     shade = "white" if value > 0.6 * top else _INK
                     axes.text(j, i, f"{100 * value:.1f}", ha="center", va="center", fontsize=7, color=shade)
-    figure.colorbar(image, ax=axes, format=lambda x, _: f"{100 * x:.0f} %")
+    figure.colorbar(image, ax=axes, format=lambda x, _: f"{100 * x:.3g} %")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 

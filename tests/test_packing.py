@@ -245,7 +245,9 @@ def test_embedding_tables_in_int8_are_near(tmp_path, saved):
 
 
 def test_a_row_of_zeros_has_a_scale_of_zero():
-    steps, scale = quantize_rows(torch.tensor([[0.0, 0.0], [1.0, -2.0]]))
+    table = torch.tensor([[0.0, 0.0], [1.0, -2.0]])
+    steps, scale = quantize_rows(table)
+    assert table.tolist() == [[0, 0], [1, -2]]
     assert steps.tolist() == [[0, 0], [64, -127]] and scale.tolist() == [0, pytest.approx(2 / 127)]
 
 
