@@ -25,12 +25,16 @@ def seconds(job: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def alternate(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def alternate(
+    jobs: dict[str, Callable[[], object]], repeats: int, before: Callable[[], object] | None = None
+) -> dict[str, list[float]]:
     """Seconds of `repeats` calls of each job, one after the other and back again (A B, B A, ...), so that drift of the
-    machine hits all of them alike."""
+    machine hits all of them alike; `before` is called before each, untimed."""
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for round_ in range(repeats):
         for name in list(jobs) if round_ % 2 == 0 else reversed(jobs):
+            if before is not None:
+                before()
             times[name].append(seconds(jobs[name]))
     return times
 

@@ -5,6 +5,7 @@ sparsities, packed and unpacked; sizes stand beside the entropy bound, speeds ar
 `Trainer` and `PruningTrainer` save checkpoints of the same model in turn.
 
     python benchmarks/storage.py
+    python benchmarks/storage.py --only checkpoint --repeats 15 --folder /dev/shm   # no disk to wait for
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
 import shutil
 import statistics
 import tempfile
@@ -26,6 +28,7 @@ from transformers.utils import logging
 
 from hf_maskselect import MaskSet, PruningConfig, PruningState, PruningTrainer, pack, prunable_weights, unpack
 from hf_maskselect.report import text_table
+from hf_maskselect.saving import sync_folder
 
 SPARSITIES = (0.8, 0.9, 0.9375, 0.99)
 LOSSY = {"lossless": {}, "bf16 values, int8 tables": {"values": "bf16", "embeddings": "int8"}}
@@ -72,7 +75,7 @@ def storage(model, root: Path, repeats: int) -> None:
 
 
 def checkpoints(model, root: Path, repeats: int) -> None:
-    """Seconds and bytes of one checkpoint, plain and with masks, in turn."""
+    """Seconds and bytes of one checkpoint: plain, plain and brought to the disk as ours is, and ours, in turn."""
     common = {
         "per_device_train_batch_size": 2,
         "max_steps": 1,
@@ -91,19 +94,34 @@ def checkpoints(model, root: Path, repeats: int) -> None:
         pruned = PruningTrainer(other, config, train_dataset=data)
         pruned.train()
 
+    def calm() -> None:
+        """No save pays for removing or writing back another's files."""
+        for name in ("plain", "pruned"):
+            shutil.rmtree(root / name / "checkpoint-1", ignore_errors=True)
+        os.sync()
+
     def save(trainer) -> None:
-        shutil.rmtree(Path(trainer.args.output_dir) / "checkpoint-1", ignore_errors=True)
         trainer._save_checkpoint(trainer.model, None)
 
-    jobs = {"transformers.Trainer": lambda: save(plain), "PruningTrainer": lambda: save(pruned)}
-    times = alternate(jobs, repeats)
-    sizes = {
-        name: sum(f.stat().st_size for f in (root / folder / "checkpoint-1").iterdir())
-        for name, folder in zip(jobs, ("plain", "pruned"), strict=True)
+    def save_to_disk() -> None:
+        save(plain)
+        sync_folder(root / "plain" / "checkpoint-1")
+
+    jobs = {
+        "Trainer": lambda: save(plain),
+        "Trainer, then fsync": save_to_disk,
+        "PruningTrainer": lambda: save(pruned),
     }
+    times = alternate(jobs, repeats, calm)
+    sizes = {}
+    for name, folder in zip(jobs, ("plain", "plain", "pruned"), strict=True):
+        jobs[name]()
+        sizes[name] = sum(f.stat().st_size for f in (root / folder / "checkpoint-1").iterdir())
     base = list(jobs)[0]
+    # Of each pair, then the middle one: a disk that falls behind slows neighbours alike.
+    ratios = {name: [own / its for own, its in zip(times[name], times[base], strict=True)] for name in jobs}
     rows = [
-        [name, spread(times[name]), f"{statistics.median(times[name]) / statistics.median(times[base]):.3f}"]
+        [name, spread(times[name]), f"{statistics.median(ratios[name]):.3f}"]
         + [f"{sizes[name] / 1e6:.1f}", f"{sizes[name] / sizes[base]:.4f}"]
         for name in jobs
     ]
@@ -114,16 +132,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--folder", help="where to write, by default the system's temporary folder")
+    parser.add_argument("--only", choices=("pack", "checkpoint"), help="one of the two tables")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model = BertForSequenceClassification(BertConfig())
     print(machine("; BERT-base, random weights and masks") + "\n")
-    with tempfile.TemporaryDirectory() as folder:
-        storage(model, Path(folder), args.repeats)
-        print()
-        checkpoints(model, Path(folder), args.repeats)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        if args.only != "checkpoint":
+            storage(model, Path(folder), args.repeats)
+            print()
+        if args.only != "pack":
+            checkpoints(model, Path(folder), args.repeats)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -140,7 +141,7 @@ def load_method_state(folder: str | os.PathLike) -> dict[str, torch.Tensor]:
 
 
 def saved_tensors(folder: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of the weights saved in `folder`, one tensor in memory at a time.
+    """(name, tensor) of the weights saved in `folder`; they are mapped, and read when they are used.
 
     Raises:
         ValueError: no safetensors weights there.
@@ -186,10 +187,16 @@ def check_weights(folder: str | os.PathLike, masks: MaskSet) -> str:
         ValueError: a masked weight is missing, or not zero where its mask says so.
     """
     digest = WeightsDigest()
-    for name, tensor in saved_tensors(folder):
+
+    def check(named: tuple[str, torch.Tensor]) -> None:
+        name, tensor = named
         digest.add(name, tensor)
         if name in masks:
             check_zeros(folder, name, tensor, masks[name])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # one core takes one digest; nothing is read before
+        for _ in pool.map(check, saved_tensors(folder)):
+            pass
     if missing := masks.keys() - digest.names:
         raise ValueError(
             f"{folder}: {sorted(missing)[0]} is masked but not in the file; the weights are of another model"
@@ -222,7 +229,7 @@ def check_zeros(folder: str | os.PathLike, name: str, tensor: torch.Tensor, mask
             f"{folder}: {name} has shape {tuple(tensor.shape)} but its mask has {tuple(mask.shape)}; the masks are of "
             "another model"
         )
-    alive = int(torch.count_nonzero(tensor.masked_fill(mask.cpu(), 0)))
+    alive = int(torch.count_nonzero(tensor.ne(0).gt_(mask.cpu())))  # not zero, and not kept
     if alive:
         raise ValueError(
             f"{folder}: {name} has {alive} non-zero weights where its mask is zero; the file was changed after "

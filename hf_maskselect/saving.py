@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,6 +30,8 @@ class WholeCheckpoints(Trainer):
     given its name in one rename, so that every `checkpoint-*` there is can be resumed from."""
 
     _checkpointing = False
+    _second: ThreadPoolExecutor | None = None  # the thread beside a checkpoint's writing
+    _beside: Future | None = None  # what it does
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         if resume_from_checkpoint is True:
@@ -57,9 +60,12 @@ class WholeCheckpoints(Trainer):
         self.accelerator.wait_for_everyone()
         self._checkpointing = True
         try:
-            super()._save_checkpoint(model, trial)
+            with ThreadPoolExecutor(1) as self._second:
+                super()._save_checkpoint(model, trial)
+            if self._beside is not None:
+                self._beside.result()  # raises what it raised, and the folder gets no name
         finally:
-            self._checkpointing = False
+            self._checkpointing, self._second, self._beside = False, None, None
         if self.state.best_global_step:  # `Trainer` looked for it where this one was written
             best = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
             if best == final or best.is_dir():
@@ -83,6 +89,15 @@ class WholeCheckpoints(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._checkpointing:  # else the folder has not got its name yet
             super()._push_from_checkpoint(checkpoint_folder)
+
+    def _while_writing(self, folder: str, work: Callable[[], None]) -> None:
+        """Do `work`, which is about the model just saved in `folder`: at once, or beside the writing of a checkpoint's
+        optimizer, which is twice as large, and bring the weights to the disk there, too."""
+        if self._second is None:
+            work()
+            return
+        weights = [path for path in Path(folder).iterdir() if _WEIGHTS.fullmatch(path.name)]
+        self._beside = self._second.submit(lambda: (work(), *map(sync, weights)))
 
     @contextmanager
     def _whole(self, folder: str) -> Iterator[str]:

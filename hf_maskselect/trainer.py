@@ -400,7 +400,8 @@ class PruningTrainer(HubTrainer):
             with self._baked():
                 super()._save(folder, state_dict)
             if self.args.should_save:
-                state.sealed(folder).save(folder, self._method.state_dict())
+                extra = self._method.state_dict()
+                self._while_writing(folder, lambda: state.sealed(folder).save(folder, extra))
                 if self._checkpointing:
                     self._search.write(folder)
                     if self._level_best:

@@ -258,6 +258,24 @@ def test_a_run_resumed_after_its_last_step_trains_no_more(tmp_path):
     assert same(weights_of(whole.model), weights_of(resumed.model))
 
 
+def test_a_checkpoint_that_fails_its_check_gets_no_name(tmp_path):
+    """The check runs beside the writing of the optimizer, and what it finds is not lost there."""
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=6)
+
+    def revive(step):
+        if step == 12:
+            name, mask = next(iter(masks_of(trainer).items()))
+            trainer.model.get_parameter(name).data[~mask] = 1
+
+    trainer.add_callback(Watch(revive))
+    with pytest.raises(ValueError, match="non-zero weights where its mask is zero"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
+    resumed = make_trainer(tmp_path, save_strategy="steps", save_steps=6)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 12 and verify(tmp_path / "checkpoint-12").step == 12
+
+
 def test_a_checkpoint_of_two_steps_is_refused(tmp_path):
     make_trainer(tmp_path, save_strategy="steps", save_steps=6).train()
     path = tmp_path / "checkpoint-6" / "trainer_state.json"
