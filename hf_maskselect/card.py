@@ -46,7 +46,19 @@ CITATIONS = {
 }""",
     ),
 }
-_OPTIONS = ("method", "pattern", "sparsity", "scope", "levels", "pruning_warmup_steps", "frozen_steps")
+_OPTIONS = (
+    "method",
+    "pattern",
+    "sparsity",
+    "scope",
+    "layer_floor",
+    "target_modules",
+    "exclude_modules",
+    "keep_zeros",
+    "levels",
+    "pruning_warmup_steps",
+    "frozen_steps",
+)
 _OF_METHOD = {
     "random": ("num_candidates", "proposals", "criterion", "selection", "trial_steps", "selection_metric"),
     "pdp": ("soft_ramp", "pdp_tau"),
@@ -59,13 +71,22 @@ _OF_METHOD = {
         "gumbel_learning_rate",
     ),
 }
+_DISTILLATION = (
+    "teacher",
+    "distill_logits",
+    "distill_hidden",
+    "distill_attention",
+    "distill_temperature",
+    "hard_label_weight",
+)
 _TRAINING = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
 Scores = Mapping[str, float | Sequence[float]]
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table of Markdown; the first column is left, the others right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    """A table of Markdown; the first column and those with words in them are left, numbers right."""
+    numbers = [all(str(cell)[:1].isdigit() or cell == "-" for cell in column) for column in zip(*rows, strict=True)]
+    lines = [header, ["---", *("---:" if right else "---" for right in numbers[1:])], *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
@@ -83,7 +104,8 @@ def card_text(
         record: the saved run.
         name: the model's name, or its repository.
         pictures: folder of the card, where its pictures lie if they were drawn.
-        options: fields of the config; those that say something of pruning are shown.
+        options: fields of the config, and `teacher`, its name, if there was one; those that say something of pruning
+            are shown.
         scores: metric -> value, or the values of several seeds; by default those of `all_results.json`, or of the
             last evaluation of the run.
         dense_scores: the same of the model before pruning; by default `dense_eval_*` there.
@@ -222,7 +244,8 @@ def _sizes(record: RunRecord) -> str:
 
 
 def _options(options: Mapping[str, object]) -> str:
-    names = [*_OPTIONS, *_OF_METHOD.get(options.get("method"), ()), *_TRAINING]
+    distilled = _DISTILLATION if options.get("teacher") else ()
+    names = [*_OPTIONS, *_OF_METHOD.get(options.get("method"), ()), *distilled, *_TRAINING]
     rows = [[f"`{name}`", f"`{options[name]}`"] for name in names if options.get(name) is not None]
     return markdown_table(["option", "value"], rows) if rows else ""
 

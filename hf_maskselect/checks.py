@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import transformers
+from torch import Tensor
 
 from .masking.maskset import MaskSet
 from .masking.patterns import NM, SCOPES, Channel, Unstructured, parse_pattern
@@ -289,8 +291,7 @@ def check_ranges(config: PruningConfig) -> None:
     if not 0 < config.selection_fraction < 1:
         raise ValueError(
             f"selection_fraction={config.selection_fraction} must lie inside (0, 1): it is the share of the train "
-            "split "
-            "held out to choose on; pass selection_dataset to choose on other data"
+            "split held out to choose on; pass selection_dataset to choose on other data"
         )
     if config.criterion_batches == 0 and config.criterion != "magnitude":
         raise ValueError(
@@ -299,8 +300,7 @@ def check_ranges(config: PruningConfig) -> None:
         )
     if config.bf16_full_eval or config.fp16_full_eval:
         raise ValueError(
-            "bf16_full_eval and fp16_full_eval cast the trained weights for good, so pruning cannot go on after "
-            "an "
+            "bf16_full_eval and fp16_full_eval cast the trained weights for good, so pruning cannot go on after an "
             "evaluation: use bf16=True or fp16=True instead"
         )
 
@@ -348,6 +348,17 @@ def check_setting(args: PruningConfig, score_fn: ScoreFn | None, compute_metrics
     by_metric = metric is not None and metric not in SELECTION_LOSSES
     if args.needs_selection_split and by_metric and compute_metrics is None:
         raise ValueError(f"selection_metric={metric!r} needs compute_metrics: pass it, or choose 'loss'")
+
+
+def check_shapes(args: PruningConfig, weights: Mapping[str, Tensor], transposed: set[str]) -> None:
+    """What the pattern does not go with among the model's prunable weights; transposed: names of those of Conv1D."""
+    for name, weight in weights.items():
+        args.mask_pattern.check(name, weight.shape)
+    if args.pattern != "unstructured" and (turned := sorted(transposed & weights.keys())):
+        raise ValueError(
+            f"pattern={args.pattern!r} does not fit {turned[0]}: Conv1D stores its weight transposed, so rows and "
+            "groups would run along the wrong axis; use pattern='unstructured', or leave it out with exclude_modules"
+        )
 
 
 def check_packs(args: PruningConfig, model) -> None:

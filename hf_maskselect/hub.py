@@ -66,8 +66,12 @@ class HubTrainer(WholeCheckpoints):
         metadata.model_name = name.split("/")[-1]
         metadata.eval_results = metadata.eval_results or self._eval_results(record, scores)
         metadata.pipeline_tag = metadata.pipeline_tag or self._task()
-        text = card_text(record, name, output, self.args.to_dict(), scores, dense_scores)
+        text = card_text(record, name, output, self._card_options(), scores, dense_scores)
         write_card(output, f"---\n{metadata.to_yaml()}\n---", text)
+
+    def _card_options(self) -> dict[str, object]:
+        """What the card may tell of how the model was made."""
+        return self.args.to_dict()
 
     def _eval_results(self, record: RunRecord, scores: Scores | None) -> list[EvalResult]:
         """The card's `model-index`, where transformers knows no name of the dataset: the scores shown, and the

@@ -2,12 +2,43 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch.utils.data import Dataset, Subset
 from transformers.trainer_utils import has_length
 from transformers.utils import is_datasets_available
 
 from .proposals import key_seed
+
+if TYPE_CHECKING:
+    from .config import PruningConfig
+
+
+def selection_rows(
+    args: PruningConfig, train: Dataset | None, selection: Dataset | None
+) -> tuple[Dataset | None, Dataset | None]:
+    """(what is trained on, what is chosen on): as given, or held out where the run chooses and was given none.
+
+    Raises:
+        ValueError: rows that cannot be drawn from, or none to choose on.
+    """
+    if train is None:
+        return train, selection
+    if args.needs_selection_split and selection is None:
+        train, selection = hold_out(train, args.selection_fraction, args.seed)
+    elif args.needs_selection_split and not has_length(selection):
+        raise ValueError(
+            "selection_dataset has no length, but every candidate is scored on all of it: pass a map-style dataset"
+        )
+    elif args.needs_selection_split and len(selection) == 0:
+        raise ValueError("selection_dataset is empty: give it rows to choose on, or leave it out to hold out a split")
+    if (args.searches or args.criterion != "magnitude") and not has_length(train):
+        raise ValueError(
+            "train_dataset has no length, but trials and gradient samples draw random rows: pass a map-style dataset, "
+            "or use method='magnitude'"
+        )
+    return train, selection
 
 
 def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:

@@ -7,6 +7,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -16,10 +17,9 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import has_length
 
 from .checkpoint import PruningState, load_method_state
-from .checks import check_packs, check_setting, check_start
+from .checks import check_packs, check_setting, check_shapes, check_start
 from .config import PruningConfig
 from .distillation import Distiller, load_teacher
 from .hub import HubTrainer
@@ -36,7 +36,7 @@ from .packing import pack
 from .planning import plan_text, rewound_rate
 from .proposals import key_seed
 from .selection import MaskSearch
-from .split import hold_out
+from .split import selection_rows
 from .trials import TrialBench
 
 FORMAT_VERSION = 1  # of config.pruning
@@ -82,37 +82,12 @@ class PruningTrainer(HubTrainer):
             )
         check_packs(args, model)
         check_setting(args, score_fn, kwargs.get("compute_metrics"))
-        if args.needs_selection_split and train_dataset is not None:
-            if selection_dataset is None:
-                train_dataset, selection_dataset = hold_out(train_dataset, args.selection_fraction, args.seed)
-            elif not has_length(selection_dataset):
-                raise ValueError(
-                    "selection_dataset has no length, but every candidate is scored on all of it: pass a map-style "
-                    "dataset"
-                )
-            elif len(selection_dataset) == 0:
-                raise ValueError(
-                    "selection_dataset is empty: give it rows to choose on, or leave it out to hold out a split"
-                )
-        draws_rows = args.searches or args.criterion != "magnitude"
-        if draws_rows and train_dataset is not None and not has_length(train_dataset):
-            raise ValueError(
-                "train_dataset has no length, but trials and gradient samples draw random rows: pass a map-style "
-                "dataset, or use method='magnitude'"
-            )
+        train_dataset, selection_dataset = selection_rows(args, train_dataset, selection_dataset)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         # BERT-family heads take **kwargs but ignore num_items_in_batch: believing them would scale the loss by the
         # accumulation steps and by the ranks (transformers#47688).
         self.model_accepts_loss_kwargs = False
-        weights = self._find_weights(self.model)
-        for name, weight in weights.items():
-            args.mask_pattern.check(name, weight.shape)
-        if args.pattern != "unstructured" and (turned := sorted(transposed_weights(self.model) & weights.keys())):
-            raise ValueError(
-                f"pattern={args.pattern!r} does not fit {turned[0]}: Conv1D stores its weight transposed, so rows and "
-                "groups would run along the wrong axis; use pattern='unstructured', or leave it out with "
-                "exclude_modules"
-            )
+        check_shapes(args, self._find_weights(self.model), transposed_weights(self.model))
         if teacher is not None and self.compute_loss_func is not None:
             raise ValueError("compute_loss_func and a teacher do not go together: its loss is scaled in another way")
         self._distiller = None if teacher is None else self._make_distiller(teacher)
@@ -346,6 +321,13 @@ class PruningTrainer(HubTrainer):
             self.model_wrapped = self.model
             self.accelerator.free_memory()
         return output
+
+    def _card_options(self) -> dict[str, object]:
+        options = super()._card_options()
+        if self.teacher is not None:  # a name on the Hub is told, of a folder only its own name
+            given = self.teacher.name_or_path
+            options["teacher"] = Path(given).name if Path(given).is_dir() else given or type(self.teacher).__name__
+        return options
 
     @contextlib.contextmanager
     def _baked(self) -> Iterator[None]:

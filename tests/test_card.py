@@ -73,6 +73,17 @@ def test_the_card_says_what_the_files_hold(run):
     assert "| `num_candidates` | `3` |" in text and "gumbel" not in text and "pdp" not in text
 
 
+def test_the_card_names_the_teacher_and_no_folder_of_this_machine(tmp_path):
+    make(seed=3).save_pretrained(tmp_path / "dense")
+    trainer = make_trainer(tmp_path / "run", keywords={"teacher": str(tmp_path / "dense")}, distill_temperature=2.0)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    text = (tmp_path / "run" / "README.md").read_text()
+    assert "| `teacher` | `dense` |" in text and "| `distill_temperature` | `2.0` |" in text
+    assert str(tmp_path) not in text
+
+
 def test_the_card_tells_the_spread_over_seeds(run):
     folder, _ = run
     scores, dense = {"accuracy": [0.8, 0.9]}, {"accuracy": [0.9, 0.9]}
@@ -158,4 +169,5 @@ def test_results_of_the_scripts_are_shown(run, tmp_path):
 
 
 def test_a_markdown_table():
-    assert markdown_table(["a", "b"], [[1, 2]]) == "| a | b |\n| --- | ---: |\n| 1 | 2 |"
+    table = markdown_table(["a", "b", "c"], [[1, 2, "x"], [3, "-", ""]])
+    assert table == "| a | b | c |\n| --- | ---: | --- |\n| 1 | 2 | x |\n| 3 | - |  |"
