@@ -4,10 +4,12 @@ from .adapters import merge_adapter_with_masks
 from .checkpoint import PruningState, verify
 from .config import PruningConfig
 from .distillation import Distiller
+from .export.semi_structured import ExportReport, export_semi_structured, load_semi_structured
 from .masking.maskset import MaskSet
 from .masking.scores import WeightStats
 from .masking.targets import prunable_weights
 from .packing import PackReport, load_pruned, pack, unpack
+from .permutation import PermutationReport, permute_channels
 from .report import SparsityReport, sparsity_report
 from .trainer import PruningTrainer
 
@@ -15,16 +17,21 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Distiller",
+    "ExportReport",
     "MaskSet",
     "PackReport",
+    "PermutationReport",
     "PruningConfig",
     "PruningState",
     "PruningTrainer",
     "SparsityReport",
     "WeightStats",
+    "export_semi_structured",
     "load_pruned",
+    "load_semi_structured",
     "merge_adapter_with_masks",
     "pack",
+    "permute_channels",
     "prunable_weights",
     "sparsity_report",
     "unpack",

@@ -18,7 +18,8 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from .files import bytes_of, read_object, replacing
 from .masking.maskset import MaskSet
-from .masking.patterns import parse_pattern
+from .masking.patterns import NM, parse_pattern
+from .masking.semi_structured import check_groups
 
 STATE_FILE = "pruning_state.safetensors"
 
@@ -323,8 +324,11 @@ def load_strictly(
     return model
 
 
-def verify(folder: str | os.PathLike) -> PruningState:
+def verify(folder: str | os.PathLike, pattern: str | None = None) -> PruningState:
     """Everything a user may rely on: the zeros are the masks, the count is the target, the model loads plainly.
+
+    Args:
+        pattern: `"N:M"`; every masked matrix must hold it along its input axis, whatever it was pruned to.
 
     Returns:
         the pruning state of the folder.
@@ -334,9 +338,14 @@ def verify(folder: str | os.PathLike) -> PruningState:
     """
     state = PruningState.load(folder)
     state.check_saved(folder)
+    groups = None if pattern is None else parse_pattern(pattern)
+    if groups is not None and not isinstance(groups, NM):
+        raise ValueError(f"pattern={pattern!r} is not checked by itself: give an N:M pattern such as '2:4'")
     for name, tensor in saved_tensors(folder):
         if name not in state.masks:
             continue
+        if groups is not None:
+            check_groups(name, tensor, groups.n, groups.m)
         found, kept = int(tensor.count_nonzero()), int(state.masks[name].count_nonzero())
         if found != kept:
             raise ValueError(

@@ -38,6 +38,7 @@ BOOLEANS = (
     "lr_rewind",
     "keep_zeros",
     "pack_on_save",
+    "permute_channels",
     "gumbel_untrained",
     "gumbel_budget",
     "gumbel_signed_constant",
@@ -240,6 +241,16 @@ def check_scope(config: PruningConfig) -> None:
         raise ValueError(
             f"num_candidates={config.num_candidates} has no meaning with pattern='channel': candidates are drawn by "
             "votes on single weights, so leave num_candidates unset"
+        )
+    if config.permute_channels and not isinstance(pattern, NM):
+        raise ValueError(
+            f"permute_channels=True has no meaning with pattern={config.pattern!r}, which has no groups of columns: "
+            "use an N:M pattern such as '2:4'"
+        )
+    if config.permute_channels and config.gumbel_signed_constant:
+        raise ValueError(
+            "permute_channels=True has no meaning with gumbel_signed_constant=True, which leaves all weights of a "
+            "matrix at one magnitude: set one of them to False"
         )
     if not isinstance(pattern, Unstructured):
         if config.scope not in (None, "layer"):

@@ -1,4 +1,4 @@
-"""`hf-maskselect report|verify|plot|pack|unpack PATH`. Exit code 0: good, 1: the check failed, 2: bad usage."""
+"""`hf-maskselect report|verify|plot|pack|unpack|export PATH`. Exit code 0: good, 1: the check failed, 2: bad usage."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from .checkpoint import verify
+from .export.semi_structured import EXPORT_DTYPES, export_semi_structured
 from .packed_file import LOSSY
 from .packing import find_folder, pack, unpack
 from .plots import plot
@@ -28,16 +29,21 @@ def make_parser() -> argparse.ArgumentParser:
         ("plot", "draw what is kept where, the candidates of the search and the run over its steps, as PNG"),
         ("pack", "write the model as one small file for transport, with what belongs to it beside"),
         ("unpack", "write a packed model as an ordinary one, which plain from_pretrained loads"),
+        ("export", "write a 2:4 model packed for sparse tensor cores"),
     ):
         found[name] = commands.add_parser(name, help=text, description=text.capitalize() + ".")
         found[name].add_argument(
-            "path", help="folder of a saved model; for report and verify also user/name on the Hub"
+            "path", help="folder of a saved model; for report, verify and export also user/name on the Hub"
         )
-    for name in ("pack", "unpack"):
+    for name in ("pack", "unpack", "export"):
         found[name].add_argument("--output", required=True, help="folder to write into, made if need be")
     found["plot"].add_argument("--output", help="folder to write into; by default that of the model")
     found["pack"].add_argument("--values", choices=LOSSY, help="round all values to 16 bits (lossy)")
     found["pack"].add_argument("--embeddings", choices=["int8"], help="round embedding tables to 8 bits (lossy)")
+    found["verify"].add_argument("--pattern", help="also that every pruned matrix holds this N:M pattern, such as 2:4")
+    found["export"].add_argument("--format", choices=["nm"], default="nm", help="nm: 2:4 values and metadata")
+    found["export"].add_argument("--dtype", choices=EXPORT_DTYPES, default="bf16", help="of the weights")
+    found["export"].add_argument("--exclude-modules", nargs="+", help="modules (suffix or regex) that stay dense")
     return parser
 
 
@@ -53,7 +59,9 @@ def run(options: argparse.Namespace) -> str:
     if options.command == "unpack":
         unpack(options.path, options.output)
         return f"wrote {options.output}"
-    state = verify(options.path)
+    if options.command == "export":
+        return str(export_semi_structured(options.path, options.output, options.dtype, options.exclude_modules))
+    state = verify(options.path, options.pattern)
     zeros = state.masks.total - state.masks.kept
     return f"good: {zeros:,} of {state.masks.total:,} prunable weights are zero ({state.masks.sparsity():.6f})"
 
@@ -63,12 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(arguments)
     disable_progress_bar()  # of transformers' loading: the answer is one line
-    online = options.command in ("report", "verify") and options.path.count("/") == 1
+    online = options.command in ("report", "verify", "export") and options.path.count("/") == 1
     online = online and not Path(options.path).exists()
     if not Path(options.path).is_dir() and not online:
         parser.error(f"{options.path} is no folder: give the folder of a saved model")
     try:
-        if online:
+        if online and options.command != "export":  # which downloads what it needs itself
             options.path = find_folder(options.path)
         print(run(options))
     except (ValueError, OSError) as error:

@@ -36,6 +36,9 @@ class PruningConfig(TrainingArguments):
             the soft methods, where it decides how many weights each matrix loses.
         layer_floor (`float`, defaults to 0.125): in a joint ranking every matrix keeps at least this share of what
             `"layer"` would leave it.
+        permute_channels (`bool`, defaults to `False`): before the first mask of an N:M pattern, reorder hidden
+            channels so that its groups keep more magnitude; the function computed is the same (see
+            [`permute_channels`]).
         target_modules, exclude_modules (`list[str]`, *optional*): module-name suffixes or regexes, as in PEFT.
             Default: every `nn.Linear` of the encoder.
 
@@ -144,6 +147,9 @@ class PruningConfig(TrainingArguments):
     scope: str | None = field(default=None, metadata={"help": "Of candidate 0: layer, balanced or global."})
     layer_floor: float = field(
         default=0.125, metadata={"help": "Least share of the uniform allocation a matrix keeps."}
+    )
+    permute_channels: bool = field(
+        default=False, metadata={"help": "Reorder hidden channels so that N:M keeps more magnitude."}
     )
     target_modules: list[str] | None = field(
         default=None, metadata={"help": "Suffixes or regexes of modules to prune."}

@@ -22,11 +22,14 @@ from torch import Tensor
 from .files import DTYPES, bytes_of, replacing, write_safetensors
 from .masking.coding import LARGEST, decode_gaps, encode_gaps, entropy_bits, gaps_of, rice_parameter
 from .masking.maskset import header_checksum, pack_bits, unpack_bits
+from .masking.semi_structured import compress, decompress
 
 PACKED_FILE = "packed_model.safetensors"
 FORMAT, FORMAT_VERSION = "hf_maskselect.packed", "1"
 _VALUES, _WHERE, _SCALE = "values/", "where/", "scale/"  # no parameter name holds a slash
 _TORCH = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+DENSE = ("raw", "int8")
+CODINGS = (*DENSE, "bits", "gaps", "2:4")
 LOSSY = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,8 +38,9 @@ class Entry:
     """How one tensor lies in the file.
 
     dtype, shape: of the tensor itself. coding: "raw" (all values), "bits" (a bitmap and the kept values), "gaps"
-    (coded gaps and the kept values) or "int8" (a row's scale and rounded values). stored: dtype of the values. k: low
-    bits of the gaps. sha256: over the bytes of its streams.
+    (coded gaps and the kept values), "int8" (a row's scale and rounded values) or "2:4" (values and metadata of
+    `masking/semi_structured.py`, and a row's scale if the values are int8). stored: dtype of the values. k: low bits
+    of the gaps. sha256: over the bytes of its streams.
     """
 
     dtype: str
@@ -56,10 +60,19 @@ class Entry:
         numbers = (self.kept, self.k, *self.shape)
         if not all(type(n) is int and 0 <= n <= LARGEST**2 for n in numbers) or self.kept > self.total:
             raise ValueError("impossible sizes")
-        if self.dtype not in _TORCH or self.stored not in _TORCH or self.coding not in ("raw", "bits", "gaps", "int8"):
+        if self.dtype not in _TORCH or self.stored not in _TORCH or self.coding not in CODINGS:
             raise ValueError("unknown dtype or coding")
-        if self.coding in ("raw", "int8") and self.kept != self.total:
+        if self.coding in DENSE and self.kept != self.total:
             raise ValueError("impossible sizes")
+        if self.coding == "2:4" and (len(self.shape) != 2 or self.kept != self.total // 2):
+            raise ValueError("impossible sizes")
+
+    @property
+    def streams(self) -> set[str]:
+        """What lies in the file for it."""
+        scaled = self.coding == "int8" or (self.coding == "2:4" and self.stored == "int8")
+        located = self.coding not in DENSE
+        return {_VALUES} | ({_WHERE} if located else set()) | ({_SCALE} if scaled else set())
 
 
 class PackedWriter:
@@ -86,8 +99,9 @@ class PackedWriter:
     ) -> None:
         """Encode (name, tensor, coding wish, mask) one after the other and write the file.
 
-        coding wish: "raw", "sparse" (the smallest of raw, bits and gaps) or "int8". mask: boolean, what counts as kept
-        in a sparse tensor; None takes its non-zeros, and a zero's sign is dropped.
+        coding wish: "raw", "sparse" (the smallest of raw, bits and gaps), "int8", "2:4" (of a tensor of float16 or
+        bfloat16) or "2:4 int8". mask: boolean, what counts as kept in a sparse tensor; None takes its non-zeros, and a
+        zero's sign is dropped.
         """
         # The header comes first and is known last: the streams wait in a nameless file of the same folder.
         with tempfile.TemporaryFile(dir=Path(path).parent) as spool:
@@ -114,6 +128,11 @@ class PackedWriter:
         if wish == "int8":
             coding, (values, scale) = "int8", quantize_rows(tensor)
             self.bound_bits += 8 * (values.numel() + 4 * scale.numel())
+        elif wish in ("2:4", "2:4 int8"):
+            coding, kept = "2:4", tensor.numel() // 2
+            values, scale = quantize_rows(tensor) if wish == "2:4 int8" else (tensor, None)
+            values, where = compress(name, values.contiguous())
+            self.bound_bits += 8 * kept * values.dtype.itemsize + math.log2(6) / 4 * tensor.numel()
         elif wish == "sparse" and 0 < tensor.numel() <= LARGEST:
             flat = tensor.detach().cpu().reshape(-1)
             keep = flat != 0 if mask is None else mask.cpu().reshape(-1)
@@ -131,7 +150,7 @@ class PackedWriter:
             )
         else:
             self.bound_bits += 8 * stored.itemsize * kept
-        if coding != "int8":
+        if coding not in ("int8", "2:4"):
             values = _narrow(name, values, stored)
         streams = {_WHERE: where, _VALUES: values, _SCALE: scale}
         streams = {prefix + name: stream for prefix, stream in streams.items() if stream is not None}
@@ -185,9 +204,7 @@ class PackedFile:
                 entry = Entry(**{**given, "shape": tuple(given["shape"])})
                 entry.check()
                 entries[name] = entry
-                wanted |= {_VALUES + name}
-                wanted |= {_WHERE + name} if entry.coding in ("bits", "gaps") else set()
-                wanted |= {_SCALE + name} if entry.coding == "int8" else set()
+                wanted |= {prefix + name for prefix in entry.streams}
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise self._damaged(f"its header does not describe tensors ({error})") from error
         if wanted != self._keys:
@@ -231,14 +248,19 @@ class PackedFile:
         if _sha(streams.values()) != entry.sha256:
             raise self._damaged(f"{name} does not match its checksum")
         values = streams["values"]
-        sparse = entry.coding in ("bits", "gaps")
-        if values.dtype != stored or values.shape != ((entry.kept,) if sparse else entry.shape):
+        shape = (entry.kept,)
+        if entry.coding not in ("bits", "gaps"):
+            shape = entry.shape if entry.coding in DENSE else (*entry.shape[:-1], entry.shape[-1] // 2)
+        if values.dtype != stored or values.shape != shape:
             raise self._damaged(f"{name} has values of another shape or dtype than its header says")
         try:
             if entry.coding == "raw":
                 return values.to(dtype), None
             if entry.coding == "int8":
                 return _dequantize_rows(values, streams["scale"]).to(dtype), None
+            if entry.coding == "2:4":
+                dense = decompress(values, streams["where"])
+                return (_dequantize_rows(dense, streams["scale"]).to(dtype) if "scale" in streams else dense), None
             where = _positions(entry, streams["where"])
         except (ValueError, RuntimeError) as error:
             raise self._damaged(f"{name} does not decode ({error})") from error

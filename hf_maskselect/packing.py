@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +31,11 @@ from .checkpoint import (
 )
 from .files import bytes_of, replacing, write_safetensors
 from .masking.maskset import MaskSet, pack_bits, packed_digest, unpack_bits
-from .packed_file import PACKED_FILE, PackedFile, PackedWriter
+from .packed_file import DENSE, PACKED_FILE, PackedFile, PackedWriter
 
 # What makes a model folder besides its weights; not what a checkpoint keeps for the trainer.
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.png")
+_DENSE = ("model*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
 _LEFT_OUT = (SAFE_WEIGHTS_INDEX_NAME, "trainer_state.json")
 
 
@@ -104,7 +105,7 @@ def pack(
         if bits and digest.hex() != fields["weights"]:
             raise ValueError(changed(folder, "the weights are not those"))
 
-    _prepare(folder, output)
+    copy_companions(folder, output)
     path = output / PACKED_FILE
     writer.write(path, encoded(), metadata)
     return PackReport(path, writer.dense_bytes, path.stat().st_size, writer.bound_bits / 8)
@@ -131,7 +132,7 @@ def unpack(folder: str | os.PathLike, output: str | os.PathLike) -> None:
                 bits[name], shapes[name] = pack_bits(mask), tuple(mask.shape)
             yield bytes_of(tensor)
 
-    _prepare(folder, output)
+    copy_companions(folder, output)
     with replacing(output / SAFE_WEIGHTS_NAME) as temporary:
         with open(temporary, "wb") as file:
             write_safetensors(file, packed.layout, chunks(), {"format": "pt"})
@@ -161,22 +162,22 @@ class _Unpacked(Mapping[str, Tensor]):
         return len(self._bits)
 
 
-def open_packed(folder: str | os.PathLike) -> PackedFile:
-    """The packed file of a folder, checked against the `config.json` beside it.
+def open_packed(folder: str | os.PathLike, file: str = PACKED_FILE, command: str = "pack") -> PackedFile:
+    """The packed file of a folder, checked against the `config.json` beside it; command: what writes such a file.
 
     Raises:
         ValueError: none there, damaged, or of another model.
     """
     folder = Path(folder)
-    if not (folder / PACKED_FILE).is_file():
-        raise ValueError(f"{folder} has no {PACKED_FILE}: give a folder that `hf-maskselect pack` wrote")
-    packed = PackedFile(folder / PACKED_FILE)
+    if not (folder / file).is_file():
+        raise ValueError(f"{folder} has no {file}: give a folder that `hf-maskselect {command}` wrote")
+    packed = PackedFile(folder / file)
     if config_digest(folder) != packed.metadata.get("config"):
-        raise ValueError(f"{folder}: config.json is not the one that {PACKED_FILE} was made with; restore the file")
+        raise ValueError(f"{folder}: config.json is not the one that {file} was made with; restore the file")
     known = {name: tuple(tensor.shape) for name, tensor in skeleton(folder).state_dict().items()}
     for name, entry in packed.entries.items():
         # A sparse tensor may be far larger than its bytes: its size must be the model's before it is made.
-        if entry.coding in ("bits", "gaps") and known.get(name) != entry.shape:
+        if entry.coding not in DENSE and known.get(name) != entry.shape:
             raise ValueError(
                 f"{packed.path}: {name} has shape {entry.shape} but config.json describes {known.get(name)}; the file "
                 "is of another model"
@@ -221,11 +222,14 @@ def load_pruned(path_or_repo: str | os.PathLike, **options) -> tuple[PreTrainedM
     return model, found if names else MaskSet.from_zeros(model)
 
 
-def find_folder(path_or_repo: str | os.PathLike, packed: bool = False, **told) -> Path:
+def find_folder(
+    path_or_repo: str | os.PathLike, packed: bool = False, weights: Sequence[str] = _DENSE, **told
+) -> Path:
     """The folder itself, or the files of a Hub repository that loading needs.
 
     Args:
         packed: take the packed weights of a repository that has them, if they are those its state belongs to.
+        weights: names (or globs) of the files to download else.
         told: `revision`, `token` and `cache_dir` of the download.
 
     Raises:
@@ -233,13 +237,13 @@ def find_folder(path_or_repo: str | os.PathLike, packed: bool = False, **told) -
     """
     if Path(path_or_repo).is_dir():
         return Path(path_or_repo)
-    repo, dense = os.fspath(path_or_repo), ["model*.safetensors", SAFE_WEIGHTS_INDEX_NAME]
+    repo = os.fspath(path_or_repo)
     try:
         if packed:
             folder = Path(snapshot_download(repo, allow_patterns=[*_COMPANIONS, STATE_FILE, PACKED_FILE], **told))
             if _belongs(folder):
                 return folder
-        return Path(snapshot_download(repo, allow_patterns=[*_COMPANIONS, STATE_FILE, *dense], **told))
+        return Path(snapshot_download(repo, allow_patterns=[*_COMPANIONS, STATE_FILE, *weights], **told))
     except (OSError, HTTPError, HFValidationError) as error:
         raise ValueError(
             f"{repo} is no folder, and cannot be had from the Hub ({str(error).splitlines()[0]}): check the name "
@@ -270,7 +274,7 @@ def _pruning_fields(packed: PackedFile) -> tuple[set[str], dict[str, str]]:
     return names, fields
 
 
-def _prepare(folder: Path, output: Path) -> None:
+def copy_companions(folder: Path, output: Path) -> None:
     """Make the output folder and copy what belongs to the model besides its weights."""
     output.mkdir(parents=True, exist_ok=True)
     if output.resolve() == folder.resolve():

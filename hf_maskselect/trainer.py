@@ -33,6 +33,7 @@ from .methods.gumbel import Gumbel
 from .methods.hard import HardMasks
 from .methods.pdp import Pdp
 from .packing import pack
+from .permutation import couplings_of, permute_channels
 from .planning import plan_text, rewound_rate
 from .proposals import key_seed
 from .selection import MaskSearch
@@ -88,6 +89,8 @@ class PruningTrainer(HubTrainer):
         # accumulation steps and by the ranks (transformers#47688).
         self.model_accepts_loss_kwargs = False
         check_shapes(args, self._find_weights(self.model), transposed_weights(self.model))
+        if args.permute_channels:
+            couplings_of(self.model, self._find_weights(self.model))
         if teacher is not None and self.compute_loss_func is not None:
             raise ValueError("compute_loss_func and a teacher do not go together: its loss is scaled in another way")
         self._distiller = None if teacher is None else self._make_distiller(teacher)
@@ -176,6 +179,9 @@ class PruningTrainer(HubTrainer):
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         self._method.attach(self.model)
+        if self.args.permute_channels and not self._resumed and self._method.masks.kept == self._method.masks.total:
+            report = permute_channels(self.model, self.args.pattern, self._method.weights, seed=self.args.seed)
+            self._say(f"Channels permuted, mean gain in kept magnitude {report.mean_gain:.2%}\n{report}")
         optimizer = super().create_optimizer(model)
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for group in self._method.parameter_groups():

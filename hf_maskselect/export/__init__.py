@@ -1,0 +1,1 @@
+"""Sparse models in the forms that other engines take."""

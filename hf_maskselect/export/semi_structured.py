@@ -1,0 +1,217 @@
+"""2:4 models for sparse tensor cores: checked, packed into one file, and loaded on any device.
+
+The file is the packed format (`docs/packed-format.md`) with the coding "2:4": values and metadata as torch's sparse
+kernels take them. On a GPU of compute capability 8.0 or more they become `SparseSemiStructuredTensor` weights;
+anywhere else the exact dense weights.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.sparse import (
+    SparseSemiStructuredTensor,
+    SparseSemiStructuredTensorCUSPARSELT,
+    SparseSemiStructuredTensorCUTLASS,
+)
+from transformers import PreTrainedModel
+
+from ..checkpoint import PruningState, config_digest, load_strictly, model_class, saved_tensors, skeleton
+from ..masking.semi_structured import check_groups, compress, layout_of
+from ..masking.targets import prunable_weights, transposed_weights
+from ..packed_file import PackedFile, PackedWriter
+from ..packing import copy_companions, find_folder, open_packed
+
+SEMI_STRUCTURED_FILE = "semi_structured_model.safetensors"
+EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
+BACKENDS = {"cusparselt": SparseSemiStructuredTensorCUSPARSELT, "cutlass": SparseSemiStructuredTensorCUTLASS}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    sparse: names of the 2:4 tensors in the packed layout; dense: prunable ones that it cannot hold, stored as they
+    are; excluded: left out by the caller. dense_bytes, packed_bytes: all tensors at the exported dtype, and the file.
+    """
+
+    path: Path
+    sparse: tuple[str, ...]
+    dense: tuple[str, ...]
+    excluded: tuple[str, ...]
+    dense_bytes: int
+    packed_bytes: int
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.path}: {len(self.sparse)} matrices as 2:4, {self.packed_bytes / 1e6:,.2f} MB, "
+            f"{self.dense_bytes / self.packed_bytes:.2f}x smaller than {self.dense_bytes / 1e6:,.2f} MB dense"
+        )
+        for names, why in ((self.dense, "their shape does not fit the layout"), (self.excluded, "excluded")):
+            if names:
+                text += f"\n{len(names)} left dense, {why}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        return text
+
+
+def export_semi_structured(
+    model_or_path: PreTrainedModel | str | os.PathLike,
+    output: str | os.PathLike,
+    dtype: str = "bf16",
+    exclude_modules: str | Sequence[str] | None = None,
+) -> ExportReport:
+    """Write a 2:4 model as `output/semi_structured_model.safetensors`, with its configuration and tokenizer.
+
+    Every prunable matrix is checked along its input axis, the reduction axis of the matrix product, before anything is
+    written; packing one that is not 2:4 would drop weights silently.
+
+    Args:
+        model_or_path: a model of transformers, or a folder or Hub repository of one.
+        output: a folder, made if need be.
+        dtype: of all weights: `"bf16"` (default) or `"fp16"`; `"int8"` rounds the 2:4 matrices to 255 steps a row
+            and the rest to bfloat16, and is multiplied as bfloat16.
+        exclude_modules: names (suffix or regex, as for `prunable_weights`) of modules that stay dense.
+
+    Raises:
+        ValueError: a prunable matrix is not 2:4 (it is named), a value that float16 cannot hold, or no such model.
+    """
+    if dtype not in EXPORT_DTYPES:
+        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(EXPORT_DTYPES)}")
+    if isinstance(model_or_path, nn.Module):
+        with tempfile.TemporaryDirectory() as folder:
+            model_or_path.save_pretrained(folder)
+            return export_semi_structured(folder, output, dtype, exclude_modules)
+    folder, output = find_folder(model_or_path), Path(output)
+    state = PruningState.find(folder)
+    if state is not None:
+        state.check_saved(folder)
+    chosen, excluded = _choose(folder, None if state is None else state.masks.keys(), exclude_modules)
+    wide = EXPORT_DTYPES[dtype]
+    stored = torch.int8 if dtype == "int8" else wide
+    sparse, dense = [], []
+    for name, tensor in saved_tensors(folder):
+        if name in chosen:
+            check_groups(name, tensor)
+            fits = layout_of(stored, tuple(tensor.shape)) is not None
+            (sparse if fits else dense).append(name)
+    if not sparse:
+        raise ValueError(
+            f"{folder}: none of its {len(chosen)} prunable matrices fits the packed 2:4 layout, whose rows and "
+            "columns are multiples of 32: keep the model as it is"
+        )
+    wish = "2:4 int8" if dtype == "int8" else "2:4"
+
+    def encoded() -> Iterator[tuple[str, Tensor, str, Tensor | None]]:
+        for name, tensor in saved_tensors(folder):
+            narrow = tensor.to(wide) if tensor.is_floating_point() else tensor
+            if bool((narrow.isinf() & ~tensor.isinf()).any()):
+                raise ValueError(
+                    f"{name} has values up to {float(tensor.abs().max()):.3g}, which {dtype} cannot hold: use "
+                    "dtype='bf16'"
+                )
+            yield name, narrow, wish if name in sparse else "raw", None
+
+    copy_companions(folder, output)
+    writer = PackedWriter()
+    writer.write(output / SEMI_STRUCTURED_FILE, encoded(), {"config": config_digest(folder)})
+    path = output / SEMI_STRUCTURED_FILE
+    return ExportReport(path, tuple(sparse), tuple(dense), tuple(excluded), writer.dense_bytes, path.stat().st_size)
+
+
+def _choose(folder: Path, masked: Sequence[str] | None, exclude_modules) -> tuple[set[str], list[str]]:
+    """(names of the matrices that must be 2:4, names of those left out)."""
+    model = skeleton(folder)
+    modules = None if masked is None else [name.removesuffix(".weight") for name in masked]
+    every = prunable_weights(model, modules)
+    chosen = set(prunable_weights(model, modules, exclude_modules))
+    if turned := sorted(chosen & transposed_weights(model)):
+        raise ValueError(
+            f"{turned[0]} belongs to a Conv1D, which stores it transposed, and sparse kernels take linear layers "
+            "only: leave it dense with exclude_modules"
+        )
+    return chosen, [name for name in every if name not in chosen]
+
+
+def load_semi_structured(
+    path_or_repo: str | os.PathLike, device: str | torch.device = "cpu", backend: str | None = None
+) -> PreTrainedModel:
+    """The exported model, in eval mode, at its exported dtype.
+
+    Args:
+        path_or_repo: a folder that `export_semi_structured` wrote, or a Hub repository of one.
+        device: where it goes. On a CUDA device of compute capability 8.0 or more its 2:4 matrices become
+            `SparseSemiStructuredTensor`; elsewhere they are the exact dense weights.
+        backend: `"cusparselt"` or `"cutlass"`, by default the first where torch has it.
+
+    Raises:
+        ValueError: no such file, damaged, of another model, or a back end that does not run there.
+    """
+    folder = find_folder(path_or_repo, weights=[SEMI_STRUCTURED_FILE])
+    packed = open_packed(folder, SEMI_STRUCTURED_FILE, "export")
+    tensors = {name: packed.tensor(name) for name in packed.entries}
+    cls, config = model_class(folder)
+    dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    model = load_strictly(cls, folder, None, ("missing_keys",), config=config, state_dict=tensors, dtype=dtype)
+    model.to(device).eval()
+    device = torch.device(device)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        make_sparse(model, sparse_names(packed), pick_backend(device, backend))
+    elif backend is not None:
+        raise ValueError(
+            f"backend={backend!r} needs a CUDA device of compute capability 8.0 or more, not {device}: leave it out "
+            "for dense weights"
+        )
+    return model
+
+
+def sparse_names(packed: PackedFile) -> list[str]:
+    """The tensors of an exported file that are stored as 2:4."""
+    return [name for name, entry in packed.entries.items() if entry.coding == "2:4"]
+
+
+def pick_backend(device: torch.device, backend: str | None = None) -> str:
+    """The asked-for back end if it runs on this CUDA device, else the best one that does.
+
+    CUTLASS kernels of torch are built for compute capability 8.x only; cuSPARSELt comes with some builds of torch.
+
+    Raises:
+        ValueError: unknown, or it does not run there.
+    """
+    possible = available_backends(device)
+    if backend is None and possible:
+        return possible[0]
+    if backend not in possible:
+        raise ValueError(
+            f"backend={backend!r} does not run on {torch.cuda.get_device_name(device)} with this torch, which has "
+            f"{', '.join(possible) or 'none'}: leave backend unset, or load on the CPU for dense weights"
+        )
+    return backend
+
+
+def available_backends(device: torch.device) -> list[str]:
+    """Back ends that run on a CUDA device, the usually faster one first."""
+    major, _ = torch.cuda.get_device_capability(device)
+    found = ["cusparselt"] if major >= 8 and torch.backends.cusparselt.is_available() else []
+    return [*found, "cutlass"] if major == 8 else found
+
+
+def make_sparse(model: nn.Module, names: Sequence[str], backend: str) -> None:
+    """Turn 2:4 weights of linear layers into sparse tensors, in place; the model can then only be run, not trained."""
+    for name in names:
+        module = model.get_submodule(name.removesuffix(".weight"))
+        module.weight = nn.Parameter(sparse_weight(name, module.weight.detach(), backend), requires_grad=False)
+
+
+def sparse_weight(name: str, weight: Tensor, backend: str) -> SparseSemiStructuredTensor:
+    """One 2:4 matrix as the tensor that torch's sparse kernels take, on its device."""
+    check_groups(name, weight)
+    kind = BACKENDS[backend]
+    if kind is SparseSemiStructuredTensorCUSPARSELT:  # its layout is known to the library only
+        return kind.from_dense(weight.contiguous())
+    values, meta = compress(name, weight.contiguous())
+    return kind(weight.shape, values, meta, None, None, None)

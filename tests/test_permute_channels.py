@@ -1,0 +1,90 @@
+"""Moving channels changes no output; training on the moved model ends in the pattern."""
+
+import copy
+
+import pytest
+import torch
+from tiny import FAMILIES, make, make_trainer, same, weights_of
+from torch import nn
+from transformers import GPT2Config, GPT2ForSequenceClassification
+
+from hf_maskselect import MaskSet, permute_channels, prunable_weights, verify
+from hf_maskselect.permutation import COUPLINGS, couplings_of
+
+
+def logits(model):
+    ids = torch.randint(3, 64, (4, 9), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, attention_mask=mask).logits
+
+
+def with_biases(family):
+    model = make(family)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pattern", ["2:4", "1:4"])
+def test_the_function_is_the_same_and_more_magnitude_is_kept(family, pattern):
+    model = with_biases(family)
+    before, weights, names = logits(model), copy.deepcopy(weights_of(model)), list(prunable_weights(model))
+    report = permute_channels(model, pattern)
+    assert torch.allclose(logits(model), before, rtol=1e-4, atol=1e-5)
+    assert len(report.rows) == 2 * len(COUPLINGS[model.config.model_type]) // (2 if family == "Albert" else 1)
+    assert all(after >= old for _, old, after in report.rows) and report.mean_gain > 0.005
+    moved = {name for name, weight in weights_of(model).items() if not torch.equal(weight, weights[name])}
+    assert {name for name, *_ in report.rows} <= moved <= {*names, *(n.replace(".weight", ".bias") for n in names)}
+
+
+def test_only_what_will_be_pruned_moves():
+    model = make()
+    names = [name for name in prunable_weights(model) if "layer.1.output" in name]
+    report = permute_channels(model, "2:4", names)
+    assert [name for name, *_ in report.rows] == names
+    with pytest.raises(ValueError, match="none of the matrices to prune reads channels that may move"):
+        couplings_of(model, ["bert.encoder.layer.0.attention.self.query.weight"])
+
+
+def test_models_that_are_not_known_are_refused(tmp_path):
+    model = GPT2ForSequenceClassification(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, pad_token_id=0))
+    with pytest.raises(ValueError, match="the channels of a 'gpt2' model are not known to be free to move"):
+        permute_channels(model)
+    with pytest.raises(ValueError, match="'Linear' model"):
+        permute_channels(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="pattern='channel' has no groups"):
+        permute_channels(make(), "channel")
+    with pytest.raises(ValueError, match="permute_channels=True has no meaning with pattern='unstructured'"):
+        make_trainer(tmp_path, permute_channels=True)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random", "pdp"])
+def test_a_permuted_run_ends_in_the_pattern_and_resumes_to_the_bit(tmp_path, method):
+    changes = {"method": method, "pattern": "2:4", "sparsity": None, "permute_channels": True}
+    changes |= {"num_levels": None, "save_strategy": "steps", "save_steps": 6}
+    whole = make_trainer(tmp_path / "a", **changes)
+    start = copy.deepcopy(weights_of(whole.model))
+    whole.train()
+    whole.save_model()
+    assert verify(tmp_path / "a", "2:4").masks.sparsity() == 0.5
+    resumed = make_trainer(tmp_path / "b", make(seed=5), **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6"))
+    assert same(weights_of(whole.model), weights_of(resumed.model))
+    plain = make_trainer(tmp_path / "c", **{**changes, "permute_channels": False})
+    assert same(start, weights_of(plain.model))
+    plain.train()
+    assert not same(weights_of(whole.model), weights_of(plain.model))
+
+
+def test_a_sparse_model_keeps_its_order(tmp_path):
+    changes = {"pattern": "2:4", "sparsity": None, "num_levels": None, "permute_channels": True}
+    trainer = make_trainer(tmp_path / "a", **changes)
+    trainer.train()
+    masks = MaskSet.from_zeros(trainer.model)
+    again = make_trainer(tmp_path / "b", trainer.model, **changes)
+    again.train()
+    assert MaskSet.from_zeros(again.model).digest() == masks.digest()
