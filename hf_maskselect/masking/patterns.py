@@ -278,6 +278,8 @@ class Channel:
 def _best_of_groups(groups: Tensor, keep: int) -> Tensor:
     """Mask of the `keep` largest per row of `groups` (rows, m), ties by index."""
     size = groups.shape[1]
+    if (keep, size) == (2, 4):
+        return _two_of_four(groups)
     if size > 16:  # pairwise comparisons grow with the square of the group
         best = groups.argsort(dim=1, descending=True, stable=True)[:, :keep]
         return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, best, True)
@@ -289,6 +291,20 @@ def _best_of_groups(groups: Tensor, keep: int) -> Tensor:
             beaten[i] += later_wins
             beaten[j] += later_wins.logical_not_()
     return torch.stack([count < keep for count in beaten], dim=1)
+
+
+def _two_of_four(groups: Tensor) -> Tensor:
+    """The same for two of four, in four comparisons instead of six; these are what the time goes into. Unless the
+    worse of one pair beats the better of the other, the better of each pair stay."""
+    a, b, c, d = (column.contiguous() for column in groups.unbind(1))
+    b_better, d_better = b > a, d > c
+    first_pair = torch.minimum(a, b) >= torch.maximum(c, d)
+    second_pair = torch.minimum(c, d) > torch.maximum(a, b)
+    mask = torch.empty_like(groups, dtype=torch.bool)
+    for i, better, both, none in ((0, b_better, first_pair, second_pair), (2, d_better, second_pair, first_pair)):
+        mask[:, i + 1] = better.logical_and(none.logical_not()).logical_or_(both)
+        mask[:, i] = better.logical_or_(none).logical_not_().logical_or_(both)
+    return mask
 
 
 def parse_pattern(text: str, scope: str = "layer", floor: float = 0.125) -> Unstructured | NM | Channel:
