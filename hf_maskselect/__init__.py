@@ -4,6 +4,7 @@ from .adapters import merge_adapter_with_masks
 from .checkpoint import PruningState, verify
 from .config import PruningConfig
 from .distillation import Distiller
+from .export.onnx import OnnxReport, export_onnx
 from .export.semi_structured import ExportReport, export_semi_structured, load_semi_structured
 from .masking.maskset import MaskSet
 from .masking.scores import WeightStats
@@ -19,6 +20,7 @@ __all__ = [
     "Distiller",
     "ExportReport",
     "MaskSet",
+    "OnnxReport",
     "PackReport",
     "PermutationReport",
     "PruningConfig",
@@ -26,6 +28,7 @@ __all__ = [
     "PruningTrainer",
     "SparsityReport",
     "WeightStats",
+    "export_onnx",
     "export_semi_structured",
     "load_pruned",
     "load_semi_structured",

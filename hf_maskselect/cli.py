@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from .checkpoint import verify
+from .export.onnx import export_onnx
 from .export.semi_structured import EXPORT_DTYPES, export_semi_structured
 from .packed_file import LOSSY
 from .packing import find_folder, pack, unpack
@@ -29,7 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("plot", "draw what is kept where, the candidates of the search and the run over its steps, as PNG"),
         ("pack", "write the model as one small file for transport, with what belongs to it beside"),
         ("unpack", "write a packed model as an ordinary one, which plain from_pretrained loads"),
-        ("export", "write a 2:4 model packed for sparse tensor cores"),
+        ("export", "write a 2:4 model packed for sparse tensor cores, or any model as ONNX"),
     ):
         found[name] = commands.add_parser(name, help=text, description=text.capitalize() + ".")
         found[name].add_argument(
@@ -41,9 +42,9 @@ def make_parser() -> argparse.ArgumentParser:
     found["pack"].add_argument("--values", choices=LOSSY, help="round all values to 16 bits (lossy)")
     found["pack"].add_argument("--embeddings", choices=["int8"], help="round embedding tables to 8 bits (lossy)")
     found["verify"].add_argument("--pattern", help="also that every pruned matrix holds this N:M pattern, such as 2:4")
-    found["export"].add_argument("--format", choices=["nm"], default="nm", help="nm: 2:4 values and metadata")
-    found["export"].add_argument("--dtype", choices=EXPORT_DTYPES, default="bf16", help="of the weights")
-    found["export"].add_argument("--exclude-modules", nargs="+", help="modules (suffix or regex) that stay dense")
+    found["export"].add_argument("--format", choices=["nm", "onnx"], default="nm", help="nm: 2:4 values and metadata")
+    found["export"].add_argument("--dtype", choices=EXPORT_DTYPES, default="bf16", help="nm: of the weights")
+    found["export"].add_argument("--exclude-modules", nargs="+", help="nm: modules (suffix or regex) that stay dense")
     return parser
 
 
@@ -59,6 +60,8 @@ def run(options: argparse.Namespace) -> str:
     if options.command == "unpack":
         unpack(options.path, options.output)
         return f"wrote {options.output}"
+    if options.command == "export" and options.format == "onnx":
+        return str(export_onnx(options.path, options.output))
     if options.command == "export":
         return str(export_semi_structured(options.path, options.output, options.dtype, options.exclude_modules))
     state = verify(options.path, options.pattern)

@@ -1,0 +1,56 @@
+"""ONNX: the graph has the zeros, takes other shapes and computes the same."""
+
+import importlib.util
+
+import pytest
+import torch
+from test_packing import save_pruned
+from tiny import make
+
+from hf_maskselect import export_onnx
+from hf_maskselect.cli import main
+from hf_maskselect.export import onnx as module
+
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
+    reason="needs the onnx extra",
+)
+
+
+@needs_onnx
+@pytest.mark.parametrize("family", ["Bert", "ModernBert"])
+def test_zeros_and_outputs_are_kept(tmp_path, family):
+    import onnxruntime
+
+    model, masks = save_pruned(tmp_path / "in", family=family)
+    model.train()
+    report = export_onnx(model, tmp_path / "out")
+    assert report.zeros == masks.total - masks.kept and not report.folded and report.difference < 1e-5
+    assert model.training
+    ids = torch.randint(5, 64, (5, 13))
+    rows = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
+    (found,) = onnxruntime.InferenceSession(str(report.path)).run(None, rows)
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    assert torch.allclose(torch.from_numpy(found), expected, atol=1e-5)
+
+
+@needs_onnx
+def test_the_console_exports_a_folder(tmp_path, capsys):
+    _, masks = save_pruned(tmp_path / "in")
+    assert main(["export", str(tmp_path / "in"), "--format", "onnx", "--output", str(tmp_path / "out")]) == 0
+    assert f"{masks.total - masks.kept:,} zeros kept" in capsys.readouterr().out
+    assert {"model.onnx", "config.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+@needs_onnx
+def test_a_graph_that_computes_something_else_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_compare", lambda *_: (0.5, 1.0))
+    with pytest.raises(ValueError, match="computes something else: its outputs are up to 0.5"):
+        export_onnx(make(), tmp_path)
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_PACKAGES", ("onnx", "a_package_nobody_has"))
+    with pytest.raises(ValueError, match="a_package_nobody_has: pip install 'hf_maskselect.onnx.'"):
+        export_onnx(make(), tmp_path)
