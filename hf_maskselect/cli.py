@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 from .checkpoint import verify
 from .export.onnx import export_onnx
 from .export.semi_structured import EXPORT_DTYPES, export_semi_structured
+from .export.timing import time_export
 from .packed_file import LOSSY
 from .packing import find_folder, pack, unpack
 from .plots import plot
@@ -45,6 +46,11 @@ def make_parser() -> argparse.ArgumentParser:
     found["export"].add_argument("--format", choices=["nm", "onnx"], default="nm", help="nm: 2:4 values and metadata")
     found["export"].add_argument("--dtype", choices=EXPORT_DTYPES, default="bf16", help="nm: of the weights")
     found["export"].add_argument("--exclude-modules", nargs="+", help="nm: modules (suffix or regex) that stay dense")
+    found["export"].add_argument(
+        "--benchmark", action="store_true", help="nm: then time dense against sparse on this machine's GPU"
+    )
+    found["export"].add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 32], help="of the benchmark")
+    found["export"].add_argument("--seq-lens", nargs="+", type=int, default=[128], help="of the benchmark, in tokens")
     return parser
 
 
@@ -60,13 +66,22 @@ def run(options: argparse.Namespace) -> str:
     if options.command == "unpack":
         unpack(options.path, options.output)
         return f"wrote {options.output}"
-    if options.command == "export" and options.format == "onnx":
-        return str(export_onnx(options.path, options.output))
     if options.command == "export":
-        return str(export_semi_structured(options.path, options.output, options.dtype, options.exclude_modules))
+        return export(options)
     state = verify(options.path, options.pattern)
     zeros = state.masks.total - state.masks.kept
     return f"good: {zeros:,} of {state.masks.total:,} prunable weights are zero ({state.masks.sparsity():.6f})"
+
+
+def export(options: argparse.Namespace) -> str:
+    """The command of that name."""
+    if options.format == "onnx":
+        return str(export_onnx(options.path, options.output))
+    told = str(export_semi_structured(options.path, options.output, options.dtype, options.exclude_modules))
+    if not options.benchmark:
+        return told
+    print(told, flush=True)  # it is done, whatever comes of the timing
+    return str(time_export(options.output, options.batch_sizes, options.seq_lens))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

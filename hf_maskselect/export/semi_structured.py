@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -23,14 +23,39 @@ from torch.sparse import (
 from transformers import PreTrainedModel
 
 from ..checkpoint import PruningState, config_digest, load_strictly, model_class, saved_tensors, skeleton
+from ..files import read_json, write_json
 from ..masking.semi_structured import check_groups, compress, layout_of
 from ..masking.targets import prunable_weights, transposed_weights
 from ..packed_file import PackedFile, PackedWriter
 from ..packing import copy_companions, find_folder, open_packed
 
 SEMI_STRUCTURED_FILE = "semi_structured_model.safetensors"
+TIMING_FILE = "semi_structured_timing.json"
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
 BACKENDS = {"cusparselt": SparseSemiStructuredTensorCUSPARSELT, "cutlass": SparseSemiStructuredTensorCUTLASS}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What `time_export` found out: on which device, the best back end (None: dense wins) and the tensors that are
+    faster sparse at every shape that was timed."""
+
+    device: str
+    backend: str | None
+    sparse: list[str]
+
+    def save(self, folder: str | os.PathLike) -> None:
+        write_json(Path(folder) / TIMING_FILE, asdict(self))
+
+    @classmethod
+    def find(cls, folder: str | os.PathLike) -> Timing | None:
+        """That of a folder, if it has one.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        path = Path(folder) / TIMING_FILE
+        return cls(**read_json(path, "delete it, and time the file again")) if path.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -117,6 +142,7 @@ def export_semi_structured(
             yield name, narrow, wish if name in sparse else "raw", None
 
     copy_companions(folder, output)
+    (output / TIMING_FILE).unlink(missing_ok=True)  # of an earlier file
     writer = PackedWriter()
     writer.write(output / SEMI_STRUCTURED_FILE, encoded(), {"config": config_digest(folder)})
     path = output / SEMI_STRUCTURED_FILE
@@ -144,9 +170,11 @@ def load_semi_structured(
 
     Args:
         path_or_repo: a folder that `export_semi_structured` wrote, or a Hub repository of one.
-        device: where it goes. On a CUDA device of compute capability 8.0 or more its 2:4 matrices become
-            `SparseSemiStructuredTensor`; elsewhere they are the exact dense weights.
-        backend: `"cusparselt"` or `"cutlass"`, by default the first where torch has it.
+        device: where it goes. On a CUDA device for which torch has sparse kernels (compute capability 8.0 or more) its
+            2:4 matrices become `SparseSemiStructuredTensor`; elsewhere they are the exact dense weights. Where
+            `time_export` has timed the file on the same kind of device, matrices that it found faster dense stay so.
+        backend: `"cusparselt"` or `"cutlass"`, which makes every 2:4 matrix sparse; by default the one that was timed
+            best, else the first that torch has.
 
     Raises:
         ValueError: no such file, damaged, of another model, or a back end that does not run there.
@@ -158,14 +186,20 @@ def load_semi_structured(
     dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     model = load_strictly(cls, folder, None, ("missing_keys",), config=config, state_dict=tensors, dtype=dtype)
     model.to(device).eval()
-    device = torch.device(device)
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        make_sparse(model, sparse_names(packed), pick_backend(device, backend))
-    elif backend is not None:
+    possible = available_backends(device)
+    if backend is not None and backend not in possible:
         raise ValueError(
-            f"backend={backend!r} needs a CUDA device of compute capability 8.0 or more, not {device}: leave it out "
-            "for dense weights"
+            f"backend={backend!r} does not run on {device} with this torch, which has {', '.join(possible) or 'none'} "
+            "there: leave backend unset"
         )
+    names = sparse_names(packed)
+    if backend is None and possible:
+        backend = possible[0]
+        timed = Timing.find(folder)
+        if timed is not None and timed.device == torch.cuda.get_device_name(device):
+            backend, names = timed.backend, timed.sparse
+    if names and backend is not None:
+        make_sparse(model, names, backend)
     return model
 
 
@@ -174,27 +208,13 @@ def sparse_names(packed: PackedFile) -> list[str]:
     return [name for name, entry in packed.entries.items() if entry.coding == "2:4"]
 
 
-def pick_backend(device: torch.device, backend: str | None = None) -> str:
-    """The asked-for back end if it runs on this CUDA device, else the best one that does.
+def available_backends(device: str | torch.device) -> list[str]:
+    """Back ends that run on a device, the usually faster one first; none but on CUDA.
 
     CUTLASS kernels of torch are built for compute capability 8.x only; cuSPARSELt comes with some builds of torch.
-
-    Raises:
-        ValueError: unknown, or it does not run there.
     """
-    possible = available_backends(device)
-    if backend is None and possible:
-        return possible[0]
-    if backend not in possible:
-        raise ValueError(
-            f"backend={backend!r} does not run on {torch.cuda.get_device_name(device)} with this torch, which has "
-            f"{', '.join(possible) or 'none'}: leave backend unset, or load on the CPU for dense weights"
-        )
-    return backend
-
-
-def available_backends(device: torch.device) -> list[str]:
-    """Back ends that run on a CUDA device, the usually faster one first."""
+    if torch.device(device).type != "cuda":
+        return []
     major, _ = torch.cuda.get_device_capability(device)
     found = ["cusparselt"] if major >= 8 and torch.backends.cusparselt.is_available() else []
     return [*found, "cutlass"] if major == 8 else found
