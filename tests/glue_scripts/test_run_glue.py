@@ -179,10 +179,11 @@ def test_a_recipe_is_overridden_by_flags(tmp_path):
 
 def test_the_recipes_that_ship_are_valid(pytestconfig):
     recipes = sorted((pytestconfig.rootpath / "glue_scripts" / "recipes").glob("*.json"))
-    assert {"random_16x.json", "random_100x.json", "magnitude_16x.json"} <= {path.name for path in recipes}
+    targets = {"100x": 0.99, "2to4": 0.5}
+    assert {"random_16x.json", "random_100x.json", "random_2to4.json"} <= {path.name for path in recipes}
     for path in recipes:
         _, _, config = parse_arguments([str(path), "--task_name", "rte", "--use_cpu"])
-        assert config.levels[-1] == config.sparsity == (0.99 if "100x" in path.name else 0.9375)
+        assert config.levels[-1] == config.sparsity == targets.get(path.stem.rpartition("_")[2], 0.9375)
 
 
 @pytest.mark.parametrize(
