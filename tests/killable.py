@@ -3,7 +3,8 @@
 The imports are paid once: every run is a fork of this process, which itself never computes a gradient. Events are
 counted, not timed, so that a kill falls at the same place on any machine: each optimizer step of the run ("train"),
 each of a trial ("trial"), and each operation on files ("save"), half of these with the file cut in two, as a write
-that was interrupted leaves it.
+that was interrupted leaves it. (A checkpoint is written by two threads, so that a kill among its files may fall at a
+neighbour.)
 
     python killable.py FOLDER METHOD COUNT SEED
 """
@@ -13,11 +14,13 @@ import os
 import random
 import signal
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
 import safetensors.torch
 import torch
+import transformers.modeling_utils
 from tiny import losses, make, make_trainer, weights_of
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -47,13 +50,15 @@ class Events:
     def __init__(self, kind=None, number=None):
         self.kind, self.number, self.counts, self.in_trial = kind, number, Counter(), False
         self.finished = [0]  # steps of all trials, at the end of each
+        self.lock = threading.Lock()
 
     def happen(self, kind, cut=None):
-        self.counts[kind] += 1
-        if (kind, self.counts[kind]) == (self.kind, self.number):
-            if cut is not None and self.number % 2:
-                os.truncate(cut, os.path.getsize(cut) // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
+        with self.lock:
+            self.counts[kind] += 1
+            if (kind, self.counts[kind]) == (self.kind, self.number):
+                if cut is not None and self.number % 2:
+                    os.truncate(cut, os.path.getsize(cut) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def watch(self):
         """Put the counters in."""
@@ -76,6 +81,7 @@ class Events:
             (os, "replace", 0),
             (os, "rename", 0),
             (torch, "save", 1),
+            (transformers.modeling_utils, "safe_save_file", 1),
             (hf_maskselect.masking.maskset, "save_file", 1),
             (hf_maskselect.level_best, "save_file", 1),
         ):
