@@ -20,6 +20,7 @@ from .files import bytes_of, read_object, replacing
 from .masking.maskset import MaskSet
 from .masking.patterns import NM, parse_pattern
 from .masking.semi_structured import check_groups
+from .masking.targets import transposed_weights
 
 STATE_FILE = "pruning_state.safetensors"
 
@@ -341,6 +342,8 @@ def verify(folder: str | os.PathLike, pattern: str | None = None) -> PruningStat
     groups = None if pattern is None else parse_pattern(pattern)
     if groups is not None and not isinstance(groups, NM):
         raise ValueError(f"pattern={pattern!r} is not checked by itself: give an N:M pattern such as '2:4'")
+    if groups is not None and (turned := sorted(transposed_weights(skeleton(folder)) & state.masks.keys())):
+        raise ValueError(f"{turned[0]} belongs to a Conv1D, which stores it transposed: it cannot hold {pattern}")
     for name, tensor in saved_tensors(folder):
         if name not in state.masks:
             continue

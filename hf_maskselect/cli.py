@@ -44,14 +44,21 @@ def make_parser() -> argparse.ArgumentParser:
     found["pack"].add_argument("--embeddings", choices=["int8"], help="round embedding tables to 8 bits (lossy)")
     found["verify"].add_argument("--pattern", help="also that every pruned matrix holds this N:M pattern, such as 2:4")
     found["export"].add_argument("--format", choices=["nm", "onnx"], default="nm", help="nm: 2:4 values and metadata")
-    found["export"].add_argument("--dtype", choices=EXPORT_DTYPES, default="bf16", help="nm: of the weights")
+    found["export"].add_argument("--dtype", choices=EXPORT_DTYPES, help="nm: of the weights (bf16)")
     found["export"].add_argument("--exclude-modules", nargs="+", help="nm: modules (suffix or regex) that stay dense")
     found["export"].add_argument(
         "--benchmark", action="store_true", help="nm: then time dense against sparse on this machine's GPU"
     )
-    found["export"].add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 32], help="of the benchmark")
-    found["export"].add_argument("--seq-lens", nargs="+", type=int, default=[128], help="of the benchmark, in tokens")
+    found["export"].add_argument("--batch-sizes", nargs="+", type=positive, help="of the benchmark (1 8 32)")
+    found["export"].add_argument("--seq-lens", nargs="+", type=positive, help="of the benchmark, in tokens (128)")
     return parser
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+    return int(text)
 
 
 def run(options: argparse.Namespace) -> str:
@@ -77,17 +84,26 @@ def export(options: argparse.Namespace) -> str:
     """The command of that name."""
     if options.format == "onnx":
         return str(export_onnx(options.path, options.output))
-    told = str(export_semi_structured(options.path, options.output, options.dtype, options.exclude_modules))
+    told = str(export_semi_structured(options.path, options.output, options.dtype or "bf16", options.exclude_modules))
     if not options.benchmark:
         return told
     print(told, flush=True)  # it is done, whatever comes of the timing
-    return str(time_export(options.output, options.batch_sizes, options.seq_lens))
+    return str(time_export(options.output, options.batch_sizes or (1, 8, 32), options.seq_lens or (128,)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = make_parser()
     options = parser.parse_args(arguments)
+    if options.command == "export":
+        only_nm = {"--dtype": options.dtype, "--exclude-modules": options.exclude_modules}
+        only_timed = {"--batch-sizes": options.batch_sizes, "--seq-lens": options.seq_lens}
+        if options.format == "onnx" and (given := [flag for flag, value in only_nm.items() if value]):
+            parser.error(f"{given[0]} belongs to --format nm")
+        if options.format == "onnx" and options.benchmark:
+            parser.error("--benchmark belongs to --format nm: ONNX Runtime has no sparse kernels to time")
+        if not options.benchmark and (given := [flag for flag, value in only_timed.items() if value]):
+            parser.error(f"{given[0]} belongs to --benchmark")
     disable_progress_bar()  # of transformers' loading: the answer is one line
     online = options.command in ("report", "verify", "export") and options.path.count("/") == 1
     online = online and not Path(options.path).exists()

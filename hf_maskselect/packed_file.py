@@ -125,6 +125,8 @@ class PackedWriter:
         stored = self._stored(tensor)
         coding, where, kept, k = "raw", None, tensor.numel(), 0
         values, scale = tensor, None
+        if wish.endswith("int8") and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds NaN or infinity, which int8 cannot: keep its dtype, or mend the model")
         if wish == "int8":
             coding, (values, scale) = "int8", quantize_rows(tensor)
             self.bound_bits += 8 * (values.numel() + 4 * scale.numel())

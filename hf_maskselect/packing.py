@@ -36,6 +36,7 @@ from .packed_file import DENSE, PACKED_FILE, PackedFile, PackedWriter
 # What makes a model folder besides its weights; not what a checkpoint keeps for the trainer.
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.png")
 _DENSE = ("model*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
+_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 _LEFT_OUT = (SAFE_WEIGHTS_INDEX_NAME, "trainer_state.json")
 
 
@@ -105,6 +106,8 @@ def pack(
         if bits and digest.hex() != fields["weights"]:
             raise ValueError(changed(folder, "the weights are not those"))
 
+    check_output(folder, output)
+    output.mkdir(parents=True, exist_ok=True)
     copy_companions(folder, output)
     path = output / PACKED_FILE
     writer.write(path, encoded(), metadata)
@@ -132,6 +135,8 @@ def unpack(folder: str | os.PathLike, output: str | os.PathLike) -> None:
                 bits[name], shapes[name] = pack_bits(mask), tuple(mask.shape)
             yield bytes_of(tensor)
 
+    check_output(folder, output)
+    output.mkdir(parents=True, exist_ok=True)
     copy_companions(folder, output)
     with replacing(output / SAFE_WEIGHTS_NAME) as temporary:
         with open(temporary, "wb") as file:
@@ -274,13 +279,16 @@ def _pruning_fields(packed: PackedFile) -> tuple[set[str], dict[str, str]]:
     return names, fields
 
 
+def check_output(folder: Path, output: Path) -> None:
+    """Raise a ValueError where writing a model into `output` would mix two models."""
+    if output.resolve() != folder.resolve() and any((output / name).exists() for name in _WEIGHTS):
+        raise ValueError(f"{output} holds the weights of a model already: choose another output folder")
+
+
 def copy_companions(folder: Path, output: Path) -> None:
-    """Make the output folder and copy what belongs to the model besides its weights."""
-    output.mkdir(parents=True, exist_ok=True)
+    """Copy what belongs to a model besides its weights; the output folder is there."""
     if output.resolve() == folder.resolve():
         return
-    if any((output / name).exists() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
-        raise ValueError(f"{output} holds the weights of a model already: choose another output folder")
     for pattern in _COMPANIONS:
         for file in sorted(folder.glob(pattern)):
             if file.name not in _LEFT_OUT and not file.name.startswith("optimizer"):

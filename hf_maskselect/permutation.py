@@ -63,7 +63,7 @@ class PermutationReport:
     @property
     def mean_gain(self) -> float:
         """Mean over matrices of what is kept more, relative to what was kept; 0.01 is one percent."""
-        return sum(after / before - 1 for _, before, after in self.rows) / len(self.rows)
+        return sum(after / before - 1 for _, before, after in self.rows) / max(len(self.rows), 1)
 
     def __str__(self) -> str:
         rows = [
@@ -93,16 +93,15 @@ def permute_channels(
     groups = parse_pattern(pattern)
     if not isinstance(groups, NM):
         raise ValueError(f"pattern={pattern!r} has no groups of columns, so there is nothing to permute: use 'N:M'")
-    found = couplings_of(model, names)
     rows = []
     with torch.no_grad():
-        for coupling, producer, consumer, name in found:
+        for coupling, producer, consumer, name in couplings_of(model, groups, names):
             weight = consumer.weight
             groups.check(name, weight.shape)
             total = float(weight.abs().sum(dtype=torch.float64))
             if total == 0:
                 continue
-            block = model.config.hidden_size // model.config.num_attention_heads if coupling.heads else weight.shape[1]
+            block = _head_size(model) if coupling.heads else weight.shape[1]
             before = kept_magnitude(weight, groups.n, groups.m)
             order = search_permutation(weight, groups.n, groups.m, block, rounds, seed)
             _move(coupling, producer, consumer, order)
@@ -111,12 +110,15 @@ def permute_channels(
 
 
 def couplings_of(
-    model: PreTrainedModel, names: Collection[str] | None = None
+    model: PreTrainedModel, groups: NM, names: Collection[str] | None = None
 ) -> list[tuple[Coupling, nn.Linear, nn.Linear, str]]:
-    """(coupling, producer, consumer, name of the consumer's weight) of every pair of the model.
+    """(coupling, producer, consumer, name of the consumer's weight) of every pair that can be permuted.
+
+    Left out are heads whose channels make no whole groups, and layers that are not plain `nn.Linear`: what wraps them,
+    such as an adapter, has weights of its own that would have to move, too.
 
     Raises:
-        ValueError: the family is not known, or none of its pairs is among `names`.
+        ValueError: the family is not known, or no pair is left.
     """
     kind = model.config.model_type if isinstance(model, PreTrainedModel) else type(model).__name__
     if kind not in COUPLINGS:
@@ -127,15 +129,25 @@ def couplings_of(
     modules = dict(model.named_modules())
     found = []
     for coupling in COUPLINGS[kind]:
+        if coupling.heads and _head_size(model) % groups.m:
+            continue
         for path, producer in modules.items():
             if path.endswith(f".{coupling.producer}"):
                 consumer = path.removesuffix(coupling.producer) + coupling.consumer
                 name = f"{consumer}.weight"
-                if names is None or name in names:
+                plain = type(producer) is type(modules[consumer]) is nn.Linear
+                if plain and (names is None or name in names):
                     found.append((coupling, producer, modules[consumer], name))
     if not found:
-        raise ValueError("none of the matrices to prune reads channels that may move: leave permute_channels out")
+        raise ValueError(
+            "none of the matrices to prune is a plain linear layer that reads channels free to move: leave "
+            "permute_channels out"
+        )
     return found
+
+
+def _head_size(model: PreTrainedModel) -> int:
+    return model.config.hidden_size // model.config.num_attention_heads
 
 
 def _move(coupling: Coupling, producer: nn.Linear, consumer: nn.Linear, order: Tensor) -> None:

@@ -90,7 +90,7 @@ class PruningTrainer(HubTrainer):
         self.model_accepts_loss_kwargs = False
         check_shapes(args, self._find_weights(self.model), transposed_weights(self.model))
         if args.permute_channels:
-            couplings_of(self.model, self._find_weights(self.model))
+            couplings_of(self.model, args.mask_pattern, self._find_weights(self.model))
         if teacher is not None and self.compute_loss_func is not None:
             raise ValueError("compute_loss_func and a teacher do not go together: its loss is scaled in another way")
         self._distiller = None if teacher is None else self._make_distiller(teacher)
@@ -178,16 +178,25 @@ class PruningTrainer(HubTrainer):
         return distiller
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.args.permute_channels and not self._resumed:
+            self._permute()
         self._method.attach(self.model)
-        if self.args.permute_channels and not self._resumed and self._method.masks.kept == self._method.masks.total:
-            report = permute_channels(self.model, self.args.pattern, self._method.weights, seed=self.args.seed)
-            self._say(f"Channels permuted, mean gain in kept magnitude {report.mean_gain:.2%}\n{report}")
         optimizer = super().create_optimizer(model)
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for group in self._method.parameter_groups():
             if not known & {id(parameter) for parameter in group["params"]}:
                 optimizer.add_param_group(group)
         return optimizer
+
+    def _permute(self) -> None:
+        args = self.args
+        zeros = MaskSet.from_zeros(self.model, args.target_modules, args.exclude_modules).sparsity()
+        if zeros >= 1 / args.mask_pattern.m:  # it was pruned in groups before, which must stay together
+            self._say(f"Channels stay where they are: {zeros:.2%} of the weights are zero already")
+            return
+        report = permute_channels(self.model, args.pattern, self._find_weights(self.model), seed=args.seed)
+        self._method.detach()  # zeros have moved
+        self._say(f"Channels permuted, mean gain in kept magnitude {report.mean_gain:.2%}\n{report}")
 
     def new_optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
         """A fresh optimizer of the run's own class and parameter groups; the run's own is left alone."""

@@ -171,3 +171,5 @@ def test_results_of_the_scripts_are_shown(run, tmp_path):
 def test_a_markdown_table():
     table = markdown_table(["a", "b", "c"], [[1, 2, "x"], [3, "-", ""]])
     assert table == "| a | b | c |\n| --- | ---: | --- |\n| 1 | 2 | x |\n| 3 | - |  |"
+    assert markdown_table(["a", "b"], []) == "| a | b |\n| --- | ---: |"
+    assert markdown_table(["a"], [["`.*(key|query)`"]]).endswith(r"| `.*(key\|query)` |")

@@ -4,11 +4,19 @@ import pytest
 import torch
 from test_packing import save_pruned
 from tiny import make, weights_of
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
-from hf_maskselect import export_semi_structured, load_semi_structured, prunable_weights, verify
+from hf_maskselect import (
+    MaskSet,
+    PruningState,
+    export_semi_structured,
+    load_semi_structured,
+    prunable_weights,
+    verify,
+)
 from hf_maskselect.cli import main
 from hf_maskselect.export.semi_structured import SEMI_STRUCTURED_FILE, available_backends, sparse_weight
+from hf_maskselect.masking.patterns import NM
 from hf_maskselect.packed_file import PackedFile, quantize_rows
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
@@ -95,6 +103,55 @@ def test_values_beyond_fp16_are_refused(saved, tmp_path):
     assert not (tmp_path / SEMI_STRUCTURED_FILE).exists()
 
 
+def test_an_export_that_fails_leaves_the_earlier_one(saved, tmp_path):
+    export_semi_structured(saved[0], tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = make(**WIDE, num_labels=5)
+    other.load_state_dict({n: w for n, w in saved[1].state_dict().items() if "classifier" not in n}, strict=False)
+    other.classifier.bias.data[0] = 1e6
+    with pytest.raises(ValueError, match="classifier.bias has values up to"):
+        export_semi_structured(other, tmp_path, "fp16")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_int8_refuses_what_it_cannot_hold(saved, tmp_path):
+    model = make(**WIDE)
+    model.load_state_dict(saved[1].state_dict())
+    weight = model.bert.encoder.layer[0].output.dense.weight
+    weight.data[weight != 0] = float("inf")
+    with pytest.raises(ValueError, match="layer.0.output.dense.weight holds NaN or infinity, which int8 cannot"):
+        export_semi_structured(model, tmp_path, "int8")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda f, _: load_semi_structured(f, "gpu"), "device='gpu' is unknown to torch"),
+        (lambda f, _: load_semi_structured(f, mode="fast"), "mode='fast' must be one of eager, compiled"),
+        (lambda f, to: export_semi_structured(torch.nn.Linear(4, 4), to), "Linear is no model of transformers"),
+        (lambda f, to: export_semi_structured(f, to, "fp8"), "dtype='fp8' must be one of"),
+    ],
+)
+def test_wrong_arguments_are_refused(saved, tmp_path, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(saved[0], tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")
+def test_a_device_that_is_not_there_is_named(saved, tmp_path):
+    export_semi_structured(saved[0], tmp_path)
+    with pytest.raises(ValueError, match="device='cuda' is not there, or this torch is built without CUDA"):
+        load_semi_structured(tmp_path, "cuda")
+
+
+def test_a_folder_with_weights_is_not_written_into(saved, tmp_path):
+    make().save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="holds the weights of a model already"):
+        export_semi_structured(saved[0], tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_damaged_file_is_refused(saved, tmp_path):
     export_semi_structured(saved[0], tmp_path)
     path = tmp_path / SEMI_STRUCTURED_FILE
@@ -128,6 +185,35 @@ def test_the_console_exports_and_verifies(saved, tmp_path, capsys):
     assert main(["verify", str(tmp_path / "other"), "--pattern", "2:4"]) == 1
     assert main(["export", str(tmp_path / "other"), "--output", str(tmp_path / "no")]) == 1
     assert "does not hold the pattern 2:4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--format", "onnx", "--dtype", "fp16"],
+        ["--format", "onnx", "--benchmark"],
+        ["--batch-sizes", "4"],
+        ["--benchmark", "--batch-sizes", "0"],
+        ["--benchmark", "--seq-lens", "x"],
+    ],
+)
+def test_flags_that_do_not_go_together_are_bad_usage(saved, tmp_path, capsys, flags):
+    with pytest.raises(SystemExit) as stop:
+        main(["export", str(saved[0]), "--output", str(tmp_path / "out"), *flags])
+    assert stop.value.code == 2 and not (tmp_path / "out").exists()
+    assert "error: " in capsys.readouterr().err
+
+
+def test_verify_knows_that_conv1d_is_transposed(tmp_path):
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, pad_token_id=0)
+    model = GPT2ForSequenceClassification(config)
+    masks = MaskSet(NM(2, 4).masks({n: w.detach().abs() for n, w in prunable_weights(model).items()}, 0.5))
+    masks.apply_(model)
+    model.save_pretrained(tmp_path)
+    PruningState(masks, "magnitude", "unstructured", 0.5, 1, 0, 0).sealed(tmp_path).save(tmp_path)
+    assert verify(tmp_path).masks.sparsity() == 0.5
+    with pytest.raises(ValueError, match="belongs to a Conv1D, which stores it transposed: it cannot hold 2:4"):
+        verify(tmp_path, "2:4")
 
 
 def test_verify_takes_n_m_patterns_only(saved):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_packing import save_pruned
 from tiny import make
+from transformers import GPT2Config, GPT2ForSequenceClassification, ResNetConfig, ResNetForImageClassification
 
 from hf_maskselect import export_onnx
 from hf_maskselect.cli import main
@@ -45,12 +46,42 @@ def test_the_console_exports_a_folder(tmp_path, capsys):
 
 @needs_onnx
 def test_a_graph_that_computes_something_else_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_compare", lambda *_: (0.5, 1.0))
-    with pytest.raises(ValueError, match="computes something else: its outputs are up to 0.5"):
+    monkeypatch.setattr(module, "_compare", lambda *_: (float("nan"), 1.0))
+    with pytest.raises(ValueError, match="computes something else, its outputs are up to nan"):
         export_onnx(make(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@needs_onnx
+def test_a_saved_bfloat16_model_is_read_as_float32(tmp_path):
+    save_pruned(tmp_path / "in", dtype=torch.bfloat16)
+    assert export_onnx(tmp_path / "in", tmp_path / "out").difference < 1e-5
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: make().bfloat16(), "the model is torch.bfloat16"),
+        (lambda: torch.nn.Linear(2, 2), "Linear is no model of transformers"),
+        (
+            lambda: ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])),
+            "takes pixel_values: pass a batch of them as inputs",
+        ),
+    ],
+)
+def test_models_that_cannot_be_exported_as_they_are(tmp_path, model, message):
+    with pytest.raises(ValueError, match=message):
+        export_onnx(model(), tmp_path)
+
+
+@needs_onnx
+def test_a_decoder_is_compared_by_the_names_of_its_outputs(tmp_path):
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, pad_token_id=0)
+    assert export_onnx(GPT2ForSequenceClassification(config), tmp_path).difference < 1e-4
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_PACKAGES", ("onnx", "a_package_nobody_has"))
-    with pytest.raises(ValueError, match="a_package_nobody_has: pip install 'hf_maskselect.onnx.'"):
+    with pytest.raises(ValueError, match="a_package_nobody_has: pip install -U 'hf_maskselect.onnx.'"):
         export_onnx(make(), tmp_path)

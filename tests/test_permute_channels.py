@@ -9,6 +9,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from hf_maskselect import MaskSet, permute_channels, prunable_weights, verify
+from hf_maskselect.masking.patterns import NM
 from hf_maskselect.permutation import COUPLINGS, couplings_of
 
 
@@ -46,8 +47,41 @@ def test_only_what_will_be_pruned_moves():
     names = [name for name in prunable_weights(model) if "layer.1.output" in name]
     report = permute_channels(model, "2:4", names)
     assert [name for name, *_ in report.rows] == names
-    with pytest.raises(ValueError, match="none of the matrices to prune reads channels that may move"):
-        couplings_of(model, ["bert.encoder.layer.0.attention.self.query.weight"])
+    with pytest.raises(ValueError, match="none of the matrices to prune is a plain linear layer that reads"):
+        couplings_of(model, NM(2, 4), ["bert.encoder.layer.0.attention.self.query.weight"])
+
+
+def test_what_cannot_move_alone_stays(tmp_path):
+    """Heads whose channels make no whole groups, and layers with an adapter, whose own weights would have to move."""
+    odd = make(hidden_size=36, num_attention_heads=6)
+    assert all("attention" not in name for name, *_ in permute_channels(odd).rows)
+    peft = pytest.importorskip("peft")
+    model = with_biases("Bert")
+    model.add_adapter(peft.LoraConfig(target_modules=["value", "intermediate.dense"], init_lora_weights=False))
+    before = logits(model)
+    with pytest.raises(ValueError, match="none of the matrices to prune is a plain linear layer"):
+        permute_channels(model)
+    assert torch.equal(logits(model), before)
+
+
+def test_a_single_zero_does_not_keep_channels_from_moving(tmp_path, capsys):
+    model = make()
+    weight = model.bert.encoder.layer[0].output.dense.weight
+    weight.data[0, 0] = 0
+    changes = {"pattern": "2:4", "sparsity": None, "num_levels": None, "permute_channels": True}
+    trainer = make_trainer(tmp_path, model, **changes)
+    trainer.save_model(str(tmp_path / "before"))  # attaches the method, which reads the zeros
+    trainer.train()
+    assert "Channels permuted, mean gain" in capsys.readouterr().out
+    assert MaskSet.from_zeros(trainer.model).sparsity() == 0.5
+    assert (trainer.pruning_state().masks.digest()) == MaskSet.from_zeros(trainer.model).digest()
+
+
+def test_nothing_to_gain_is_no_error():
+    model = make()
+    for weight in prunable_weights(model).values():
+        weight.data.zero_()
+    assert permute_channels(model).rows == () and permute_channels(model).mean_gain == 0
 
 
 def test_models_that_are_not_known_are_refused(tmp_path):
@@ -62,7 +96,7 @@ def test_models_that_are_not_known_are_refused(tmp_path):
         make_trainer(tmp_path, permute_channels=True)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "random", "pdp"])
+@pytest.mark.parametrize("method", ["magnitude", "random", "pdp", "gumbel"])
 def test_a_permuted_run_ends_in_the_pattern_and_resumes_to_the_bit(tmp_path, method):
     changes = {"method": method, "pattern": "2:4", "sparsity": None, "permute_channels": True}
     changes |= {"num_levels": None, "save_strategy": "steps", "save_steps": 6}
@@ -80,11 +114,12 @@ def test_a_permuted_run_ends_in_the_pattern_and_resumes_to_the_bit(tmp_path, met
     assert not same(weights_of(whole.model), weights_of(plain.model))
 
 
-def test_a_sparse_model_keeps_its_order(tmp_path):
+def test_a_sparse_model_keeps_its_order(tmp_path, capsys):
     changes = {"pattern": "2:4", "sparsity": None, "num_levels": None, "permute_channels": True}
     trainer = make_trainer(tmp_path / "a", **changes)
     trainer.train()
     masks = MaskSet.from_zeros(trainer.model)
     again = make_trainer(tmp_path / "b", trainer.model, **changes)
     again.train()
+    assert "Channels stay where they are: 50.00% of the weights are zero already" in capsys.readouterr().out
     assert MaskSet.from_zeros(again.model).digest() == masks.digest()

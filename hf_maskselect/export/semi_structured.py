@@ -22,27 +22,38 @@ from torch.sparse import (
 )
 from transformers import PreTrainedModel
 
+from ..card import without_section
 from ..checkpoint import PruningState, config_digest, load_strictly, model_class, saved_tensors, skeleton
 from ..files import read_json, write_json
 from ..masking.semi_structured import check_groups, compress, layout_of
 from ..masking.targets import prunable_weights, transposed_weights
 from ..packed_file import PackedFile, PackedWriter
-from ..packing import copy_companions, find_folder, open_packed
+from ..packing import check_output, copy_companions, find_folder, open_packed
 
 SEMI_STRUCTURED_FILE = "semi_structured_model.safetensors"
 TIMING_FILE = "semi_structured_timing.json"
+MODES = ("eager", "compiled")
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
+SPEED_HEADING = "## Speed on sparse tensor cores"
 BACKENDS = {"cusparselt": SparseSemiStructuredTensorCUSPARSELT, "cutlass": SparseSemiStructuredTensorCUTLASS}
+# Rows and columns of a bfloat16 or float16 matrix must be multiples of these for torch to take it.
+_MULTIPLES = {"cusparselt": (16, 16), "cutlass": (32, 64)}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best back end (None: dense wins) and the tensors that are faster sparse at every shape that was timed."""
+
+    backend: str | None
+    sparse: list[str]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What `time_export` found out: on which device, the best back end (None: dense wins) and the tensors that are
-    faster sparse at every shape that was timed."""
+    """What `time_export` found out on one kind of device: a choice for plain ("eager") and for compiled use."""
 
     device: str
-    backend: str | None
-    sparse: list[str]
+    choices: dict[str, Choice]
 
     def save(self, folder: str | os.PathLike) -> None:
         write_json(Path(folder) / TIMING_FILE, asdict(self))
@@ -55,7 +66,10 @@ class Timing:
             ValueError: it is damaged.
         """
         path = Path(folder) / TIMING_FILE
-        return cls(**read_json(path, "delete it, and time the file again")) if path.is_file() else None
+        if not path.is_file():
+            return None
+        found = read_json(path, "delete it, and time the file again")
+        return cls(found["device"], {mode: Choice(**choice) for mode, choice in found["choices"].items()})
 
 
 @dataclass(frozen=True)
@@ -108,10 +122,16 @@ def export_semi_structured(
     if dtype not in EXPORT_DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(EXPORT_DTYPES)}")
     if isinstance(model_or_path, nn.Module):
+        if not isinstance(model_or_path, PreTrainedModel):
+            raise ValueError(
+                f"{type(model_or_path).__name__} is no model of transformers, so there is no configuration to load it "
+                "with: use torch.sparse.to_sparse_semi_structured on its weights"
+            )
         with tempfile.TemporaryDirectory() as folder:
             model_or_path.save_pretrained(folder)
             return export_semi_structured(folder, output, dtype, exclude_modules)
     folder, output = find_folder(model_or_path), Path(output)
+    check_output(folder, output)
     state = PruningState.find(folder)
     if state is not None:
         state.check_saved(folder)
@@ -120,6 +140,10 @@ def export_semi_structured(
     stored = torch.int8 if dtype == "int8" else wide
     sparse, dense = [], []
     for name, tensor in saved_tensors(folder):
+        if wide == torch.float16 and bool((tensor.to(wide).isinf() & ~tensor.isinf()).any()):
+            raise ValueError(
+                f"{name} has values up to {float(tensor.abs().max()):.3g}, which fp16 cannot hold: use dtype='bf16'"
+            )
         if name in chosen:
             check_groups(name, tensor)
             fits = layout_of(stored, tuple(tensor.shape)) is not None
@@ -134,18 +158,17 @@ def export_semi_structured(
     def encoded() -> Iterator[tuple[str, Tensor, str, Tensor | None]]:
         for name, tensor in saved_tensors(folder):
             narrow = tensor.to(wide) if tensor.is_floating_point() else tensor
-            if bool((narrow.isinf() & ~tensor.isinf()).any()):
-                raise ValueError(
-                    f"{name} has values up to {float(tensor.abs().max()):.3g}, which {dtype} cannot hold: use "
-                    "dtype='bf16'"
-                )
             yield name, narrow, wish if name in sparse else "raw", None
 
+    output.mkdir(parents=True, exist_ok=True)
+    path, writer = output / SEMI_STRUCTURED_FILE, PackedWriter()
+    writer.write(path, encoded(), {"config": config_digest(folder)})
     copy_companions(folder, output)
-    (output / TIMING_FILE).unlink(missing_ok=True)  # of an earlier file
-    writer = PackedWriter()
-    writer.write(output / SEMI_STRUCTURED_FILE, encoded(), {"config": config_digest(folder)})
-    path = output / SEMI_STRUCTURED_FILE
+    # Times and their table are of an earlier file.
+    (output / TIMING_FILE).unlink(missing_ok=True)
+    card = output / "README.md"
+    if card.is_file():
+        card.write_text(without_section(card.read_text(encoding="utf-8"), SPEED_HEADING), encoding="utf-8")
     return ExportReport(path, tuple(sparse), tuple(dense), tuple(excluded), writer.dense_bytes, path.stat().st_size)
 
 
@@ -164,7 +187,10 @@ def _choose(folder: Path, masked: Sequence[str] | None, exclude_modules) -> tupl
 
 
 def load_semi_structured(
-    path_or_repo: str | os.PathLike, device: str | torch.device = "cpu", backend: str | None = None
+    path_or_repo: str | os.PathLike,
+    device: str | torch.device = "cpu",
+    backend: str | None = None,
+    mode: str = "eager",
 ) -> PreTrainedModel:
     """The exported model, in eval mode, at its exported dtype.
 
@@ -173,33 +199,38 @@ def load_semi_structured(
         device: where it goes. On a CUDA device for which torch has sparse kernels (compute capability 8.0 or more) its
             2:4 matrices become `SparseSemiStructuredTensor`; elsewhere they are the exact dense weights. Where
             `time_export` has timed the file on the same kind of device, matrices that it found faster dense stay so.
-        backend: `"cusparselt"` or `"cutlass"`, which makes every 2:4 matrix sparse; by default the one that was timed
-            best, else the first that torch has.
+        backend: `"cusparselt"` or `"cutlass"`, which makes every 2:4 matrix sparse that it takes; by default the one
+            that was timed best, else the first that torch has.
+        mode: `"eager"`, or `"compiled"` where the model will go through `torch.compile`: which of the timings counts.
 
     Raises:
-        ValueError: no such file, damaged, of another model, or a back end that does not run there.
+        ValueError: no such file, damaged, of another model, or a device or back end that is not there.
     """
-    folder = find_folder(path_or_repo, weights=[SEMI_STRUCTURED_FILE])
-    packed = open_packed(folder, SEMI_STRUCTURED_FILE, "export")
-    tensors = {name: packed.tensor(name) for name in packed.entries}
-    cls, config = model_class(folder)
-    dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
-    model = load_strictly(cls, folder, None, ("missing_keys",), config=config, state_dict=tensors, dtype=dtype)
-    model.to(device).eval()
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} must be one of {', '.join(MODES)}")
     possible = available_backends(device)
     if backend is not None and backend not in possible:
         raise ValueError(
             f"backend={backend!r} does not run on {device} with this torch, which has {', '.join(possible) or 'none'} "
             "there: leave backend unset"
         )
+    folder = find_folder(path_or_repo, weights=[SEMI_STRUCTURED_FILE, TIMING_FILE])
+    packed = open_packed(folder, SEMI_STRUCTURED_FILE, "export")
+    tensors = {name: packed.tensor(name) for name in packed.entries}
+    cls, config = model_class(folder)
+    dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    model = load_strictly(cls, folder, None, ("missing_keys",), config=config, state_dict=tensors, dtype=dtype)
+    model.to(device).eval()
     names = sparse_names(packed)
     if backend is None and possible:
         backend = possible[0]
         timed = Timing.find(folder)
-        if timed is not None and timed.device == torch.cuda.get_device_name(device):
-            backend, names = timed.backend, timed.sparse
-    if names and backend is not None:
-        make_sparse(model, names, backend)
+        if timed is not None and timed.device == torch.cuda.get_device_name(device) and mode in timed.choices:
+            choice = timed.choices[mode]
+            if choice.backend is None or choice.backend in possible:
+                backend, names = choice.backend, choice.sparse
+    if backend is not None:
+        make_sparse(model, names_that_fit(model, names, backend), backend)
     return model
 
 
@@ -212,16 +243,35 @@ def available_backends(device: str | torch.device) -> list[str]:
     """Back ends that run on a device, the usually faster one first; none but on CUDA.
 
     CUTLASS kernels of torch are built for compute capability 8.x only; cuSPARSELt comes with some builds of torch.
+
+    Raises:
+        ValueError: no such device.
     """
-    if torch.device(device).type != "cuda":
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is unknown to torch: use 'cpu' or 'cuda'") from error
+    if kind != "cuda":
         return []
+    if not torch.cuda.is_available():
+        raise ValueError(f"device={str(device)!r} is not there, or this torch is built without CUDA: use 'cpu'")
     major, _ = torch.cuda.get_device_capability(device)
     found = ["cusparselt"] if major >= 8 and torch.backends.cusparselt.is_available() else []
     return [*found, "cutlass"] if major == 8 else found
 
 
+def names_that_fit(model: nn.Module, names: Sequence[str], backend: str) -> list[str]:
+    """Those of the named matrices that a back end takes: all but some whose sides are no multiples of 64."""
+    rows, columns = _MULTIPLES[backend]
+    shapes = {name: model.get_parameter(name).shape for name in names}
+    return [name for name, shape in shapes.items() if shape[0] % rows == 0 and shape[1] % columns == 0]
+
+
 def make_sparse(model: nn.Module, names: Sequence[str], backend: str) -> None:
-    """Turn 2:4 weights of linear layers into sparse tensors, in place; the model can then only be run, not trained."""
+    """Turn 2:4 weights of linear layers into sparse tensors, in place; the model can then only be run, not trained.
+
+    names: of matrices that the back end takes.
+    """
     for name in names:
         module = model.get_submodule(name.removesuffix(".weight"))
         module.weight = nn.Parameter(sparse_weight(name, module.weight.detach(), backend), requires_grad=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +13,22 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from ..card import markdown_table
+from ..card import markdown_table, without_section
 from ..packing import open_packed
 from ..report import text_table
 from .semi_structured import (
+    MODES,
     SEMI_STRUCTURED_FILE,
+    SPEED_HEADING,
+    Choice,
     Timing,
     available_backends,
     load_semi_structured,
     make_sparse,
+    names_that_fit,
     sparse_names,
     sparse_weight,
 )
-
-_HEADING = "## Speed on sparse tensor cores"
 
 
 @dataclass(frozen=True)
@@ -36,26 +37,20 @@ class LayerTime:
 
     shape: tuple[int, int]
     tokens: int
+    mode: str
     dense: float
     sparse: dict[str, float]
 
 
 @dataclass(frozen=True)
 class ModelTime:
-    """One forward pass in seconds: dense and sparse, plain and through `torch.compile` (None: not run)."""
+    """One forward pass in seconds: dense, and with the matrices that are worth it sparse, by back end."""
 
     batch: int
     length: int
-    backend: str
+    mode: str
     dense: float
-    dense_compiled: float | None
-    sparse: float
-    sparse_compiled: float | None
-
-    @property
-    def speedup(self) -> float:
-        """Best of sparse against best of dense; above 1 sparse is faster."""
-        return _best(self.dense, self.dense_compiled) / _best(self.sparse, self.sparse_compiled)
+    sparse: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -68,37 +63,36 @@ class TimingReport:
 
     def tables(self, show: Callable[[Sequence[str], Sequence[Sequence[object]]], str]) -> tuple[str, str]:
         """(by layer shape, whole model), milliseconds, drawn by `text_table` or `markdown_table`."""
-        backends = sorted({name for layer in self.layers for name in layer.sparse})
-        rows = []
-        for layer in self.layers:
-            times = [f"{1e3 * layer.sparse[name]:.3f}" for name in backends]
-            best = layer.dense / min(layer.sparse.values())
-            rows.append(
-                ["x".join(map(str, layer.shape)), layer.tokens, f"{1e3 * layer.dense:.3f}", *times, f"{best:.2f}x"]
-            )
-        by_layer = show(["matrix", "tokens", "dense ms", *(f"{name} ms" for name in backends), "speed-up"], rows)
-        rows = [
-            [
-                m.batch,
-                m.length,
-                m.backend,
-                *map(_milliseconds, (m.dense, m.dense_compiled, m.sparse, m.sparse_compiled)),
-            ]
-            + [f"{m.speedup:.2f}x"]
-            for m in self.models
-        ]
-        header = ["batch", "length", "back end", "dense ms", "compiled", "sparse ms", "compiled", "speed-up"]
-        return by_layer, show(header, rows)
+        backends = sorted({name for time in (*self.layers, *self.models) for name in time.sparse})
+        tail = ["dense ms", *(f"{name} ms" for name in backends), "best speed-up"]
+
+        def times(time: LayerTime | ModelTime) -> list[str]:
+            best = f"{time.dense / min(time.sparse.values()):.2f}x" if time.sparse else "-"
+            shown = [f"{1e3 * time.sparse[name]:.3f}" if name in time.sparse else "-" for name in backends]
+            return [f"{1e3 * time.dense:.3f}", *shown, best]
+
+        by_layer = [["x".join(map(str, x.shape)), x.tokens, x.mode, *times(x)] for x in self.layers]
+        by_model = [[x.batch, x.length, x.mode, *times(x)] for x in self.models]
+        return (
+            show(["matrix", "tokens", "mode", *tail], by_layer),
+            show(["batch", "length", "mode", *tail], by_model),
+        )
 
     @property
     def verdict(self) -> str:
-        """One sentence on what the exported model does on this device."""
-        if self.timing.backend is None:
-            return f"On {self.timing.device} no layer choice beats dense at every shape: all layers stay dense there."
-        return (
-            f"On {self.timing.device} {len(self.timing.sparse)} matrices run sparse ({self.timing.backend}); the "
-            "others are as fast dense, or faster."
-        )
+        """What the exported model does on this device, one sentence a mode."""
+        told = []
+        for mode, choice in self.timing.choices.items():
+            if choice.backend is None:
+                told.append(
+                    f"On {self.timing.device}, {mode}: nothing beats dense at every shape, so all layers stay."
+                )
+            else:
+                told.append(
+                    f"On {self.timing.device}, {mode}: {len(choice.sparse)} matrices run sparse ({choice.backend}), "
+                    "the others are as fast dense, or faster."
+                )
+        return " ".join(told)
 
     def __str__(self) -> str:
         return "\n\n".join([*self.tables(text_table), self.verdict])
@@ -106,9 +100,8 @@ class TimingReport:
     def write_card(self, folder: str | os.PathLike) -> None:
         """Put the tables into the folder's model card, in place of those of an earlier timing."""
         path = Path(folder) / "README.md"
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        text = re.sub(rf"\n*{re.escape(_HEADING)}\n.*?(?=\n## |\Z)", "", text, flags=re.DOTALL)
-        section = "\n\n".join([_HEADING, self.verdict, *self.tables(markdown_table)])
+        text = without_section(path.read_text(encoding="utf-8"), SPEED_HEADING) if path.is_file() else ""
+        section = "\n\n".join([SPEED_HEADING, self.verdict, *self.tables(markdown_table)])
         path.write_text(f"{text.rstrip()}\n\n{section}\n".lstrip(), encoding="utf-8")
 
 
@@ -117,19 +110,16 @@ def time_export(
     batch_sizes: Sequence[int] = (1, 8, 32),
     lengths: Sequence[int] = (128,),
     device: str | torch.device = "cuda",
-    compiled: bool = True,
+    modes: Sequence[str] = MODES,
 ) -> TimingReport:
     """Time an exported folder at every batch size and length, and write down which layers are worth being sparse.
 
-    A matrix is sparse only if it was faster so at every shape; a back end is taken only if the whole model was, too,
-    plain or through `torch.compile`, whichever is better on each side. `load_semi_structured` then follows it on the
-    same kind of device, and the tables go into the folder's `README.md`.
-
-    Args:
-        compiled: also time through `torch.compile`.
+    Plain and compiled use are timed and decided apart. In each, a matrix is sparse only if it was faster so at every
+    shape, and a back end is taken only if the whole model was, too. `load_semi_structured` then follows it on the same
+    kind of device, and the tables go into the folder's `README.md`.
 
     Raises:
-        ValueError: no CUDA device with sparse kernels, or no exported file.
+        ValueError: no CUDA device with sparse kernels, no exported file of a text model, or a shape it does not take.
     """
     folder = Path(folder)
     backends = available_backends(device) if torch.cuda.is_available() else []
@@ -139,71 +129,84 @@ def time_export(
             "for it, and there is none here: the exported file is whole, time it where it will run"
         )
     names = sparse_names(open_packed(folder, SEMI_STRUCTURED_FILE, "export"))
-    model = load_semi_structured(folder).to(device)
+    model = load_semi_structured(folder)
+    check_shapes(model, batch_sizes, lengths)
+    model.to(device)
     tokens = sorted({batch * length for batch in batch_sizes for length in lengths})
+    layers: list[LayerTime] = []
+    models: list[ModelTime] = []
+    choices = {}
     with torch.inference_mode():
-        layers = time_layers(model, names, tokens, backends)
-        models: list[ModelTime] = []
-        for backend in backends:
-            chosen = worthwhile(model, names, layers, backend)
-            if chosen:
-                models += time_models(model, chosen, backend, batch_sizes, lengths, compiled)
-    backend = best_backend(models)
-    sparse = [] if backend is None else worthwhile(model, names, layers, backend)
-    report = TimingReport(Timing(torch.cuda.get_device_name(device), backend, sparse), tuple(layers), tuple(models))
+        for mode in modes:
+            own = time_layers(model, names, tokens, backends, mode)
+            chosen = {backend: worthwhile(model, names, own, backend) for backend in backends}
+            whole = time_models(model, chosen, batch_sizes, lengths, mode)
+            backend = best_backend(whole)
+            choices[mode] = Choice(backend, [] if backend is None else chosen[backend])
+            layers += own
+            models += whole
+    report = TimingReport(Timing(torch.cuda.get_device_name(device), choices), tuple(layers), tuple(models))
     report.timing.save(folder)
     report.write_card(folder)
     return report
 
 
+def check_shapes(model: nn.Module, batch_sizes: Sequence[int], lengths: Sequence[int]) -> None:
+    """Raise a ValueError for what the model cannot be run on."""
+    if model.main_input_name != "input_ids":
+        raise ValueError(f"{type(model).__name__} takes {model.main_input_name}, and only text models are timed")
+    if not batch_sizes or not lengths or min(*batch_sizes, *lengths) < 1:
+        raise ValueError(
+            f"batch sizes {list(batch_sizes)} and lengths {list(lengths)} must be whole numbers from 1 on"
+        )
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and max(lengths) > longest:
+        raise ValueError(f"length {max(lengths)} is more than the {longest} positions of the model: time shorter rows")
+
+
 def time_layers(
-    model: nn.Module, names: Sequence[str], tokens: Sequence[int], backends: Sequence[str]
+    model: nn.Module, names: Sequence[str], tokens: Sequence[int], backends: Sequence[str], mode: str
 ) -> list[LayerTime]:
     """Each shape among the named matrices once, at each number of tokens."""
-    examples = {tuple(model.get_parameter(name).shape): name for name in names}
     found = []
-    for shape, name in examples.items():
+    for shape, name in {tuple(model.get_parameter(name).shape): name for name in names}.items():
         weight = model.get_parameter(name).detach()
-        sparse = {backend: sparse_weight(name, weight, backend) for backend in backends}
+        packed = {b: sparse_weight(name, weight, b) for b in backends if names_that_fit(model, [name], b)}
         for count in tokens:
             rows = torch.randn(count, shape[1], dtype=weight.dtype, device=weight.device)
-            dense = _seconds(lambda rows=rows, weight=weight: nn.functional.linear(rows, weight))
-            times = {
-                backend: _seconds(lambda rows=rows, packed=packed: nn.functional.linear(rows, packed))
-                for backend, packed in sparse.items()
-            }
-            found.append(LayerTime(shape, count, dense, times))
+            dense = _seconds(nn.functional.linear, mode, rows, weight)
+            sparse = {backend: _seconds(nn.functional.linear, mode, rows, packed[backend]) for backend in packed}
+            found.append(LayerTime(shape, count, mode, dense, sparse))
     return found
 
 
 def worthwhile(model: nn.Module, names: Sequence[str], layers: Sequence[LayerTime], backend: str) -> list[str]:
     """The matrices whose shape was faster sparse at every number of tokens."""
-    lost = {layer.shape for layer in layers if layer.sparse[backend] >= layer.dense}
+    lost = {layer.shape for layer in layers if layer.sparse.get(backend, layer.dense) >= layer.dense}
     return [name for name in names if tuple(model.get_parameter(name).shape) not in lost]
 
 
 def time_models(
     model: nn.Module,
-    chosen: Sequence[str],
-    backend: str,
+    chosen: dict[str, list[str]],
     batch_sizes: Sequence[int],
     lengths: Sequence[int],
-    compiled: bool,
+    mode: str,
 ) -> list[ModelTime]:
-    """Whole forward passes, with the chosen matrices dense and sparse."""
-    sparse = copy.deepcopy(model)
-    make_sparse(sparse, chosen, backend)
+    """Whole forward passes, dense and with the chosen matrices of each back end sparse."""
+    sparse = {}
+    for backend, names in chosen.items():
+        if names:
+            sparse[backend] = copy.deepcopy(model)
+            make_sparse(sparse[backend], names, backend)
     device, found = next(model.parameters()).device, []
     for batch in batch_sizes:
         for length in lengths:
             ids = torch.randint(5, model.config.vocab_size, (batch, length), device=device)
-            rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            times = []
-            for each in (model, sparse):
-                times.append(_seconds(lambda each=each, rows=rows: each(**rows)))
-                fast = torch.compile(each, dynamic=False) if compiled else None
-                times.append(_seconds(lambda fast=fast, rows=rows: fast(**rows)) if compiled else None)
-            found.append(ModelTime(batch, length, backend, *times))
+            mask = torch.ones_like(ids)
+            dense = _seconds(model, mode, ids, mask)
+            times = {backend: _seconds(each, mode, ids, mask) for backend, each in sparse.items()}
+            found.append(ModelTime(batch, length, mode, dense, times))
     return found
 
 
@@ -211,20 +214,17 @@ def best_backend(models: Sequence[ModelTime]) -> str | None:
     """The back end that was faster than dense at every shape, by the largest of its smallest speed-ups."""
     worst: dict[str, float] = {}
     for model in models:
-        worst[model.backend] = min(model.speedup, worst.get(model.backend, float("inf")))
+        for backend, seconds in model.sparse.items():
+            worst[backend] = min(model.dense / seconds, worst.get(backend, float("inf")))
     best = max(worst, key=worst.get, default=None)
     return best if best is not None and worst[best] > 1 else None
 
 
-def _seconds(job: Callable[[], object]) -> float:
+def _seconds(job: Callable, mode: str, *inputs: torch.Tensor) -> float:
     """Median of one call; the timer waits for the GPU."""
-    job()  # compiles and warms up
-    return Timer("job()", globals={"job": job}).blocked_autorange(min_run_time=0.2).median
-
-
-def _best(plain: float, compiled: float | None) -> float:
-    return plain if compiled is None else min(plain, compiled)
-
-
-def _milliseconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{1e3 * seconds:.3f}"
+    if mode == "compiled":
+        torch._dynamo.reset()  # after eight shapes it would stop compiling, and the time be that of plain use
+        job = torch.compile(job, dynamic=False)
+    job(*inputs)  # compiles and warms up
+    timer = Timer("job(*inputs)", globals={"job": job, "inputs": inputs})
+    return timer.blocked_autorange(min_run_time=0.2).median

@@ -45,6 +45,10 @@ class HardMasks:
             self._keep = self._zeros_of_the_start() if self._keep_zeros else {}
         self._keep = {name: keep.to(self.weights[name]) for name, keep in self._keep.items()}
 
+    def detach(self) -> None:
+        """Forget the model; its zeros are read anew when it, or another, is attached."""
+        self.weights = {}
+
     def _zeros_of_the_start(self) -> dict[str, Tensor]:
         """Masks of a model that is sparse already; none for a dense one."""
         if all(int(torch.count_nonzero(weight)) == weight.numel() for weight in self.weights.values()):
