@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_packing import save_pruned
 from tiny import make, make_trainer, same, weights_of
 
-from hf_maskselect import load_pruned
+from hf_maskselect import export_semi_structured, load_pruned, load_semi_structured
+from hf_maskselect.export.semi_structured import SEMI_STRUCTURED_FILE, TIMING_FILE, Choice, Timing
 from hf_maskselect.journal import JOURNAL_FILE, Journal
 from hf_maskselect.level_best import FILE as LEVEL_FILE
 from hf_maskselect.level_best import LevelBest
@@ -37,6 +39,9 @@ def folders(tmp_path_factory):
     (root / "shards" / "model.safetensors").unlink()
     trainer.model.save_pretrained(root / "shards", max_shard_size="8KB")
     pack(root / "plain", root / "packed")
+    save_pruned(root / "groups", 0.5, "2:4", **{**SMALL, "hidden_size": 32, "intermediate_size": 32})
+    export_semi_structured(root / "groups", root / "semi")
+    Timing("A GPU", {"eager": Choice("cutlass", [])}).save(root / "semi")
     run = root / "run"
     run.mkdir()
     (run / SEARCH_FILE).write_text(
@@ -61,6 +66,10 @@ def folders(tmp_path_factory):
 def read_model(folder):
     model, masks = load_pruned(folder)
     return weights_of(model), masks.digest(), [model.config.hidden_act, model.config.layer_norm_eps]
+
+
+def read_semi_structured(folder):
+    return weights_of(load_semi_structured(folder)), str(Timing.find(folder)), []
 
 
 def read_journal(folder):
@@ -89,6 +98,8 @@ READ = {
     "config.json": ("plain", read_model, 200),
     "model.safetensors.index.json": ("shards", read_model, 100),
     PACKED_FILE: ("packed", read_model, 500),
+    SEMI_STRUCTURED_FILE: ("semi", read_semi_structured, 300),
+    TIMING_FILE: ("semi", read_semi_structured, 100),
     JOURNAL_FILE: ("run", read_journal, 150),
     SEARCH_FILE: ("run", read_search, 100),
     LEVEL_FILE: ("run", read_level_best, 150),
