@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_packing import save_pruned
 from tiny import make, weights_of
+from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from hf_maskselect import (
@@ -15,8 +16,9 @@ from hf_maskselect import (
     verify,
 )
 from hf_maskselect.cli import main
-from hf_maskselect.export.semi_structured import SEMI_STRUCTURED_FILE, available_backends, sparse_weight
+from hf_maskselect.export.semi_structured import SEMI_STRUCTURED_FILE, available_backends, make_sparse, sparse_weight
 from hf_maskselect.masking.patterns import NM
+from hf_maskselect.masking.semi_structured import decompress
 from hf_maskselect.packed_file import PackedFile, quantize_rows
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
@@ -219,6 +221,29 @@ def test_verify_knows_that_conv1d_is_transposed(tmp_path):
 def test_verify_takes_n_m_patterns_only(saved):
     with pytest.raises(ValueError, match="pattern='channel' is not checked by itself"):
         verify(saved[0], "channel")
+
+
+def test_a_model_with_sparse_tensors_computes_the_same(saved, tmp_path, monkeypatch):
+    """torch's own tensor class and its dispatch; only the two CUDA kernels are products of unpacked weights here."""
+
+    def mm(packed, meta, other):
+        return decompress(packed, meta) @ other
+
+    def addmm(bias, packed, meta, other):
+        return decompress(packed, meta) @ other + bias.unsqueeze(1)
+
+    monkeypatch.setattr(torch, "_sparse_semi_structured_mm", mm)
+    monkeypatch.setattr(torch, "_sparse_semi_structured_addmm", addmm)
+    export_semi_structured(saved[0], tmp_path)
+    dense, sparse = load_semi_structured(tmp_path), load_semi_structured(tmp_path)
+    names = list(prunable_weights(dense))
+    make_sparse(sparse, names, "cutlass")
+    assert all(isinstance(sparse.get_parameter(name).data, SparseSemiStructuredTensorCUTLASS) for name in names)
+    ids = torch.randint(3, 64, (8, 16))
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            found, expected = sparse(input_ids=ids).logits, dense(input_ids=ids).logits
+        assert torch.allclose(found, expected, rtol=3e-2, atol=3e-2)
 
 
 @pytest.mark.gpu
