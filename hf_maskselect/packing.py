@@ -35,7 +35,7 @@ from .packed_file import DENSE, PACKED_FILE, PackedFile, PackedWriter
 
 # What makes a model folder besides its weights; not what a checkpoint keeps for the trainer.
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.png")
-_DENSE = ("model*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
+_WEIGHT_FILES = ("model*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 _LEFT_OUT = (SAFE_WEIGHTS_INDEX_NAME, "trainer_state.json")
 
@@ -228,7 +228,7 @@ def load_pruned(path_or_repo: str | os.PathLike, **options) -> tuple[PreTrainedM
 
 
 def find_folder(
-    path_or_repo: str | os.PathLike, packed: bool = False, weights: Sequence[str] = _DENSE, **told
+    path_or_repo: str | os.PathLike, packed: bool = False, weights: Sequence[str] = _WEIGHT_FILES, **told
 ) -> Path:
     """The folder itself, or the files of a Hub repository that loading needs.
 
