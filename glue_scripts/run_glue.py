@@ -173,6 +173,7 @@ def fine_tune_dense(job: Job, model: ModelArguments, config: PruningConfig) -> s
         "eval_strategy": "no",
         "save_strategy": "no",
         "load_best_model_at_end": False,
+        "enable_jit_checkpoint": False,  # it is fine-tuned again from its start
         "push_to_hub": False,
         "hub_model_id": None,
     }
@@ -225,6 +226,8 @@ def prune(
         checkpoint = config.resume_from_checkpoint
         checkpoint = last_checkpoint(config.output_dir) if checkpoint in ("last", "True", "true") else checkpoint
         results |= trainer.train(resume_from_checkpoint=checkpoint).metrics
+        if trainer.state.global_step < trainer.state.max_steps:
+            stop_here(trainer)
         trainer.save_model()
         trainer.save_state()
         results |= trainer.search_summary()
@@ -237,6 +240,14 @@ def prune(
     if config.push_to_hub:
         trainer.push_to_hub()
     return results
+
+
+def stop_here(trainer: PruningTrainer) -> None:
+    """Leave the process: the run was stopped before its end (SIGTERM with `enable_jit_checkpoint`)."""
+    leave_process_group()
+    done = f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}"
+    remedy = f"the checkpoint is in {trainer.args.output_dir}; --resume_from_checkpoint last goes on from it"
+    sys.exit(f"{done}: {remedy}" if trainer.is_world_process_zero() else 1)
 
 
 def check_reload(trainer: PruningTrainer, job: Job) -> None:

@@ -293,7 +293,7 @@ def check_ranges(config: PruningConfig) -> None:
     for name, low in (("criterion_batches", 0), ("criterion_batch_size", 1), ("level_eval_steps", 0)):
         if getattr(config, name) < low:
             raise ValueError(f"{name}={getattr(config, name)} must be at least {low}")
-    for name in ("trial_steps", "trial_learning_rate", "last_level_weight"):
+    for name in ("trial_steps", "trial_batch_size", "trial_learning_rate", "last_level_weight"):
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise ValueError(f"{name}={value} must be positive")
@@ -350,6 +350,12 @@ def check_setting(args: PruningConfig, score_fn: ScoreFn | None, compute_metrics
         raise ValueError(
             "train_sampling_strategy='batch_rebalance' makes batches for several devices, but a trial runs on "
             "one: use 'group_by_length'"
+        )
+    rows, micro = args.trial_batch_size, args.per_device_train_batch_size
+    if rows is not None and rows > micro and rows % micro:
+        raise ValueError(
+            f"trial_batch_size={rows} is no multiple of per_device_train_batch_size={micro}, in pieces of which a "
+            f"device runs it: choose {rows // micro * micro} or {-(-rows // micro) * micro}"
         )
     if score_fn is not None and args.method != "random":
         raise ValueError(

@@ -1,4 +1,4 @@
-"""`hf-maskselect report|verify|plot|pack|unpack|export PATH`. Exit code 0: good, 1: the check failed, 2: bad usage."""
+"""`hf-maskselect COMMAND PATH`. Exit code 0: good, 1: the check failed, 2: bad usage."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
 from .checkpoint import verify
+from .config import PruningConfig
+from .cost import cost_text, workload
 from .export.onnx import export_onnx
 from .export.semi_structured import EXPORT_DTYPES, export_semi_structured
 from .export.timing import time_export
@@ -32,10 +35,11 @@ def make_parser() -> argparse.ArgumentParser:
         ("pack", "write the model as one small file for transport, with what belongs to it beside"),
         ("unpack", "write a packed model as an ordinary one, which plain from_pretrained loads"),
         ("export", "write a 2:4 model packed for sparse tensor cores, or any model as ONNX"),
+        ("plan", "tell beforehand what the searches of a run cost on so many ranks"),
     ):
         found[name] = commands.add_parser(name, help=text, description=text.capitalize() + ".")
         found[name].add_argument(
-            "path", help="folder of a saved model; for report, verify and export also user/name on the Hub"
+            "path", help="folder of a saved model; for report, verify, export and plan also user/name on the Hub"
         )
     for name in ("pack", "unpack", "export"):
         found[name].add_argument("--output", required=True, help="folder to write into, made if need be")
@@ -51,6 +55,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     found["export"].add_argument("--batch-sizes", nargs="+", type=positive, help="of the benchmark (1 8 32)")
     found["export"].add_argument("--seq-lens", nargs="+", type=positive, help="of the benchmark, in tokens (128)")
+    found["plan"].usage = "%(prog)s PATH [--ranks N ...] [--train-rows N] --max_steps N [any field of PruningConfig]"
+    found["plan"].add_argument("--ranks", nargs="+", type=positive, default=[1, 8, 64, 512], help="(1 8 64 512)")
+    found["plan"].add_argument("--train-rows", type=positive, default=10_000, help="of the train split (10000)")
     return parser
 
 
@@ -75,6 +82,9 @@ def run(options: argparse.Namespace) -> str:
         return f"wrote {options.output}"
     if options.command == "export":
         return export(options)
+    if options.command == "plan":
+        (config,) = HfArgumentParser(PruningConfig).parse_args_into_dataclasses(options.fields)
+        return cost_text(workload(config, options.path, options.train_rows), options.ranks)
     state = verify(options.path, options.pattern)
     zeros = state.masks.total - state.masks.kept
     return f"good: {zeros:,} of {state.masks.total:,} prunable weights are zero ({state.masks.sparsity():.6f})"
@@ -94,7 +104,9 @@ def export(options: argparse.Namespace) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = make_parser()
-    options = parser.parse_args(arguments)
+    options, options.fields = parser.parse_known_args(arguments)
+    if options.fields and options.command != "plan":
+        parser.error(f"unrecognized arguments: {' '.join(options.fields)}")
     if options.command == "export":
         only_nm = {"--dtype": options.dtype, "--exclude-modules": options.exclude_modules}
         only_timed = {"--batch-sizes": options.batch_sizes, "--seq-lens": options.seq_lens}
@@ -105,12 +117,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.benchmark and (given := [flag for flag, value in only_timed.items() if value]):
             parser.error(f"{given[0]} belongs to --benchmark")
     disable_progress_bar()  # of transformers' loading: the answer is one line
-    online = options.command in ("report", "verify", "export") and options.path.count("/") == 1
+    online = options.command in ("report", "verify", "export", "plan") and options.path.count("/") == 1
     online = online and not Path(options.path).exists()
     if not Path(options.path).is_dir() and not online:
         parser.error(f"{options.path} is no folder: give the folder of a saved model")
     try:
-        if online and options.command != "export":  # which downloads what it needs itself
+        if online and options.command not in ("export", "plan"):  # which download what they need themselves
             options.path = find_folder(options.path)
         print(run(options))
     except (ValueError, OSError) as error:

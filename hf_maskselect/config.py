@@ -108,6 +108,9 @@ class PruningConfig(TrainingArguments):
             steps; `"early"` gives every candidate one trial and averages its last evaluations (the paper's EMEP).
         trial_steps (`int`, *optional*): optimizer steps of the first rung (of the whole trial for `"early"`). Defaults
             to a third of the level: shorter trials rank masks at random (for `"early"`: one epoch, at most the level).
+        trial_batch_size (`int`, *optional*): rows of one trial step. Defaults to those of a training step over all
+            devices, so that the choice does not depend on their number; one device runs a trial alone, so with many
+            of them fewer rows are cheaper (`hf-maskselect plan` tells the cost).
         trial_learning_rate (`float`, *optional*): peak, decayed linearly to 0. Defaults to `learning_rate` (`"early"`:
             4x).
         sampling_ratios (`list[float]`): draws per removed weight of votes, rotating over the candidates.
@@ -205,6 +208,9 @@ class PruningConfig(TrainingArguments):
     criterion_batch_size: int = field(default=8, metadata={"help": "Rows of one gradient sample."})
     selection: str = field(default="halving", metadata={"help": "halving or early.", "choices": SELECTIONS})
     trial_steps: int | None = field(default=None, metadata={"help": "Steps of the first rung (a third of the level)."})
+    trial_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows of one trial step (those of a training step over all devices)."}
+    )
     trial_learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate of the trials."})
     sampling_ratios: list[float] = field(
         default_factory=lambda: list(SAMPLING_RATIOS), metadata={"help": "Draws per removed weight, rotating."}

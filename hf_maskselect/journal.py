@@ -17,13 +17,14 @@ class Journal:
     masks and its length. All searches of a run stay until it ends: a run that goes on from a checkpoint before a
     level that was already chosen finds the whole search here.
 
+    One process keeps it, rank 0, and tells the others.
+
     Args:
         folder: where the file lies.
-        writes: whether this process writes it; every process reads.
     """
 
-    def __init__(self, folder: str | os.PathLike, writes: bool) -> None:
-        self._path, self._writes = Path(folder) / JOURNAL_FILE, writes
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self._path = Path(folder) / JOURNAL_FILE
         self._searches: dict[str, dict[str, float]] = {}
 
     def open(self, key: str) -> None:
@@ -43,11 +44,9 @@ class Journal:
     def add(self, digest: str, steps: int, score: float) -> None:
         """Keep the score of a trial (exactly: JSON holds a float's shortest form)."""
         self._scores[f"{digest}:{steps}"] = score
-        if self._writes:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._path, self._searches)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self._path, self._searches)
 
     def forget(self) -> None:
         """Remove the file: the run is over."""
-        if self._writes:
-            self._path.unlink(missing_ok=True)
+        self._path.unlink(missing_ok=True)

@@ -61,17 +61,22 @@ class LevelBest:
         return told
 
     @torch.no_grad()
-    def restore(self, level: int, model: nn.Module) -> None:
-        """Load the weights kept for `level` into the model; without any (every score was NaN) it stays as it is."""
+    def restore(self, level: int, model: nn.Module) -> bool:
+        """Load the weights kept for `level` into the model; without any (every score was NaN) it stays as it is.
+
+        Returns:
+            whether there were any.
+        """
         told = self._known()
         if told.get("level") != str(level):
-            return
+            return False
         weights = load_file(self._path)
         if _digest(weights) != told["weights"]:
             raise ValueError(f"{self._path} is damaged: its weights do not match their digest; {_REMEDY}")
         parameters = dict(model.named_parameters())
         for name, weight in weights.items():
             parameters[name].copy_(weight)
+        return True
 
     def copy_to(self, folder: str | os.PathLike) -> None:
         """Put the file beside a checkpoint, so that a run resumed from there knows what this level has seen."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .masking.maskset import MaskSet
 from .masking.patterns import NM, SCOPES, Channel, Unstructured, kept_count
-from .masking.scores import CRITERIA, Criterion, GradientStats, WeightStats, checked_score
+from .masking.scores import CRITERIA, Criterion, GradientStats, StoredStats, WeightStats, checked_score
 from .masking.votes import number_of_draws, rank_by_votes_
 
 # Around candidate 0: what differed most and did best at 16x and 50x on real data comes first.
@@ -112,7 +112,7 @@ def propose(
     index: int,
     *,
     weights: Mapping[str, Tensor],
-    stats: GradientStats | None,
+    stats: GradientStats | StoredStats | None,
     masks: MaskSet,
     sparsity: float,
     level: int,

@@ -3,7 +3,6 @@ evaluation pipeline" of arXiv 2310.13183, with successive halving beside the pap
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import math
@@ -11,6 +10,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,14 +21,16 @@ from .files import replacing
 from .journal import Journal
 from .masking.maskset import MaskSet
 from .masking.schedule import LevelPlan
-from .masking.scores import Criterion
+from .masking.scores import Criterion, GradientStats, StoredStats
 from .methods.hard import HardMasks
 from .proposals import Proposal, gradient_needs, key_seed, proposal_pool, propose
+from .ranks import Ranks, deal
 from .report import text_table
-from .trials import EARLY_EVALUATIONS, TrialBench
+from .trials import EARLY_EVALUATIONS, Trial, TrialBench
 
 SEARCH_FILE = "search.json"
 _FOLDER = "_search-"  # of the masks that wait; and a random ending
+_STATS = "statistics.safetensors"
 
 
 @dataclass
@@ -53,8 +55,8 @@ class Candidate:
 
 @dataclass
 class LevelSearch:
-    """What one search did. step_equivalents: its whole cost in optimizer steps of the outer run's batch size per
-    process, a forward pass counted as a third."""
+    """What one search did. step_equivalents: the whole cost, of all ranks together, in steps of the training (by rows,
+    a forward pass counted as a third); seconds: by the clock."""
 
     level: int
     sparsity: float
@@ -108,6 +110,37 @@ def halving_rungs(candidates: int, first_steps: int, longest: int) -> list[tuple
     return rungs
 
 
+def search_rungs(config: PruningConfig, plan: LevelPlan, level: int, epoch: int) -> list[tuple[int, int]]:
+    """(candidates, steps) of each rung at a level; empty when nothing is chosen. epoch: its length in trial steps."""
+    if not config.searches:
+        return []
+    if config.selection == "early":
+        return [(config.num_candidates, config.trial_steps or min(epoch, plan.length(level)))]
+    first = config.trial_steps or -(-plan.length(level) // 3)
+    return halving_rungs(config.num_candidates, first, max(plan.length(level), first))
+
+
+def candidate_pool(config: PruningConfig, criteria: Mapping[str, Criterion]) -> list[Proposal]:
+    """The proposals of every level; those of a soft method are its own mask and random neighbours."""
+    if config.soft:
+        others = itertools.islice(itertools.cycle(config.sampling_ratios), config.num_candidates - 1)
+        return [Proposal(config.method, config.scope), *(Proposal(config.method, config.scope, r) for r in others)]
+    return proposal_pool(
+        config.proposals,
+        "score_fn" if "score_fn" in criteria else config.criterion,
+        config.scope,
+        config.num_candidates,
+        config.sampling_ratios,
+        criteria,
+        layer_only=config.pattern != "unstructured",
+    )
+
+
+def statistics_needed(config: PruningConfig, criteria: Mapping[str, Criterion]) -> set[str]:
+    """Which gradient statistics the pool reads."""
+    return set() if config.soft else gradient_needs(candidate_pool(config, criteria), criteria)
+
+
 def survivors(candidates: list[Candidate], count: int) -> list[Candidate]:
     """The `count` best by last score, ties by index; candidate 0 is always among them, so that the winner has been
     compared with the deterministic mask at the longest trial."""
@@ -138,7 +171,8 @@ class MaskSearch:
     """Chooses the masks of a level and writes down why.
 
     The candidates' masks wait on disk (packed, in a folder `_search-*` of `output_dir`), so that a search needs no
-    more memory than one copy of the trained weights and one trial optimizer.
+    more memory than one copy of the trained weights and one trial optimizer. Of several ranks each draws and tries its
+    share; only digests and scores are exchanged, and a rank that needs a mask which another one drew draws it again.
     """
 
     def __init__(
@@ -148,45 +182,27 @@ class MaskSearch:
         method: HardMasks,
         criteria: dict[str, Criterion],
         journal: Journal,
+        ranks: Ranks,
         quiet: bool,
     ) -> None:
         self._config, self._bench, self._method, self._criteria = config, bench, method, criteria
-        self._journal, self._quiet = journal, quiet
+        self._journal, self._ranks, self._quiet = journal, ranks, quiet
         self.history: list[LevelSearch] = []
 
-    def pool(self) -> list[Proposal]:
-        """The proposals of every level; those of a soft method are its own mask and random neighbours."""
-        config = self._config
-        if config.soft:
-            others = itertools.islice(itertools.cycle(config.sampling_ratios), config.num_candidates - 1)
-            return [Proposal(config.method, config.scope), *(Proposal(config.method, config.scope, r) for r in others)]
-        return proposal_pool(
-            config.proposals,
-            "score_fn" if "score_fn" in self._criteria else config.criterion,
-            config.scope,
-            config.num_candidates,
-            config.sampling_ratios,
-            self._criteria,
-            layer_only=config.pattern != "unstructured",
-        )
-
     def needs(self) -> set[str]:
-        """Which gradient statistics the proposals read."""
-        return set() if self._config.soft else gradient_needs(self.pool(), self._criteria)
+        """`statistics_needed` of this run."""
+        return statistics_needed(self._config, self._criteria)
 
     def rungs(self, plan: LevelPlan, level: int) -> list[tuple[int, int]]:
-        """(candidates, steps) of each rung at a level; empty when nothing is chosen."""
-        config = self._config
-        if not config.searches:
-            return []
-        if config.selection == "early":
-            steps = config.trial_steps or min(self._bench.steps_per_epoch(), plan.length(level))
-            return [(config.num_candidates, steps)]
-        first = config.trial_steps or -(-plan.length(level) // 3)
-        return halving_rungs(config.num_candidates, first, max(plan.length(level), first))
+        """`search_rungs` of this run."""
+        return search_rungs(self._config, plan, level, self._bench.steps_per_epoch() if self._config.searches else 1)
 
     def choose(self, level: int, plan: LevelPlan, step: int) -> MaskSet:
-        """The masks of `level`, found from the model as it stands."""
+        """The masks of `level`, found from the model as it stands; all ranks must call it together.
+
+        Raises:
+            RuntimeError: the ranks came to different masks, or one of them failed.
+        """
         start = time.monotonic()
         done = LevelSearch(level, plan.levels[level], step, [])
         Path(self._config.output_dir).mkdir(parents=True, exist_ok=True)
@@ -194,53 +210,94 @@ class MaskSearch:
             self._folder = Path(folder)
             self._draw(done)
             if len(done.candidates) > 1:
-                with self._bench.untouched():
-                    self._race(done, plan)
+                self._race(done, plan)
             else:
                 done.candidates[0].chosen = True
-            masks = self._load(next(c for c in done.candidates if c.chosen))
+            chosen = next(c for c in done.candidates if c.chosen)
+            self._hold([chosen], done)
+            masks = self._load(chosen)
+        self._ranks.agree(masks.digests, f"the masks of level {level + 1}")
         done.seconds = round(time.monotonic() - start, 2)
         self.history.append(done)
         return masks
 
     def _draw(self, search: LevelSearch) -> None:
         """Make every candidate's masks and put them on disk; a mask that was already drawn is not tried twice."""
-        config, method = self._config, self._method
+        config, ranks = self._config, self._ranks
         needs = self.needs() if config.criterion_batches else set()
         stats = None
         if needs:
             stats = self._bench.gradient_stats(needs, search.level)
             rows = config.criterion_batches * config.criterion_batch_size
-            search.step_equivalents += rows / self._bench.rows_per_step()
-        masks, first = method.masks, None
-        for index, proposal in enumerate(self.pool()):
-            if config.soft:
-                drawn = method.candidate(proposal.ratio, key_seed(config.seed, "votes", search.level, index))
-            else:
-                drawn = propose(
-                    proposal,
-                    index,
-                    weights=method.weights,
-                    stats=stats,
-                    masks=masks,
-                    sparsity=search.sparsity,
-                    level=search.level,
-                    seed=config.seed,
-                    pattern=config.mask_pattern,
-                    criteria=self._criteria,
-                )
-            first = drawn if first is None else first
-            digest = drawn.digest()
-            if all(digest != c.digest for c in search.candidates):
-                candidate = Candidate(index, str(proposal), proposal.ratio, drawn.overlap(first), digest)
+            search.step_equivalents += rows / self._bench.rows_of_training()
+            if ranks.count > 1:  # they may be asked for again, and cost no memory on disk
+                stats.save(self._folder / _STATS)
+                stats = StoredStats(self._folder / _STATS, self._bench.device)
+        self._pool, self._stats = candidate_pool(config, self._criteria), stats if ranks.count > 1 else None
+        first = self._make(0, search, stats)
+        ranks.agree(first.digests, f"the masks drawn for level {search.level + 1}")
+        # Every rank has drawn candidate 0, which the others are compared with.
+        mine = [i for i in range(len(self._pool)) if i == 0 or i % ranks.count == ranks.rank]
+
+        def draw() -> list[Candidate]:
+            drawn = []
+            for index in mine:
+                masks = first if index == 0 else self._make(index, search, stats)
+                proposal = self._pool[index]
+                candidate = Candidate(index, str(proposal), proposal.ratio, masks.overlap(first), masks.digest())
+                if all(candidate.digest != other.digest for other in drawn):
+                    masks.save(self._path(candidate))
+                drawn.append(candidate)
+            return drawn
+
+        drawn = ranks.together(draw)
+        self._holders = {
+            index: [rank for rank, share in enumerate(drawn) if any(c.index == index for c in share)]
+            for index in range(len(self._pool))
+        }
+        for candidate in sorted((c for share in drawn for c in share), key=lambda c: c.index):
+            if all(candidate.digest != other.digest for other in search.candidates):
                 search.candidates.append(candidate)
-                drawn.save(self._path(candidate))
+
+    def _make(self, index: int, search: LevelSearch, stats: GradientStats | StoredStats | None) -> MaskSet:
+        """A candidate's masks, from the model as it was when the search began."""
+        config, method, proposal = self._config, self._method, self._pool[index]
+        if config.soft:
+            return method.candidate(proposal.ratio, key_seed(config.seed, "votes", search.level, index))
+        return propose(
+            proposal,
+            index,
+            weights=method.weights,
+            stats=stats,
+            masks=method.masks,
+            sparsity=search.sparsity,
+            level=search.level,
+            seed=config.seed,
+            pattern=config.mask_pattern,
+            criteria=self._criteria,
+        )
+
+    def _hold(self, candidates: Sequence[Candidate], search: LevelSearch) -> None:
+        """Draw the masks of `candidates` that this rank has not drawn before.
+
+        Raises:
+            RuntimeError: they are not those that another rank drew.
+        """
+        for candidate in candidates:
+            if not self._path(candidate).is_file():
+                masks = self._make(candidate.index, search, self._stats)
+                if masks.digest() != candidate.digest:
+                    raise RuntimeError(
+                        f"candidate {candidate.index} of level {search.level + 1} is another mask on rank "
+                        f"{self._ranks.rank} than on rank {self._holders[candidate.index][0]}: start all ranks on the "
+                        "same kind of device with the same number of threads"
+                    )
+                masks.save(self._path(candidate))
 
     def _race(self, search: LevelSearch, plan: LevelPlan) -> None:
-        config, bench, racing = self._config, self._bench, search.candidates
+        config, bench, ranks, racing = self._config, self._bench, self._ranks, search.candidates
         early = config.selection == "early"
         rate = config.trial_learning_rate or config.learning_rate * (4 if early else 1)
-        evaluations = EARLY_EVALUATIONS if early else 1
         rungs = self.rungs(plan, search.level)
         # Duplicates have left the pool, so a rung may have fewer candidates than planned.
         work = sum(min(count, len(racing)) * steps for count, steps in rungs)
@@ -250,25 +307,51 @@ class MaskSearch:
             leave=False,
             disable=self._quiet,
         )
-        self._journal.open(bench.fingerprint(search.level))
+        if ranks.rank == 0:
+            self._journal.open(bench.fingerprint(search.level))
         with bar:
             for count, steps in rungs:
                 if len(racing) > count:
                     racing = survivors(racing, count)
+                marks = min(EARLY_EVALUATIONS if early else 1, steps)
+                scores = self._try_all(racing, search, Trial(steps, rate, marks), bar)
                 for candidate in racing:
-                    bar.set_postfix_str(candidate.proposal)
-                    marks = min(evaluations, steps)
-                    score = self._journal.find(candidate.digest, steps)
-                    if score is None:
-                        load = functools.partial(self._load, candidate)
-                        score = bench.trial(load, steps, rate, search.level, marks, bar)
-                        self._journal.add(candidate.digest, steps, score)
-                    else:
-                        bar.update(steps)
-                    candidate.scores.append(score)
+                    candidate.scores.append(scores[candidate.index])
                     candidate.steps += steps
-                    search.step_equivalents += steps + marks * bench.steps_of_score()
+                    trained = steps * bench.rows_per_step() / bench.rows_of_training()
+                    search.step_equivalents += trained + marks * bench.steps_of_score()
         min(racing, key=lambda c: c.rank).chosen = True
+
+    def _try_all(self, racing: Sequence[Candidate], search: LevelSearch, trial: Trial, bar: tqdm) -> dict[int, float]:
+        """Scores by index. The trials that no earlier run has finished are dealt out anew among the ranks, which tell
+        each other after every one, so that rank 0 can write it down."""
+        bench, journal, ranks = self._bench, self._journal, self._ranks
+        known = {c.index: journal.find(c.digest, trial.steps) for c in racing} if ranks.rank == 0 else {}
+        scores = ranks.first({index: score for index, score in known.items() if score is not None})
+        bar.update(trial.steps * len(scores))
+        by_index = {c.index: c for c in racing}
+        shares = deal([index for index in by_index if index not in scores], self._holders, ranks.count)
+        mine = [by_index[index] for index in shares[ranks.rank]]
+        ranks.together(lambda: self._hold(mine, search))  # before the model is changed
+
+        def next_trial() -> tuple[int, float] | None:
+            if not mine:
+                return None
+            candidate = mine.pop(0)
+            bar.set_postfix_str(candidate.proposal)
+            masks = self._path(candidate)
+            return candidate.index, bench.trial(lambda: MaskSet.load(masks)[0], trial, search.level, bar)
+
+        with bench.untouched():
+            for _ in range(max(map(len, shares))):
+                finished = [pair for pair in ranks.together(next_trial) if pair is not None]
+                scores |= dict(finished)
+                others = [index for index, _ in finished if index not in shares[ranks.rank]]
+                bar.update(trial.steps * len(others))
+                if ranks.rank == 0:
+                    for index, score in finished:
+                        journal.add(by_index[index].digest, trial.steps, score)
+        return scores
 
     def _path(self, candidate: Candidate) -> Path:
         return self._folder / f"candidate-{candidate.index}.safetensors"

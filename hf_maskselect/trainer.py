@@ -10,19 +10,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from .checkpoint import PruningState, load_method_state
 from .checks import check_packs, check_setting, check_shapes, check_start
 from .config import PruningConfig
 from .distillation import Distiller, load_teacher
 from .hub import HubTrainer
+from .jit_checkpoint import CheckpointTogether
 from .journal import Journal
 from .level_best import LevelBest
 from .masking.maskset import MaskSet
@@ -36,6 +37,7 @@ from .packing import pack
 from .permutation import couplings_of, permute_channels
 from .planning import plan_text, rewound_rate
 from .proposals import key_seed
+from .ranks import Ranks
 from .selection import MaskSearch
 from .split import selection_rows
 from .trials import TrialBench
@@ -114,8 +116,9 @@ class PruningTrainer(HubTrainer):
         criteria = (
             CRITERIA if score_fn is None else {**CRITERIA, "score_fn": Criterion(score_fn, ("square", "product"), 5.0)}
         )
-        self._journal = Journal(args.output_dir, writes=self.is_world_process_zero())
-        self._search = MaskSearch(args, self._bench, self._method, criteria, self._journal, quiet=not self._speaks)
+        self._journal, self._ranks = Journal(args.output_dir), Ranks()
+        told = self._journal, self._ranks, not self._speaks
+        self._search = MaskSearch(args, self._bench, self._method, criteria, *told)
         if self._search.needs() and score_fn is None and args.criterion_batches == 0:
             raise ValueError(
                 f"criterion_batches=0 but proposals={args.proposals} need gradients: set it to 64 or more, or "
@@ -123,6 +126,8 @@ class PruningTrainer(HubTrainer):
             )
         self._level_best = LevelBest(args.output_dir) if args.level_eval_steps else None
         self.add_callback(_StepEvents(self))
+        if args.enable_jit_checkpoint:
+            self.add_callback(CheckpointTogether(self.pop_callback(JITCheckpointCallback), self._ranks))
 
     # -- setting up --------------------------------------------------------------------------------------------------
 
@@ -214,12 +219,15 @@ class PruningTrainer(HubTrainer):
         self._resumed = False
         self._plan = args.plan(num_training_steps, self._start)
         self._method.begin(self._plan, self.optimizer)
-        if self.is_world_process_zero():
+        if args.should_save:
             self._search.clean(anew=self.state.global_step == 0)
             if self._level_best and self.state.global_step == 0:
                 self._level_best.forget()  # of an earlier run in the same folder
-        self.accelerator.wait_for_everyone()
         rungs = [self._search.rungs(self._plan, level) for level in range(len(self._plan.levels))]
+        # Between trials a rank waits for the slowest: ddp_timeout for every hundred steps of one.
+        longest = max((steps for level in rungs for _, steps in level), default=0)
+        self._ranks.open(args.ddp_timeout * max(1, -(-longest // 100)))
+        self.accelerator.wait_for_everyone()
         held_out = len(self.selection_dataset) if args.needs_selection_split else 0
         self._say(plan_text(args, self._plan, rungs, held_out, self._start))
         if self.lr_scheduler is None and args.lr_rewind:
@@ -263,11 +271,6 @@ class PruningTrainer(HubTrainer):
         if self._level_best and level > 0:
             self._restore_level_best(level - 1)
         chosen = self._search.choose(level, self._plan, self.state.global_step)
-        if len(set(digests := gather_object([chosen.digest()]))) > 1:
-            raise RuntimeError(
-                f"the ranks chose different masks at level {level + 1} (digests {digests}): start all ranks from "
-                "the same weights, data and seed, on the same kind of device"
-            )
         if self.is_world_process_zero():
             self._search.write()
         done = self._search.history[-1]
@@ -295,24 +298,28 @@ class PruningTrainer(HubTrainer):
         first, last = self._plan.span(level)
         done = self.state.global_step - first
         if done % self.args.level_eval_steps == 0 or self.state.global_step == last:
-            score = self._bench.score()
-            best = self._level_best.consider(level, score, self.model) if self.is_world_process_zero() else False
+            score = self._ranks.first(self._bench.score())
+            best = self._level_best.consider(level, score, self.model) if self.args.should_save else False
             self.log({"selection_score": score, "selection_best": float(best)})
 
     def _restore_level_best(self, level: int) -> None:
         self.accelerator.wait_for_everyone()
-        self._level_best.restore(level, self.model)
+        found = self._ranks.gather(self._level_best.restore(level, self.model))
+        if len(set(found)) > 1:
+            raise RuntimeError(
+                f"rank {found.index(False)} does not see the weights that rank {found.index(True)} kept in "
+                f"{self.args.output_dir}: put it on storage that all machines share, or set save_on_each_node=True"
+            )
         self._method.on_optimizer_step()
-        self.accelerator.wait_for_everyone()
 
     def _finalize_training(self, *args, **kwargs):
         if self._level_best and self._method.level >= 0:
             self._restore_level_best(self._method.level)
-            if self.is_world_process_zero():
+            if self.args.should_save:
                 self._level_best.forget()
         self._method.finalize()
-        if self.state.global_step >= self.state.max_steps:  # else it was stopped, and may go on
-            self._journal.forget()
+        if self.is_world_process_zero() and self.state.global_step >= self.state.max_steps:
+            self._journal.forget()  # else it was stopped, and may go on
         return super()._finalize_training(*args, **kwargs)
 
     def search_summary(self) -> dict[str, float]:
@@ -420,7 +427,7 @@ class PruningTrainer(HubTrainer):
         self._method.load_state_dict(state.masks, extra, state.step)
         self._start, self._resumed = state.start, True
         self._search.recall(state.step, resume_from_checkpoint)
-        if self._level_best and self.is_world_process_zero():
+        if self._level_best and self.args.should_save:
             self._level_best.copy_from(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:

@@ -9,6 +9,7 @@ import json
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +31,35 @@ EARLY_MEAN = 10
 TRIAL_WARMUP = 0.1
 # What says where a run writes, what it resumes from and how far it got, and nothing about what it computes.
 _ANY = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "hub_token", "push_to_hub_token")
-_ANY += ("pruning", "_name_or_path", "transformers_version")
+_ANY += ("local_rank", "pruning", "_name_or_path", "transformers_version")
 _ANY += (
     "architectures",
     "dtype",
     "problem_type",
 )  # written into a model's configuration by its first save and forward
+
+
+@dataclass(frozen=True)
+class Trial:
+    """steps: optimizer steps; learning_rate: peak; evaluations: how often the model is scored on the way."""
+
+    steps: int
+    learning_rate: float
+    evaluations: int = 1
+
+
+@contextlib.contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """On a GPU, kernels that add in a fixed order: every rank must find the same statistics, to the bit."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _text(value) -> str:
@@ -92,6 +116,7 @@ class TrialBench:
         told = {k: v for k, v in trainer.args.to_dict().items() if k not in _ANY}
         told |= {"level": level, "metric": trainer.selection_metric}
         told |= {"rows": [len(trainer.train_dataset), len(self._selection)]}
+        told |= {"step": [trainer._train_batch_size, self.rows_per_step()]}
         if isinstance(trainer.model, PreTrainedModel):
             told["model"] = {k: v for k, v in trainer.model.config.to_dict().items() if k not in _ANY}
         with self.random_state():  # what the data look like when the model gets them
@@ -129,36 +154,28 @@ class TrialBench:
         available = len(trainer.train_dataset)
         indices = torch.cat([torch.randperm(available, generator=order) for _ in range(-(-rows // available))])[:rows]
         stats = GradientStats(trainer.model, self._method.weights, needs)
-        with self.random_state(), stats:
+        with self.random_state(), _deterministic(trainer.args.device), stats:
+            set_seed(key_seed(args.seed, "gradients", level) % 2**32)  # for a collator that draws
             trainer.model.eval()
             for inputs in self._loader(trainer.train_dataset, args.criterion_batch_size, indices.tolist()):
                 with trainer.compute_loss_context_manager():
                     stats.sample(trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs)))
         return stats
 
-    def trial(
-        self,
-        load_masks: Callable[[], MaskSet],
-        steps: int,
-        learning_rate: float,
-        level: int,
-        evaluations: int = 1,
-        progress=None,
-    ) -> float:
-        """Train `steps` optimizer steps under the loaded masks from the saved weights; returns the score, lower is
-        better.
+    def trial(self, load_masks: Callable[[], MaskSet], trial: Trial, level: int, progress) -> float:
+        """Train under the loaded masks from the saved weights; returns the score, lower is better.
 
-        The learning rate warms up over a tenth of the steps and decays linearly to 0. With `evaluations` > 1 the score
-        is the mean over the last ten (or fewer) evaluations, spread evenly.
+        The learning rate warms up over a tenth of the steps and decays linearly to 0. With several evaluations the
+        score is the mean over the last ten (or fewer), spread evenly.
         """
-        trainer, args, method = self._trainer, self._trainer.args, self._method
+        trainer, args, method, steps = self._trainer, self._trainer.args, self._method, trial.steps
         self.restore()
         method.set_masks(load_masks())  # a loader, so that nobody keeps the boolean masks while the trial runs
         set_seed(key_seed(args.seed, "trial", level) % 2**32)
-        optimizer = trainer.new_optimizer(learning_rate)
+        optimizer = trainer.new_optimizer(trial.learning_rate)
         schedule = get_scheduler("linear", optimizer, round(TRIAL_WARMUP * steps), steps)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        marks = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
+        marks = {round(steps * (i + 1) / trial.evaluations) for i in range(trial.evaluations)}
         scores = []
         for done, micro_batches in enumerate(self._train_batches(steps), start=1):
             trainer.model.train()
@@ -173,8 +190,7 @@ class TrialBench:
             method.on_optimizer_step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
-            if progress is not None:
-                progress.update()
+            progress.update()
             if done in marks:
                 scores.append(self.score())
         last = scores[-EARLY_MEAN:]
@@ -212,27 +228,40 @@ class TrialBench:
         return -metrics[trainer.selection_metric]
 
     def steps_of_score(self) -> float:
-        """Cost of one `score` in optimizer steps (a forward pass is a third of forward and backward)."""
+        """Cost of one `score` in training steps (a forward pass is a third of forward and backward)."""
         passes = 2 if self._trainer.selection_metric == "teacher" else 1
-        return passes * len(self._selection) / (3 * self.rows_per_step())
+        return passes * len(self._selection) / (3 * self.rows_of_training())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._trainer.args.device
 
     def rows_per_step(self) -> int:
-        """Rows of one trial step, which one process runs alone."""
-        return self._trainer._train_batch_size * self._trainer.args.gradient_accumulation_steps
+        """Rows of one trial step: by default those of a training step, so that what is chosen does not depend on the
+        number of devices."""
+        return self._trainer.args.trial_batch_size or self.rows_of_training()
+
+    def rows_of_training(self) -> int:
+        """Rows of one optimizer step of the training, over all devices."""
+        trainer, args = self._trainer, self._trainer.args
+        devices = 1 if args.accelerator_config.split_batches else args.world_size
+        return trainer._train_batch_size * args.gradient_accumulation_steps * devices
 
     def steps_per_epoch(self) -> int:
         """Trial steps of one pass over the train split."""
         return max(1, len(self._trainer.train_dataset) // self.rows_per_step())
 
     def _train_batches(self, steps: int) -> Iterator[list[dict]]:
-        """`steps` groups of `gradient_accumulation_steps` micro-batches, in the order of the trainer's own sampler."""
-        trainer, args = self._trainer, self._trainer.args
+        """`steps` groups of micro-batches of `rows_per_step` together, in the order of the trainer's own sampler."""
+        trainer, rows = self._trainer, self.rows_per_step()
+        micro = min(trainer._train_batch_size, rows)
         while True:
             sampler = trainer._get_train_sampler(trainer.train_dataset)
             group: list[dict] = []
-            for inputs in self._loader(trainer.train_dataset, trainer._train_batch_size, sampler):
+            for inputs in self._loader(trainer.train_dataset, micro, sampler):
                 group.append(inputs)
-                if len(group) == args.gradient_accumulation_steps:
+                if len(group) * micro >= rows:
                     yield group
                     group, steps = [], steps - 1
                     if steps == 0:

@@ -21,6 +21,7 @@ from hf_maskselect.level_best import FILE as LEVEL_FILE
 from hf_maskselect.level_best import LevelBest
 from hf_maskselect.packed_file import PACKED_FILE
 from hf_maskselect.packing import pack
+from hf_maskselect.ranks import Ranks
 from hf_maskselect.selection import SEARCH_FILE, MaskSearch
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -52,7 +53,7 @@ def folders(tmp_path_factory):
             ]
         )
     )
-    journal = Journal(run, writes=True)
+    journal = Journal(run)
     journal.open("a" * 64)
     for index in range(4):
         journal.add(f"{index:064x}", 20, 0.1 + index / 3)
@@ -73,13 +74,13 @@ def read_semi_structured(folder):
 
 
 def read_journal(folder):
-    journal = Journal(folder, writes=False)
+    journal = Journal(folder)
     journal.open("a" * 64)
     return {}, str([journal.find(f"{index:064x}", 20) for index in range(4)]), []
 
 
 def read_search(folder):
-    search = MaskSearch(types.SimpleNamespace(output_dir=str(folder)), None, None, {}, None, quiet=True)
+    search = MaskSearch(types.SimpleNamespace(output_dir=str(folder)), None, None, {}, None, Ranks(), quiet=True)
     search.recall(100, folder)
     assert all(type(done.step) is int and done.metrics() for done in search.history)
     return {}, "", []  # a table for people: refused or read, no weights depend on it

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 from tiny import losses, make, make_rows, make_trainer, same, weights_of
+from tqdm import tqdm
 from transformers import default_data_collator
 
 from hf_maskselect.proposals import Proposal, propose
 from hf_maskselect.selection import Candidate, halving_rungs, survivors
+from hf_maskselect.trials import Trial
 
 PROPOSALS = [Proposal("magnitude", "layer"), Proposal("taylor", "global")]
+NO_BAR = tqdm(disable=True)
 SEARCH = {"method": "random", "num_candidates": 4, "trial_steps": 2}
 
 
@@ -128,7 +131,9 @@ def test_trials_are_paired_and_repeatable(tmp_path):
     dense = trainer._method.masks
     sparse = type(dense)({name: torch.rand_like(mask, dtype=torch.float) > 0.9 for name, mask in dense.items()})
     with trainer._bench.untouched():
-        scores = [trainer._bench.trial(lambda m=masks: m, 3, 1e-3, level=0) for masks in (dense, sparse, dense)]
+        scores = [
+            trainer._bench.trial(lambda m=masks: m, Trial(3, 1e-3), 0, NO_BAR) for masks in (dense, sparse, dense)
+        ]
     assert scores[0] == scores[2] != scores[1]
 
 
@@ -171,8 +176,8 @@ def test_early_selection_averages_the_last_ten_evaluations(tmp_path):
     scores = iter(range(100))
     trainer._bench.score = lambda: next(scores)
     with trainer._bench.untouched():
-        mean = trainer._bench.trial(lambda: trainer._method.masks, 20, 1e-3, level=0, evaluations=20)
-        few = trainer._bench.trial(lambda: trainer._method.masks, 4, 1e-3, level=0, evaluations=4)
+        mean = trainer._bench.trial(lambda: trainer._method.masks, Trial(20, 1e-3, 20), 0, NO_BAR)
+        few = trainer._bench.trial(lambda: trainer._method.masks, Trial(4, 1e-3, 4), 0, NO_BAR)
     assert mean == sum(range(10, 20)) / 10
     assert few == sum(range(20, 24)) / 4  # fewer than ten evaluations are averaged over their own number
     trainer.train()

@@ -80,6 +80,10 @@ class MaskSet(Mapping[str, Tensor]):
         """SHA-256 over names, shapes and bits: equal digests are equal masks, on any rank and machine."""
         return packed_digest(self.pack(), {name: tuple(mask.shape) for name, mask in self.items()})
 
+    def digests(self) -> dict[str, str]:
+        """`digest` of each mask by itself, by name."""
+        return {name: MaskSet({name: mask}).digest() for name, mask in self.items()}
+
     # -- what it does ------------------------------------------------------------------------------------------------
 
     def check_fits(self, weights: Mapping[str, Tensor]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 
@@ -133,6 +136,12 @@ class GradientStats:
         """The statistics of one weight so far."""
         return WeightStats(self._square.get(name), self._product.get(name), self._samples)
 
+    def save(self, path: str | os.PathLike) -> None:
+        """Put them into a file for `StoredStats`."""
+        parts = {"square": self._square, "product": self._product}
+        tensors = {f"{part}/{name}": t for part, of in parts.items() for name, t in of.items()}
+        save_file(tensors, path, metadata={"samples": str(self._samples)})
+
     @torch.no_grad()
     def _take(self, weight: Tensor) -> None:
         # The hook fires once per backward and parameter, after shared layers (ALBERT) have summed their gradient.
@@ -143,3 +152,22 @@ class GradientStats:
             self._square[name].addcmul_(grad, grad)
         if name in self._product:
             self._product[name].add_(grad.mul_(weight).abs_())
+
+
+class StoredStats:
+    """Gradient statistics that wait on disk; one weight's are in memory at a time.
+
+    Args:
+        path: what `GradientStats.save` wrote.
+        device: where they are wanted.
+    """
+
+    def __init__(self, path: str | os.PathLike, device: torch.device) -> None:
+        self._path, self._device = path, device
+
+    def of(self, name: str) -> WeightStats:
+        """The statistics of one weight."""
+        with safe_open(self._path, framework="pt") as file:
+            parts = [key for key in (f"square/{name}", f"product/{name}") if key in set(file.keys())]
+            found = {key.partition("/")[0]: file.get_tensor(key).to(self._device) for key in parts}
+            return WeightStats(found.get("square"), found.get("product"), int(file.metadata()["samples"]))

@@ -1,10 +1,12 @@
-"""Two gloo processes on the CPU: evaluating before training keeps DDP, and both ranks end with the same model."""
+"""Two gloo processes on the CPU: one run, one search, one model, and no rank left waiting."""
 
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,55 +14,155 @@ import pytest
 from hf_maskselect import PruningState
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
+SEARCH = {"method": "random", "num_candidates": 4, "trial_steps": 2}
+METHODS = {
+    "random": {**SEARCH, "level_eval_steps": 2},
+    "pdp": {"method": "pdp", "num_levels": None, "frozen_steps": 3, "num_candidates": 2, "trial_steps": 2},
+    "gumbel": {"method": "gumbel", "num_levels": None, "frozen_steps": 0},
+}
+APART = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-METHODS = [
-    {"method": "random", "trial_steps": 2},
-    {"method": "pdp", "num_levels": None, "frozen_steps": 3, "num_candidates": 2, "trial_steps": 2},
-    {"method": "gumbel", "num_levels": None, "frozen_steps": 0},
-]
-
-
-def launch(folder, ranks, batch, changes):
-    folder.mkdir(exist_ok=True)
+def launch(folder, ranks, runs):
+    """What every rank of every run ended with: run -> list by rank."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*command, str(SCRIPT), str(folder), str(batch), json.dumps(changes)],
+        [*command, str(SCRIPT), str(folder), json.dumps(runs)],
         capture_output=True,
         text=True,
-        env=environment,
-        timeout=300,
+        env={**os.environ, **APART},
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+    return {run: [json.loads((folder / run / f"rank{r}.json").read_text()) for r in range(ranks)] for run in runs}
+
+
+def launch_unwatched(folder, runs, limit):
+    """Two ranks that no launcher stops when the other is gone: (exit code, stderr) of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **APART}
+    command = [sys.executable, str(SCRIPT), str(folder), json.dumps(runs)]
+    ranks = []
+    for rank in ("0", "1"):
+        environment = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        )
+    told = []
+    for process in ranks:
+        _, text = process.communicate(timeout=limit)
+        told.append((process.returncode, text))
+    return told
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", METHODS, ids=lambda changes: changes["method"])
-def test_two_ranks_are_one_run(tmp_path, changes):
-    first, second = launch(tmp_path / "two", 2, 8, changes)
-    assert first["wrapped"] == "DistributedDataParallel"
-    for key in ("masks", "chosen", "weights", "after"):
-        assert first[key] == second[key], key
-    (alone,) = launch(tmp_path / "one", 1, 8, changes)
-    assert alone["before"] == pytest.approx(first["before"], rel=1e-5)  # P1: not multiplied by the ranks
-    assert not list((tmp_path / "two" / "out").glob("_search-*"))
+def test_two_ranks_are_one_run(tmp_path):
+    """2 x 8 rows a step are 1 x 8 accumulated twice, and 1 x 16: the search to the bit, where the micro-batches are
+    the same, the training but for the order of one sum."""
+    two = launch(tmp_path / "two", 2, METHODS)
+    accumulated = {name: {**changes, "gradient_accumulation_steps": 2} for name, changes in METHODS.items()}
+    large = {"large": {**METHODS["random"], "per_device_train_batch_size": 16}}
+    one = launch(tmp_path / "one", 1, accumulated | large)
+    for method, (first, second) in two.items():
+        assert first["wrapped"] == "DistributedDataParallel"
+        for key in ("masks", "chosen", "weights", "after", "scores", "digests"):
+            assert first[key] == second[key], (method, key)
+        (alone,) = one[method]
+        assert alone["before"] == pytest.approx(first["before"], rel=1e-5)  # P1: not multiplied by the ranks
+        assert alone["losses"] == pytest.approx(first["losses"], rel=1e-4)
+        assert alone["masks"] == first["masks"] and alone["chosen"] == first["chosen"], method
+        assert not list((tmp_path / "two" / method / "out").glob("_*"))
+    first, (alone,), (large,) = two["random"][0], one["random"], one["large"]
+    assert alone["scores"] == first["scores"] and alone["digests"] == first["digests"]
+    assert len(first["chosen"]) == 2 and all(len(level[0]) == 2 for level in first["scores"])  # two rungs
+    assert max(first["sent"]) < 16_000  # digests, scores and names of four candidates: no mask, no weight
+    assert large["losses"] == pytest.approx(first["losses"], rel=1e-4)
+    assert large["masks"] == first["masks"] and large["chosen"] == first["chosen"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", METHODS, ids=lambda changes: changes["method"])
-def test_two_ranks_resume_to_the_bit(tmp_path, changes):
-    """From the checkpoint of a run that was killed in its fifth step; the second level's search is made again."""
-    saving = {"save_strategy": "steps", "save_steps": 3}
-    whole = launch(tmp_path / "whole", 2, 8, {**changes, **saving})
-    out = tmp_path / "killed" / "out"
-    shutil.copytree(tmp_path / "whole" / "out" / "checkpoint-3", out / "checkpoint-3")
-    (out / "_saving" / "checkpoint-6").mkdir(parents=True)  # half-written
-    resumed = launch(tmp_path / "killed", 2, 8, {**changes, **saving, "resume": True})
-    for first, second in zip(whole, resumed, strict=True):
-        for key in ("masks", "losses", "after", "weights", "chosen"):
-            assert first[key] == second[key], key
-    states = [PruningState.load(tmp_path / run / "out") for run in ("whole", "killed")]
-    assert states[0].weights == states[1].weights
-    assert not list(out.glob("_*"))
+def test_two_ranks_resume_to_the_bit(tmp_path):
+    """From the checkpoint of a run that was killed in its fifth step; the second level's search is made again. And
+    from the one that all ranks write when one of them gets a SIGTERM."""
+    runs = {name: {**changes, "save_strategy": "steps", "save_steps": 3} for name, changes in METHODS.items()}
+    stops = {f"stopped {name}": {**runs[name], "enable_jit_checkpoint": True} for name in ("random", "pdp")}
+    whole = launch(tmp_path / "whole", 2, runs | {name: {**stop, "terminate": 4} for name, stop in stops.items()})
+    for method in runs:
+        out = tmp_path / "killed" / method / "out"
+        shutil.copytree(tmp_path / "whole" / method / "out" / "checkpoint-3", out / "checkpoint-3")
+        (out / "_saving" / "checkpoint-6").mkdir(parents=True)  # half-written
+    for stop in stops:
+        assert whole[stop][0]["steps"] == whole[stop][1]["steps"] in (5, 6)
+        shutil.copytree(tmp_path / "whole" / stop, tmp_path / "killed" / stop)
+    resumed = {name: {**changes, "resume": True} for name, changes in (runs | stops).items()}
+    killed = launch(tmp_path / "killed", 2, resumed)
+    for stop in stops:
+        whole[stop] = whole[stop.split()[1]]
+    for method in resumed:
+        for first, second in zip(whole[method], killed[method], strict=True):
+            for key in ("steps", "masks", "losses", "after", "weights", "chosen"):
+                assert first[key] == second[key], (method, key)
+        out = tmp_path / "whole" / method.split()[-1] / "out"
+        assert PruningState.load(out).weights == PruningState.load(tmp_path / "killed" / method / "out").weights
+        assert not list((tmp_path / "killed" / method / "out").glob("_*"))
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_goes_on(tmp_path):
+    """From two ranks to one that accumulates, between the levels: the same search and masks, and a run that is valid
+    to its end; from one rank to two as well."""
+    saving = {**SEARCH, "save_strategy": "steps", "save_steps": 3}
+    one, two = {**saving, "gradient_accumulation_steps": 2}, saving
+    whole = launch(tmp_path, 2, {"whole": two})["whole"][0]
+    shutil.copytree(tmp_path / "whole" / "out" / "checkpoint-3", tmp_path / "fewer" / "out" / "checkpoint-3")
+    found = launch(tmp_path, 1, {"fewer": {**one, "resume": True}, "alone": one})
+    shutil.copytree(tmp_path / "alone" / "out" / "checkpoint-3", tmp_path / "more" / "out" / "checkpoint-3")
+    found |= launch(tmp_path, 2, {"more": {**two, "resume": True}})
+    for ranks in found.values():
+        for rank in ranks:
+            assert rank["losses"] == pytest.approx(whole["losses"], rel=1e-4)
+            assert rank["masks"] == whole["masks"] and rank["chosen"] == whole["chosen"]
+
+
+@pytest.mark.slow
+def test_an_uneven_last_batch_is_trained_on(tmp_path):
+    """90 rows in batches of 16: the sixth has 10, which accelerate fills up for both ranks."""
+    runs = {
+        "dispatched": {"accelerator_config": {"dispatch_batches": True}},
+        "split": {"accelerator_config": {"split_batches": True}, "per_device_train_batch_size": 16},
+        "sharded": {},
+    }
+    found = launch(tmp_path, 2, {name: {**SEARCH, "rows": 90, **changes} for name, changes in runs.items()})
+    for name, (first, second) in found.items():
+        assert first["masks"] == second["masks"] and first["weights"] == second["weights"], name
+        assert first["after"] == second["after"] and len(first["losses"]) == 12, name
+        assert first["chosen"] == found["sharded"][0]["chosen"], name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "there", "elsewhere"),
+    [
+        ("raise", "ArithmeticError: a trial went wrong", "rank 1 failed: ArithmeticError: a trial went wrong"),
+        ("die", "", "rank 0 waited for the other ranks in vain: one of them has died"),
+        ("hang", "", "was busy for more than 5 s"),
+        (
+            "statistics",
+            "layer.1.output.dense.weight differ",
+            "layer.1.output.dense.weight differ between ranks 0 and 1",
+        ),
+    ],
+)
+def test_a_rank_that_goes_wrong_stops_the_other(tmp_path, fault, there, elsewhere):
+    """In one of its trials, or with gradients of its own; nobody waits longer than ddp_timeout."""
+    proposals = {"proposals": ["taylor:layer:votes"], "scope": "layer"}  # where matrices do not depend on each other
+    changes = {**SEARCH, **proposals, "fault": fault, "ddp_timeout": 5}
+    start = time.monotonic()
+    (first, second) = launch_unwatched(tmp_path, {"run": changes}, limit=120)
+    assert first[0] != 0 and elsewhere in first[1], first[1][-3000:]
+    assert second[0] != 0 and there in second[1], second[1][-3000:]
+    if fault == "raise":  # the masks that waited are gone, the finished trials are kept
+        assert [path.name for path in (tmp_path / "run" / "out").glob("_*")] == ["_search-journal.json"]
+    assert time.monotonic() - start < 100

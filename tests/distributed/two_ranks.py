@@ -1,40 +1,125 @@
-"""One rank of a run: evaluates, trains with a search, and writes what it ended with."""
+"""One rank of some runs, one after the other: each evaluates, trains with a search, and writes what it ended with.
+
+    python two_ranks.py FOLDER RUNS
+
+RUNS: JSON, name -> PruningConfig's fields, and beside them "rows" of the train split, "resume" and "fault" (see
+`break_something`).
+"""
 
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
+import torch.distributed.distributed_c10d as c10d
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "glue_scripts")]
 from tiny import losses, make, make_rows, make_trainer  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
 
+from hf_maskselect.masking.scores import GradientStats  # noqa: E402
 from run_glue import leave_process_group  # noqa: E402
 
+
+def break_something(trainer, fault):
+    """At its third trial, or with its gradient samples."""
+    trial, tried = trainer._bench.trial, []
+
+    def faulty(*args):
+        tried.append(1)
+        if len(tried) == 3 and fault == "raise":
+            raise ArithmeticError("a trial went wrong")
+        if len(tried) == 3 and fault == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if len(tried) == 3 and fault == "hang":
+            time.sleep(30)
+        return trial(*args)
+
+    take = GradientStats._take
+
+    def other(self, weight):
+        if "layer.1.output" in self._names[id(weight)]:
+            weight.grad.abs_().add_(1)
+        take(self, weight)
+
+    if fault == "statistics":
+        GradientStats._take = other
+    trainer._bench.trial = faulty
+
+
+def count_what_is_sent(search):
+    """Bytes a rank sends in each search: objects, each a gather of its size and one of its content."""
+    told, choose, gather = [], search.choose, c10d.all_gather
+
+    def counted(*args):
+        sent = []
+
+        def gather_counted(tensors, tensor, *rest, **keywords):
+            sent.append(tensor.numel() * tensor.element_size())
+            return gather(tensors, tensor, *rest, **keywords)
+
+        c10d.all_gather = gather_counted
+        masks = choose(*args)
+        c10d.all_gather = gather
+        told.append(sum(sent))
+        return masks
+
+    search.choose = counted
+    return told
+
+
+class Terminated(TrainerCallback):
+    """Sends this process a SIGTERM in the middle of an optimizer step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run(folder, rows=96, resume=None, fault=None, terminate=None, **changes):
+    trainer = make_trainer(
+        folder / "out",
+        make(),
+        make_rows(rows),
+        data_seed=1,
+        ddp_find_unused_parameters=False,
+        keywords={"selection_dataset": make_rows(16, seed=2), "teacher": make(seed=3)},
+        **changes,
+    )
+    rank = trainer.args.process_index
+    if fault and rank == 1:
+        break_something(trainer, fault)
+    if terminate is not None and rank == 1:
+        trainer.callback_handler.callbacks[-1].jit_manager.kill_wait = 0
+        trainer.add_callback(Terminated(terminate))
+    sent = count_what_is_sent(trainer._search)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    found = {
+        "steps": trainer.state.global_step,
+        "wrapped": type(trainer.model_wrapped).__name__,
+        "before": before,
+        "after": trainer.evaluate()["eval_loss"],
+        "losses": losses(trainer),
+        "masks": trainer.pruning_state().masks.digest(),
+        "chosen": [s.metrics()["search_chosen"] for s in trainer._search.history if len(s.candidates) > 1],
+        "scores": [[c.scores for c in s.candidates] for s in trainer._search.history],
+        "digests": [[c.digest for c in s.candidates] for s in trainer._search.history],
+        "sent": sent,
+        "weights": float(sum(p.detach().double().abs().sum() for p in trainer.model.parameters())),
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+
+
 torch.set_num_threads(1)
-folder, batch, changes = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
-resume = changes.pop("resume", None)
-keywords = {"selection_dataset": make_rows(16, seed=2), "teacher": make(seed=3)}
-trainer = make_trainer(
-    folder / "out",
-    make(),
-    **changes,
-    per_device_train_batch_size=batch,
-    data_seed=1,
-    ddp_find_unused_parameters=False,
-    keywords=keywords,
-)
-before = trainer.evaluate()["eval_loss"]
-trainer.train(resume_from_checkpoint=resume)
-trainer.save_model()
-found = {
-    "wrapped": type(trainer.model_wrapped).__name__,
-    "before": before,
-    "after": trainer.evaluate()["eval_loss"],
-    "losses": losses(trainer),
-    "masks": trainer.pruning_state().masks.digest(),
-    "chosen": [s.metrics()["search_chosen"] for s in trainer._search.history],
-    "weights": float(sum(p.detach().double().abs().sum() for p in trainer.model.parameters())),
-}
-(folder / f"rank{trainer.args.process_index}.json").write_text(json.dumps(found))
+for name, keywords in json.loads(sys.argv[2]).items():
+    run(Path(sys.argv[1]) / name, **keywords)
 leave_process_group()
