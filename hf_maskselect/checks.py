@@ -32,6 +32,7 @@ WHOLE_NUMBERS = (
     "criterion_batches",
     "criterion_batch_size",
     "trial_steps",
+    "trial_batch_size",
     "level_eval_steps",
 )
 BOOLEANS = (
@@ -337,15 +338,7 @@ def check_choice(name: str, value: object, choices) -> None:
 
 
 def check_setting(args: PruningConfig, score_fn: ScoreFn | None, compute_metrics) -> None:
-    """What the arguments of the trainer beside `args` do not go with, and devices that are not supported."""
-    if args.n_gpu > 1:
-        raise ValueError(
-            "nn.DataParallel is not supported: start with `accelerate launch`, or show one GPU to the process"
-        )
-    if args.fsdp or args.deepspeed:
-        raise ValueError(
-            "FSDP and DeepSpeed are not supported: use DistributedDataParallel through `accelerate launch`"
-        )
+    """What the arguments of the trainer beside `args` do not go with."""
     if args.searches and args.train_sampling_strategy == "batch_rebalance":
         raise ValueError(
             "train_sampling_strategy='batch_rebalance' makes batches for several devices, but a trial runs on "

@@ -167,11 +167,11 @@ def cost_text(work: Workload, ranks: Sequence[int]) -> str:
         "memory a rank, without activations; fp32, AdamW",
     ]
     for cost in costs:
-        if cost.busy < 0.9 and cost.ranks > 1:
-            widest = max(count for rungs in work.rungs for count, _ in rungs)
+        widest = max((count for rungs in work.rungs for count, _ in rungs), default=0)
+        if 0 < widest < cost.ranks:
             lines.append(
-                f"{cost.ranks} ranks: {1 - cost.busy:.0%} of the ranks' time in trials is waiting, because a rung has "
-                f"at most {widest} candidates and fewer later on: more candidates cost no more time"
+                f"{cost.ranks} ranks: {1 - cost.busy:.0%} of their time in trials is waiting; up to {cost.ranks} "
+                "candidates take no longer"
             )
         if cost.seconds_ratio > 10 and work.trial_rows is None and cost.ranks > 1:
             lines.append(

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .masking.dtensors import like, of_parts, part, shards_of, whole
 from .masking.maskset import MaskSet
 from .masking.patterns import NM, SCOPES, Channel, Unstructured, kept_count
 from .masking.scores import CRITERIA, Criterion, GradientStats, StoredStats, WeightStats, checked_score
+from .masking.sharded import sharded_masks
 from .masking.votes import number_of_draws, rank_by_votes_
 
 # Around candidate 0: what differed most and did best at 16x and 50x on real data comes first.
@@ -120,7 +122,7 @@ def propose(
     pattern: Unstructured | NM | Channel,
     criteria: Mapping[str, Criterion] = CRITERIA,
 ) -> MaskSet:
-    """The candidate's masks: exact count, nested in `masks`.
+    """The candidate's masks: exact count, nested in `masks`; whole, also where the weights are sharded.
 
     Raises:
         ValueError: scores with NaN or infinity, or negative scores under votes (the tensor is named).
@@ -131,7 +133,7 @@ def propose(
     scores = {}
     for name, weight in weights.items():
         known = WeightStats(None, None, 0) if stats is None else stats.of(name)
-        scores[name] = checked_score(criterion.score, name, weight, known)
+        scores[name] = checked_score(criterion.score, name, part(weight), known)
     if proposal.ratio is not None:
         generator = torch.Generator(device=next(iter(weights.values())).device)
         generator.manual_seed(key_seed(seed, "votes", level, index))
@@ -140,7 +142,14 @@ def propose(
                 raise ValueError(f"votes need scores >= 0 but those of {name} are negative: shift them in score_fn")
             score.masked_fill_(masks[name].logical_not(), 0)  # a dead weight gets no vote
         pattern = _vote_(scores, proposal.ratio, pattern, sparsity, criterion.vote_exponent, generator)
-    return MaskSet(pattern.masks(scores, sparsity, masks, consume=True))
+    shards = shards_of(weights)
+    if shards is None:
+        return MaskSet(pattern.masks(scores, sparsity, masks, consume=True))
+    alive = {name: part(like(masks[name], weight)) for name, weight in weights.items()}
+    sizes = [weight.numel() for weight in weights.values()]
+    room = [int(torch.count_nonzero(masks[name])) for name in weights]
+    found = sharded_masks(pattern, scores, sparsity, shards, alive, sizes, room)
+    return MaskSet({name: whole(of_parts(found[name], weight)) for name, weight in weights.items()})
 
 
 def _vote_(

@@ -225,15 +225,15 @@ class MaskSearch:
         """Make every candidate's masks and put them on disk; a mask that was already drawn is not tried twice."""
         config, ranks = self._config, self._ranks
         needs = self.needs() if config.criterion_batches else set()
-        stats = None
+        self._pool, stats = candidate_pool(config, self._criteria), None
         if needs:
             stats = self._bench.gradient_stats(needs, search.level)
             rows = config.criterion_batches * config.criterion_batch_size
             search.step_equivalents += rows / self._bench.rows_of_training()
-            if ranks.count > 1:  # they may be asked for again, and cost no memory on disk
+            if ranks.count > 1 and len(self._pool) > 1:  # asked for again, perhaps; on disk they cost no memory
                 stats.save(self._folder / _STATS)
                 stats = StoredStats(self._folder / _STATS, self._bench.device)
-        self._pool, self._stats = candidate_pool(config, self._criteria), stats if ranks.count > 1 else None
+        self._stats = stats if isinstance(stats, StoredStats) else None
         first = self._make(0, search, stats)
         ranks.agree(first.digests, f"the masks drawn for level {search.level + 1}")
         # Every rank has drawn candidate 0, which the others are compared with.

@@ -22,10 +22,12 @@ from .checkpoint import PruningState, load_method_state
 from .checks import check_packs, check_setting, check_shapes, check_start
 from .config import PruningConfig
 from .distillation import Distiller, load_teacher
+from .engines import check_devices, check_engine
 from .hub import HubTrainer
 from .jit_checkpoint import CheckpointTogether
 from .journal import Journal
 from .level_best import LevelBest
+from .masking.dtensors import class_name, exchange, part, reshard, whole
 from .masking.maskset import MaskSet
 from .masking.schedule import LevelPlan
 from .masking.scores import CRITERIA, Criterion, ScoreFn
@@ -83,10 +85,12 @@ class PruningTrainer(HubTrainer):
             raise ValueError(
                 f"args must be a PruningConfig, got {type(args).__name__}: it takes every TrainingArguments field"
             )
+        check_devices(args)
         check_packs(args, model)
         check_setting(args, score_fn, kwargs.get("compute_metrics"))
         train_dataset, selection_dataset = selection_rows(args, train_dataset, selection_dataset)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        check_engine(args, self, score_fn)
         # BERT-family heads take **kwargs but ignore num_items_in_batch: believing them would scale the loss by the
         # accumulation steps and by the ranks (transformers#47688).
         self.model_accepts_loss_kwargs = False
@@ -211,14 +215,21 @@ class PruningTrainer(HubTrainer):
             group["lr"] *= learning_rate / self.args.learning_rate
         return optimizer
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader, resume_from_checkpoint: str | None):
+        if resume_from_checkpoint is not None and self.is_fsdp_enabled:  # which loads after the plan is made
+            self._start, self._resumed = PruningState.load(resume_from_checkpoint).start, True
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._method.begin(self._plan, self.optimizer)
+        self._resumed = False
+        return prepared
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         args = self.args
+        self._method.attach(self.model)  # FSDP has put other parameters in the place of those it found
         if not self._resumed:
             self._start = self._method.masks.sparsity()
             check_start(args, self._method.masks)
-        self._resumed = False
         self._plan = args.plan(num_training_steps, self._start)
-        self._method.begin(self._plan, self.optimizer)
         if args.should_save:
             self._search.clean(anew=self.state.global_step == 0)
             if self._level_best and self.state.global_step == 0:
@@ -266,11 +277,13 @@ class PruningTrainer(HubTrainer):
         return super()._get_grad_norm(model, grad_norm)
 
     def _choose_masks(self, level: int) -> MaskSet:
+        reshard(self.model)
         if not self.args.emergent and self._reached(level):  # the model was that sparse before
             return self._method.masks
         if self._level_best and level > 0:
             self._restore_level_best(level - 1)
         chosen = self._search.choose(level, self._plan, self.state.global_step)
+        reshard(self.model)  # what is written next must be seen by the next forward pass
         if self.is_world_process_zero():
             self._search.write()
         done = self._search.history[-1]
@@ -334,6 +347,7 @@ class PruningTrainer(HubTrainer):
             output = super().evaluation_loop(
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
+            reshard(self.model)
             sparsity = MaskSet.from_zeros(self.model, self.args.target_modules, self.args.exclude_modules).sparsity()
         output.metrics[f"{metric_key_prefix}_sparsity"] = sparsity
         if prepares:
@@ -354,15 +368,13 @@ class PruningTrainer(HubTrainer):
     @contextlib.contextmanager
     def _baked(self) -> Iterator[None]:
         """Inside, the model is what a user would get: exactly sparse, whatever the method trains on."""
-        trained = {}
-        for name, tensor in (self._method.baked_state_dict() or {}).items():
-            weight = self._method.weights[name]
-            trained[name], weight.data = weight.data, tensor
+        baked = self._method.baked_state_dict() or {}
+        trained = {name: exchange(self._method.weights[name], part(tensor)) for name, tensor in baked.items()}
         try:
             yield
         finally:
             for name, tensor in trained.items():
-                self._method.weights[name].data = tensor
+                exchange(self._method.weights[name], tensor)
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         # Early, denser models score best and must not win.
@@ -386,7 +398,7 @@ class PruningTrainer(HubTrainer):
             self._method.level,
             args.seed,
             self._start,
-            type(self.model).__name__,
+            class_name(self.model),
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -400,11 +412,14 @@ class PruningTrainer(HubTrainer):
                 "achieved": state.masks.sparsity(),
                 "version": FORMAT_VERSION,
             }
+        extra = self._method.state_dict()
+        if self.is_fsdp_enabled:  # what it gathered are the trained weights
+            baked = {name: whole(tensor) for name, tensor in (self._method.baked_state_dict() or {}).items()}
+            state_dict |= {name: tensor.to(state_dict[name]) for name, tensor in baked.items() if name in state_dict}
         with self._whole(self.args.output_dir if output_dir is None else output_dir) as folder:
             with self._baked():
                 super()._save(folder, state_dict)
             if self.args.should_save:
-                extra = self._method.state_dict()
                 self._while_writing(folder, lambda: state.sealed(folder).save(folder, extra))
                 if self._checkpointing:
                     self._search.write(folder)
@@ -417,7 +432,7 @@ class PruningTrainer(HubTrainer):
         state, extra = PruningState.load(resume_from_checkpoint), load_method_state(resume_from_checkpoint)
         args = self.args
         target = state.sparsity if args.emergent else args.sparsity
-        state.check_resumes(args.method, args.pattern, target, type(self.model).__name__)
+        state.check_resumes(args.method, args.pattern, target, class_name(self.model))
         state.check_saved(resume_from_checkpoint)
         told = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
         state.check_step(told.global_step, resume_from_checkpoint)

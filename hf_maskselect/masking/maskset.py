@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .dtensors import whole
+
 FORMAT_VERSION = 1
 _BESIDE = "beside/"  # no parameter name holds a slash
 # Gathers the low bits of eight little-endian bytes into the top byte of their product, first byte highest.
@@ -42,14 +44,15 @@ class MaskSet(Mapping[str, Tensor]):
     @classmethod
     def ones(cls, weights: Mapping[str, Tensor]) -> MaskSet:
         """Everything kept."""
-        return cls({name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()})
+        return cls({name: torch.ones(w.shape, dtype=torch.bool, device=w.device) for name, w in weights.items()})
 
     @classmethod
     def from_zeros(cls, model: nn.Module, target_modules=None, exclude_modules=None) -> MaskSet:
         """Masks of the zeros a model already has, over `prunable_weights(model, target_modules, exclude_modules)`."""
         from .targets import prunable_weights
 
-        return cls({n: w.detach() != 0 for n, w in prunable_weights(model, target_modules, exclude_modules).items()})
+        weights = prunable_weights(model, target_modules, exclude_modules)
+        return cls({name: whole(weight.detach() != 0) for name, weight in weights.items()})
 
     # -- what it says ------------------------------------------------------------------------------------------------
 

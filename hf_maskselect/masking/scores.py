@@ -11,6 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .dtensors import part
+
 
 @dataclass(frozen=True)
 class WeightStats:
@@ -133,8 +135,9 @@ class GradientStats:
         self._samples += 1
 
     def of(self, name: str) -> WeightStats:
-        """The statistics of one weight so far."""
-        return WeightStats(self._square.get(name), self._product.get(name), self._samples)
+        """The statistics of one weight so far; of sharded weights those of this rank's rows."""
+        found = [of[name] if name in of else None for of in (self._square, self._product)]
+        return WeightStats(*(None if t is None else part(t) for t in found), self._samples)
 
     def save(self, path: str | os.PathLike) -> None:
         """Put them into a file for `StoredStats`."""

@@ -174,13 +174,12 @@ class Gumbel(SoftMasks):
         self._slopes[name] = slope
         return weight * self._scales[name].data.to(weight.dtype) * mask
 
-    def carry(self, name: str, weight: nn.Parameter, effective: Tensor) -> None:
-        grad, scale = weight.grad, self._scales[name]
+    def carry(self, name: str, weight: Tensor, grad: Tensor, effective: Tensor) -> None:
+        scale = self._scales[name]
         if scale.requires_grad:
             scale.grad = (grad * effective).sum(dtype=torch.float32).div_(scale.data)
         # d effective / d logit = scale * weight * slope, in the buffer of the gradient that is no longer needed
-        self._logits[name].grad = grad.float().mul_(self._slopes.pop(name)).mul_(weight.data).mul_(scale.data)
-        weight.grad = None
+        self._logits[name].grad = grad.float().mul_(self._slopes.pop(name)).mul_(weight).mul_(scale.data)
 
     def gap(self, masks: MaskSet) -> float:
         found = super().gap(masks)
@@ -191,7 +190,7 @@ class Gumbel(SoftMasks):
         stepping = bool(self._trained)
         super().before_clipping()
         if stepping:
-            for parameter in self._frozen:
+            for parameter in (*self._frozen, *self.weights.values()):
                 parameter.grad = None
 
     def on_optimizer_step(self) -> None:

@@ -9,8 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..masking.dtensors import like, part, reshard, shards_of, whole
 from ..masking.maskset import MaskSet
 from ..masking.schedule import LevelPlan
+from ..masking.sharded import Shards
 
 # level -> masks of the level
 Choose = Callable[[int], MaskSet]
@@ -22,7 +24,7 @@ class HardMasks:
 
     Dead gradients are zeroed before clipping and dead weights after every step. At a level's first step `choose` is
     asked for the next masks. The masks are held once, in the weights' own dtype (multiplying by a boolean mask is 6x
-    slower), and not at all before the first cut.
+    slower), and not at all before the first cut. Weights that FSDP2 has sharded have masks that are sharded alike.
 
     Args:
         find_weights: model -> its prunable weights.
@@ -33,6 +35,7 @@ class HardMasks:
     def __init__(self, find_weights: FindWeights, choose: Choose, keep_zeros: bool = True) -> None:
         self._find_weights, self._choose, self._keep_zeros = find_weights, choose, keep_zeros
         self.weights: dict[str, nn.Parameter] = {}
+        self.shards: Shards | None = None
         self._keep: dict[str, Tensor] = {}  # empty: everything is kept
         self._steps_done = 0
         self.level = -1
@@ -40,10 +43,14 @@ class HardMasks:
         self.optimizer: torch.optim.Optimizer | None = None
 
     def attach(self, model: nn.Module) -> None:
+        reshard(model)
+        reshard(model)
         known, self.weights = self.weights, self._find_weights(model)
+        self.shards = shards_of(self.weights)
         if any(known.get(name) is not weight for name, weight in self.weights.items()):  # the first, or a new model
             self._keep = self._zeros_of_the_start() if self._keep_zeros else {}
-        self._keep = {name: keep.to(self.weights[name]) for name, keep in self._keep.items()}
+        if self.shards is None:
+            self._keep = {name: keep.to(self.weights[name]) for name, keep in self._keep.items()}
 
     def detach(self) -> None:
         """Forget the model; its zeros are read anew when it, or another, is attached."""
@@ -51,7 +58,8 @@ class HardMasks:
 
     def _zeros_of_the_start(self) -> dict[str, Tensor]:
         """Masks of a model that is sparse already; none for a dense one."""
-        if all(int(torch.count_nonzero(weight)) == weight.numel() for weight in self.weights.values()):
+        dead = sum(part(weight).numel() - int(torch.count_nonzero(part(weight))) for weight in self.weights.values())
+        if not (dead if self.shards is None else self.shards.sums([dead])[0]):
             return {}
         return {name: (weight != 0).to(weight.dtype) for name, weight in self.weights.items()}
 
@@ -63,19 +71,19 @@ class HardMasks:
 
     @property
     def masks(self) -> MaskSet:
-        """The masks in force."""
+        """The masks in force, whole on every rank."""
         if not self._keep:
             return MaskSet.ones(self.weights)
-        return MaskSet({name: keep.bool() for name, keep in self._keep.items()})
+        return MaskSet({name: whole(keep.bool()) for name, keep in self._keep.items()})
 
     def set_masks(self, masks: MaskSet) -> None:
         """Put masks in force and zero what they remove; no copy of the old ones is kept."""
         masks.check_fits(self.weights)
         for name, weight in self.weights.items():
             if name in self._keep:
-                self._keep[name].copy_(masks[name])
+                self._keep[name].copy_(like(masks[name], weight))
             else:
-                self._keep[name] = masks[name].to(weight)
+                self._keep[name] = like(masks[name], weight).to(weight.dtype)
         self.on_optimizer_step()  # zeroes the weights
         with torch.no_grad():
             for weight in self.weights.values():

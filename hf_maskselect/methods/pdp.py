@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..masking.boundary import Boundary
+from ..masking.dtensors import of_parts, whole
 from ..masking.maskset import MaskSet
 from ..masking.patterns import NM, Channel, Unstructured, grouped
 from ..masking.ranking import top_k_masks
@@ -71,7 +72,7 @@ class Pdp(SoftMasks):
     def _magnitudes(self) -> dict[str, Tensor]:
         found = {name: self._weight(name).abs().float() for name in self.weights}
         for name, magnitudes in found.items():
-            if not bool(torch.isfinite(magnitudes.max())):
+            if magnitudes.numel() and not bool(torch.isfinite(magnitudes.max())):
                 raise ValueError(self._diverged(name))
         return found
 
@@ -101,12 +102,12 @@ class Pdp(SoftMasks):
         self._groups(found).copy_(soft_weight(self._groups(weight), threshold, self._tau))
         return found
 
-    def carry(self, name: str, weight: nn.Parameter, effective: Tensor) -> None:
+    def carry(self, name: str, weight: Tensor, grad: Tensor, effective: Tensor) -> None:
         threshold = self._thresholds.pop(name)
         if isinstance(self._pattern, Channel) and threshold is not None:
-            soft_row_gradient_(weight.grad, weight.data, threshold, self._tau)
+            soft_row_gradient_(grad, weight, threshold, self._tau)
         elif threshold is not None:
-            soft_gradient_(self._groups(weight.grad), self._groups(weight.data), threshold, self._tau)
+            soft_gradient_(self._groups(grad), self._groups(weight), threshold, self._tau)
 
     def _groups(self, tensor: Tensor) -> Tensor:
         """Shaped so that a threshold broadcasts: one row a group for N:M."""
@@ -136,13 +137,17 @@ class Pdp(SoftMasks):
         self.prepare(self._step)
         if not isinstance(self._pattern, NM):
             return self._cut(self._magnitudes(), {name: self._falling(name) for name in self.weights})
+        magnitudes = self._magnitudes()
         if self.plan.ramp_at(self._step) == 1:
-            return MaskSet(self._pattern.masks(self._magnitudes(), self._sparsity))
+            return self._of_all_ranks(self._pattern.masks(magnitudes, self._sparsity))
         masks = {}
-        for name, size in self._magnitudes().items():
+        for name, size in magnitudes.items():
             masks[name] = torch.empty_like(size, dtype=torch.bool)
             self._groups(masks[name]).copy_(self._groups(size) >= self._threshold(name, size))
-        return MaskSet(masks)
+        return self._of_all_ranks(masks)
+
+    def _of_all_ranks(self, masks: Mapping[str, Tensor]) -> MaskSet:
+        return MaskSet({name: whole(of_parts(mask, self.weights[name])) for name, mask in masks.items()})
 
     def candidate(self, ratio: float | None, seed: int) -> MaskSet:
         self.prepare(self._step)
@@ -154,7 +159,7 @@ class Pdp(SoftMasks):
                 draws = number_of_draws(zeros, ratio, matrices=1)
                 rank_by_votes_([score], score.numel() - zeros, draws, CRITERIA["magnitude"].vote_exponent, generator)
         if isinstance(self._pattern, NM):
-            return MaskSet(self._pattern.masks(scores, self._sparsity, consume=True))
+            return self._of_all_ranks(self._pattern.masks(scores, self._sparsity, consume=True))
         return self._cut(scores, self._zeros)
 
     def _cut(self, scores: dict[str, Tensor], zeros: dict[str, int]) -> MaskSet:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..masking.dtensors import exchange, like, of_parts, part, squared_norm, whole
 from ..masking.maskset import MaskSet, pack_bits, unpack_bits
 from ..masking.schedule import LevelPlan
 from .hard import Choose, FindWeights, HardMasks
@@ -24,7 +25,7 @@ class SoftMasks(HardMasks):
     activation checkpointing, DDP, `torch.compile`, a layer shared between depths) sees them; nothing is registered and
     every name stays. Before clipping the trained weights return to their place and the gradients are carried over by
     the chain rule, once a step however many micro-batches were accumulated. Between steps the model holds the trained
-    weights; evaluation and saving look through `baked_state_dict`.
+    weights (of sharded ones each rank its rows); evaluation and saving look through `baked_state_dict`.
 
     Args:
         report: called with what is worth logging when the mask hardens.
@@ -55,8 +56,9 @@ class SoftMasks(HardMasks):
         """What the model computes with in place of `weight` in this step; not `weight` changed in place."""
 
     @abstractmethod
-    def carry(self, name: str, weight: nn.Parameter, effective: Tensor) -> None:
-        """`weight.grad` is the gradient with respect to `effective`: make of it the gradients of what is trained."""
+    def carry(self, name: str, weight: Tensor, grad: Tensor, effective: Tensor) -> None:
+        """`grad` is the gradient with respect to `effective`: make of it, in place, the gradients of what is
+        trained."""
 
     @abstractmethod
     def hard_masks(self) -> MaskSet:
@@ -87,8 +89,8 @@ class SoftMasks(HardMasks):
     def put_back(self) -> None:
         """The trained weights return to their place. A step may end before its gradients are clipped: leftover
         micro-batches of an epoch without length, a callback that stops training, an interruption."""
-        for name, tensor in self._trained.items():
-            self.weights[name].data = tensor
+        for name, rows in self._trained.items():
+            exchange(self.weights[name], rows)
         self._trained.clear()
 
     def attach(self, model: nn.Module) -> None:
@@ -113,17 +115,16 @@ class SoftMasks(HardMasks):
         if self.soft:
             self.prepare(step)
             for name, weight in self.weights.items():
-                self._trained[name] = weight.data
-                weight.data = self.effective(name, weight.data)  # .data: no graph, whatever the method computes
+                self._trained[name] = exchange(weight, self.effective(name, part(weight.detach())))
 
     @torch.no_grad()
     def before_clipping(self) -> None:
         super().before_clipping()
         for name in list(self._trained):
             weight = self.weights[name]
-            effective, weight.data = weight.data, self._trained.pop(name)
+            effective = exchange(weight, self._trained.pop(name))
             if weight.grad is not None:
-                self.carry(name, weight, effective)
+                self.carry(name, part(weight.detach()), part(weight.grad), effective)
 
     # -- leaving the soft phase --------------------------------------------------------------------------------------
 
@@ -133,7 +134,8 @@ class SoftMasks(HardMasks):
         if self.soft:
             self._report({"soft_hard_gap": self.gap(masks)})
         for name, weight in self.weights.items():
-            weight.copy_(self.folded(name, weight.data))
+            rows = part(weight.detach())
+            rows.copy_(self.folded(name, rows))
         self._hardened = True
 
     @torch.no_grad()
@@ -143,9 +145,10 @@ class SoftMasks(HardMasks):
         self.prepare(self._step)
         distance, norm = 0.0, 0.0
         for name, weight in self.weights.items():
-            hard = self.folded(name, weight.data) * masks[name]
-            distance += float((self.effective(name, weight.data) - hard).float().square().sum())
-            norm += float(hard.float().square().sum())
+            rows = part(weight.detach())
+            hard = self.folded(name, rows) * part(like(masks[name], weight))
+            distance += squared_norm(self.effective(name, rows) - hard, weight)
+            norm += squared_norm(hard, weight)
         return (distance / norm) ** 0.5 if norm else 0.0
 
     def finalize(self) -> None:
@@ -165,8 +168,8 @@ class SoftMasks(HardMasks):
     # -- what is read and written between steps ----------------------------------------------------------------------
 
     def _weight(self, name: str) -> Tensor:
-        """The trained weight, also where a step was interrupted half-way."""
-        return self._trained.get(name, self.weights[name].data)
+        """The trained weight (of a sharded one the rows of this rank), also where a step was interrupted half-way."""
+        return self._trained[name] if name in self._trained else part(self.weights[name].detach())
 
     @property
     def masks(self) -> MaskSet:
@@ -177,13 +180,18 @@ class SoftMasks(HardMasks):
     def baked_state_dict(self) -> dict[str, Tensor] | None:
         if not self.soft:
             return None
-        return {name: self.folded(name, self._weight(name)) * mask for name, mask in self.hard_masks().items()}
+        baked = {}
+        for name, mask in self.hard_masks().items():
+            weight = self.weights[name]
+            baked[name] = of_parts(self.folded(name, self._weight(name)) * part(like(mask, weight)), weight)
+        return baked
 
     def state_dict(self) -> dict[str, Tensor]:
         if not self.soft:
             return {}
-        zeros = {_ALIVE + name: pack_bits(keep != 0) for name, keep in self._keep.items()}
-        return zeros | {_DENSE + name: self._weight(name) for name in self.weights}
+        zeros = {_ALIVE + name: pack_bits(whole(keep != 0)) for name, keep in self._keep.items()}
+        weights = self.weights.items()
+        return zeros | {_DENSE + name: whole(of_parts(self._weight(name), weight)) for name, weight in weights}
 
     @torch.no_grad()
     def load_state_dict(self, masks: MaskSet, state: dict[str, Tensor], step: int) -> None:
@@ -191,10 +199,11 @@ class SoftMasks(HardMasks):
         self._resumed = bool(state)
         if state:
             for name, weight in self.weights.items():
-                weight.copy_(state[_DENSE + name])
+                weight.copy_(like(state[_DENSE + name], weight))
             self._keep, self._steps_done = {}, step
             for name, weight in self.weights.items():
                 if _ALIVE + name in state:
-                    self._keep[name] = unpack_bits(state[_ALIVE + name], weight.shape).to(weight)
+                    alive = unpack_bits(state[_ALIVE + name], weight.shape)
+                    self._keep[name] = like(alive, weight).to(weight.dtype)
         else:
             super().load_state_dict(masks, state, step)

@@ -1,0 +1,98 @@
+"""One rank of some runs under FSDP2 or DistributedDataParallel, and of masks on a model cut by `fully_shard` itself.
+
+    python fsdp_ranks.py FOLDER ENGINE RUNS
+
+ENGINE: "fsdp" or "ddp". RUNS: JSON, name -> PruningConfig's fields and "resume"; the name "direct" is the latter.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "glue_scripts")]
+from tiny import losses, make, make_config, make_rows  # noqa: E402
+
+from hf_maskselect import PruningTrainer, prunable_weights  # noqa: E402
+from hf_maskselect.masking.dtensors import whole  # noqa: E402
+from hf_maskselect.masking.patterns import parse_pattern  # noqa: E402
+from hf_maskselect.masking.schedule import LevelPlan  # noqa: E402
+from hf_maskselect.methods.hard import HardMasks  # noqa: E402
+from hf_maskselect.proposals import Proposal, propose  # noqa: E402
+from run_glue import leave_process_group  # noqa: E402
+
+FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"], "state_dict_type": "FULL_STATE_DICT"}
+FSDP |= {"reshard_after_forward": False, "cpu_ram_efficient_loading": False}
+
+
+def run(folder, engine, resume=None, fsdp=None, **changes):
+    engines = {"fsdp": {"fsdp": True, "fsdp_config": {**FSDP, **(fsdp or {})}}, "ddp": {}}
+    config = make_config(folder / "out", **{"ddp_find_unused_parameters": False, **engines[engine], **changes})
+    if engine == "fsdp":  # accelerate looks at FSDP only where it sees GPUs; everything after that runs on any device
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    rows = make_rows()
+    trainer = PruningTrainer(make(), config, train_dataset=rows, eval_dataset=rows[:32])
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    state = trainer.pruning_state()
+    return {
+        "wrapped": type(trainer.model_wrapped).__name__,
+        "sharded": all(isinstance(weight, DTensor) for weight in trainer.model.parameters()),
+        "losses": losses(trainer),
+        "evaluated": [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e],
+        "sparsity": [e["eval_sparsity"] for e in trainer.state.log_history if "eval_sparsity" in e],
+        "masks": state.masks.digest(),
+        "kept": state.masks.kept,
+    }
+
+
+def prune(model):
+    """Two cuts and six steps of AdamW, without a trainer."""
+    batch = {k: torch.stack([row[k] for row in make_rows(8)]) for k in ("input_ids", "attention_mask", "labels")}
+    pattern, plan = parse_pattern("unstructured", "global"), LevelPlan.build([0.5, 0.9], 6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def choose(level):
+        now = {"weights": method.weights, "masks": method.masks, "sparsity": plan.levels[level], "level": level}
+        return propose(Proposal("magnitude", "global"), 0, stats=None, seed=0, pattern=pattern, **now)
+
+    method = HardMasks(prunable_weights, choose)
+    method.attach(model)
+    method.begin(plan, optimizer)
+    for step in range(6):
+        method.on_step_begin(step)
+        loss = model(**batch).loss
+        loss.backward()
+        method.before_clipping()
+        optimizer.step()
+        method.on_optimizer_step()
+        optimizer.zero_grad()
+    zeros = sum(int(whole(weight.detach()).eq(0).sum()) for weight in method.weights.values())
+    sharded = all(isinstance(keep, DTensor) for keep in method._keep.values())
+    masks = {"masks": method.masks.digest(), "kept": method.masks.kept}
+    return {**masks, "zeros": zeros, "loss": loss.item(), "sharded": sharded}
+
+
+def direct():
+    """`prune` on a model cut by `fully_shard`, beside a whole one."""
+    model = make()
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return {"cut": prune(model), "whole": prune(make())}
+
+
+torch.set_num_threads(1)
+root, engine = Path(sys.argv[1]), sys.argv[2]
+for name, keywords in json.loads(sys.argv[3]).items():
+    told = direct() if name == "direct" else run(root / name, engine, **keywords)
+    (root / name).mkdir(exist_ok=True)
+    (root / name / f"rank{torch.distributed.get_rank()}.json").write_text(json.dumps(told))
+leave_process_group()
