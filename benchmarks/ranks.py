@@ -28,7 +28,6 @@ from transformers.utils import logging
 from hf_maskselect import PruningConfig, PruningTrainer
 from hf_maskselect.cost import Workload, search_cost
 from hf_maskselect.report import text_table
-from hf_maskselect.selection import search_rungs
 
 
 def settings(args, folder: str, ranks: int) -> PruningConfig:
@@ -65,6 +64,7 @@ def child(args) -> None:
         return gather(tensors, tensor, *rest, **keywords)
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        torch.manual_seed(0)  # of the head; there is no DistributedDataParallel here to send rank 0's
         model = encoder()
         data = TokenRows(args.rows, args.length, model.config.vocab_size)
         trainer = PruningTrainer(model=model, args=settings(args, folder, ranks), train_dataset=data)
@@ -120,14 +120,10 @@ def main() -> None:
             found[ranks].append(run(ranks))
             print(f"  {ranks} rank(s): {found[ranks][-1]['seconds']:.1f} s", flush=True)
     same = all(r[key] == found[1][0][key] for rs in found.values() for r in rs for key in ("scores", "chosen"))
-    with tempfile.TemporaryDirectory() as folder:
-        config = settings(args, folder, 1)
-    plan = config.plan(config.max_steps)
-    rungs, samples, held_out = [search_rungs(config, plan, 0, 1)], 8 * args.criterion_batches, args.rows // 10
     rows = []
     for ranks, runs in found.items():
-        alone = 2 * args.batch // ranks
-        model = search_cost(Workload(1, 1, alone, plan.max_steps, rungs, samples, held_out), ranks)
+        with tempfile.TemporaryDirectory() as folder:
+            model = search_cost(Workload(settings(args, folder, ranks), 1, 1, args.rows), ranks)
         rows.append(
             [
                 ranks,

@@ -27,6 +27,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BatchEncoding,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -41,6 +42,7 @@ from transformers.utils.logging import get_verbosity as get_level
 from arguments import DataArguments, ModelArguments, parse_arguments
 from demo_data import demo_model_config, demo_tokenizer
 from hf_maskselect import PruningConfig, PruningTrainer, prunable_weights
+from hf_maskselect.masking.dtensors import reshard
 from hf_maskselect.planning import rewound_rate
 from hf_maskselect.report import text_table
 from hf_maskselect.saving import last_checkpoint
@@ -250,17 +252,24 @@ def stop_here(trainer: PruningTrainer) -> None:
     sys.exit(f"{done}: {remedy}" if trainer.is_world_process_zero() else 1)
 
 
+def check_batch(job: Job) -> BatchEncoding:
+    """A few rows of the first validation split, without labels."""
+    first = next(iter(job.evaluation.values()))
+    rows = [{k: v for k, v in row.items() if k != "label"} for row in first.select(range(min(8, len(first))))]
+    return job.collator(rows)
+
+
 def check_reload(trainer: PruningTrainer, job: Job) -> None:
     """Load the saved model plainly and compare its logits with the trained one's on a few rows."""
+    batch = check_batch(job)
+    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+    with torch.no_grad():  # on all ranks, among which FSDP has cut the model
+        expected = trained(**batch.to(trainer.args.device)).logits.float().cpu()
+    reshard(trained)
     if not trainer.is_world_process_zero():
         return
     plain = AutoModelForSequenceClassification.from_pretrained(trainer.args.output_dir, dtype=torch.float32).eval()
-    first = next(iter(job.evaluation.values()))
-    rows = [{k: v for k, v in row.items() if k != "label"} for row in first.select(range(min(8, len(first))))]
-    batch = job.collator(rows)
-    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
     with torch.no_grad():
-        expected = trained(**batch.to(trained.device)).logits.float().cpu()
         found = plain(**batch.to(plain.device)).logits
     if not torch.allclose(found, expected, atol=1e-4):
         raise ValueError(f"{trainer.args.output_dir} loads plainly but gives other logits than the trained model")

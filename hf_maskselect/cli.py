@@ -55,9 +55,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     found["export"].add_argument("--batch-sizes", nargs="+", type=positive, help="of the benchmark (1 8 32)")
     found["export"].add_argument("--seq-lens", nargs="+", type=positive, help="of the benchmark, in tokens (128)")
-    found["plan"].usage = "%(prog)s PATH [--ranks N ...] [--train-rows N] --max_steps N [any field of PruningConfig]"
+    found["plan"].usage = "%(prog)s PATH [--ranks N ...] [--train_rows N] --max_steps N [any field of PruningConfig]"
     found["plan"].add_argument("--ranks", nargs="+", type=positive, default=[1, 8, 64, 512], help="(1 8 64 512)")
-    found["plan"].add_argument("--train-rows", type=positive, default=10_000, help="of the train split (10000)")
+    found["plan"].add_argument(
+        "--train_rows", "--train-rows", type=positive, default=10_000, help="of the train split (10000)"
+    )
     return parser
 
 
@@ -83,8 +85,7 @@ def run(options: argparse.Namespace) -> str:
     if options.command == "export":
         return export(options)
     if options.command == "plan":
-        (config,) = HfArgumentParser(PruningConfig).parse_args_into_dataclasses(options.fields)
-        return cost_text(workload(config, options.path, options.train_rows), options.ranks)
+        return cost_text(workload(options.config, options.path, options.train_rows), options.ranks)
     state = verify(options.path, options.pattern)
     zeros = state.masks.total - state.masks.kept
     return f"good: {zeros:,} of {state.masks.total:,} prunable weights are zero ({state.masks.sparsity():.6f})"
@@ -107,6 +108,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, options.fields = parser.parse_known_args(arguments)
     if options.fields and options.command != "plan":
         parser.error(f"unrecognized arguments: {' '.join(options.fields)}")
+    if options.command == "plan":
+        try:
+            (options.config,) = HfArgumentParser(PruningConfig).parse_args_into_dataclasses(options.fields)
+        except ValueError as error:
+            parser.error(str(error))
     if options.command == "export":
         only_nm = {"--dtype": options.dtype, "--exclude-modules": options.exclude_modules}
         only_timed = {"--batch-sizes": options.batch_sizes, "--seq-lens": options.seq_lens}
@@ -117,7 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.benchmark and (given := [flag for flag, value in only_timed.items() if value]):
             parser.error(f"{given[0]} belongs to --benchmark")
     disable_progress_bar()  # of transformers' loading: the answer is one line
-    online = options.command in ("report", "verify", "export", "plan") and options.path.count("/") == 1
+    online = options.command in ("report", "verify", "export") and options.path.count("/") == 1
+    online = online or options.command == "plan"  # bert-base-uncased
     online = online and not Path(options.path).exists()
     if not Path(options.path).is_dir() and not online:
         parser.error(f"{options.path} is no folder: give the folder of a saved model")

@@ -2,190 +2,223 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel
 
 from .config import PruningConfig
+from .level_search import Candidate
 from .masking.scores import CRITERIA
 from .masking.targets import prunable_weights
 from .report import text_table
-from .selection import Candidate, search_rungs, statistics_needed
+from .selection import search_rungs, statistics_needed
 from .trials import EARLY_EVALUATIONS
 
-_DIGEST = "0" * 64
+Rungs = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One pruning run, in rows and steps.
+    """One pruning run of `config.max_steps` training steps.
 
-    parameters, prunable: weights of the model, and those that masks cover. rows: of one device in a training step,
-    accumulation included. rungs: of each level, (candidates, steps). sample_rows: of a level's statistics.
-    selection_rows: what a trial is scored on. evaluations: scores per trial, at most one a step. trial_rows: of one
-    trial step; None where it follows the training step.
+    parameters, prunable: weights of the model, and those that masks cover. train_rows: of the train split, out of
+    which the selection split is held. passes: forward passes that score a row (2 with the teacher's soft labels).
     """
 
+    config: PruningConfig
     parameters: int
     prunable: int
-    rows: int
-    training_steps: int
-    rungs: Sequence[Sequence[tuple[int, int]]]
-    sample_rows: int
-    selection_rows: int
-    evaluations: int = 1
-    trial_rows: int | None = None
+    train_rows: int
+    passes: int = 1
+
+    def __post_init__(self) -> None:
+        config = self.config
+        if config.max_steps <= 0:
+            raise ValueError(f"max_steps={config.max_steps} says nothing of the run's length: give --max_steps")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(config, name) < 1:
+                raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+
+    @property
+    def rows(self) -> int:
+        """Of one device in a training step, accumulation included."""
+        return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+
+    def trial_rows(self, ranks: int) -> int:
+        """Of a trial step, which one device runs alone."""
+        return self.config.trial_batch_size or self.rows * ranks
+
+    @property
+    def held_out(self) -> int:
+        """Rows that a trial is scored on."""
+        return round(self.train_rows * self.config.selection_fraction)
+
+    @property
+    def samples(self) -> int:
+        """Rows of the gradient statistics of a level."""
+        needed = bool(statistics_needed(self.config, CRITERIA))
+        return self.config.criterion_batches * self.config.criterion_batch_size * needed
+
+    def rungs(self, ranks: int) -> list[Rungs]:
+        """Of every level."""
+        epoch = max(1, (self.train_rows - self.held_out) // self.trial_rows(ranks))
+        plan = self.config.plan(self.config.max_steps)
+        return [search_rungs(self.config, plan, level, epoch) for level in range(len(plan.levels))]
 
 
 @dataclass(frozen=True)
 class Cost:
     """What the model says of one number of ranks.
 
-    compute: of all searches, in training steps (a forward pass is a third of one), summed over ranks; the statistics,
-    which every rank computes for itself, count once. seconds_ratio: time of all searches in times of the training.
-    busy: share of the ranks' time in trials that is spent on trials. training_bytes, search_bytes: largest memory of a
-    rank for weights, gradients, optimizer and masks in fp32 with two moments (activations come on top; searching, the
-    statistics wait on disk). sent, received: bytes of a rank in one search. trained: bytes that a rank sends in one
-    training step (a ring all-reduce of the gradients).
+    compute: of all searches, in training steps (a forward pass is a third of one), summed over ranks; statistics,
+    which every rank computes for itself, count once. time: of all searches, in times of the training. busy: share of
+    the ranks' time in trials that is spent on trials. training_bytes, search_bytes: largest memory of a rank for
+    weights, gradients, AdamW's moments and hard masks in fp32 (activations come on top). sent: by a rank in one
+    search; gathered: of all ranks' messages. trained: bytes that a rank sends in one training step (a ring all-reduce
+    of the gradients).
     """
 
     ranks: int
     compute: float
-    seconds_ratio: float
+    time: float
     busy: float
     training_bytes: int
     search_bytes: int
     sent: int
-    received: int
+    gathered: int
     trained: int
 
 
-def workload(config: PruningConfig, folder: str, train_rows: int) -> Workload:
-    """A run of `config.max_steps` training steps of the model in `folder`, of which only config.json is read.
-
-    train_rows: of the train split, of which the selection split is held out.
+def workload(config: PruningConfig, path: str | Path, train_rows: int) -> Workload:
+    """Of the model in `path` (a folder, or a name on the Hub), of which only config.json is read.
 
     Raises:
-        ValueError: max_steps is not given, or the target cannot be reached within them.
+        ValueError: no such model, nothing in it is prunable, or max_steps is not given.
     """
-    if config.max_steps <= 0:
-        raise ValueError(f"max_steps={config.max_steps} says nothing of the run's length: give --max_steps")
+    try:
+        told = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(
+            f"{path} is no folder with a config.json, and no such name could be found on the Hub: give one of these "
+            f"({error})"
+        ) from error
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder))
+        model = AutoModel.from_config(told)
     weights = prunable_weights(model, config.target_modules, config.exclude_modules)
-    plan, rows = config.plan(config.max_steps), config.train_batch_size * config.gradient_accumulation_steps
-    held_out = round(train_rows * config.selection_fraction)
-    epoch = max(1, (train_rows - held_out) // rows)
-    return Workload(
-        parameters=model.num_parameters(),
-        prunable=sum(weight.numel() for weight in weights.values()),
-        rows=rows,
-        training_steps=plan.max_steps,
-        rungs=[search_rungs(config, plan, level, epoch) for level in range(len(plan.levels))],
-        sample_rows=config.criterion_batches * config.criterion_batch_size * bool(statistics_needed(config, CRITERIA)),
-        selection_rows=held_out,
-        evaluations=EARLY_EVALUATIONS if config.selection == "early" else 1,
-        trial_rows=config.trial_batch_size,
-    )
+    passes = 2 if config.selection_metric == "teacher" else 1
+    return Workload(config, model.num_parameters(), sum(w.numel() for w in weights.values()), train_rows, passes)
 
 
 def search_cost(work: Workload, ranks: int) -> Cost:
-    """The cost on `ranks` devices of equal speed."""
-    rows = work.rows * ranks
-    trial_rows = rows if work.trial_rows is None else work.trial_rows
-    compute = alone = clock = shared = 0.0  # in rows, a forward and backward pass each
-    for rungs in work.rungs:
-        samples = work.sample_rows if rungs else 0
-        alone += samples
-        clock += samples
+    """The cost on `ranks` devices of equal speed.
+
+    Raises:
+        ValueError: the target cannot be reached within max_steps.
+    """
+    levels, trial_rows = work.rungs(ranks), work.trial_rows(ranks)
+    marks = EARLY_EVALUATIONS if work.config.selection == "early" else 1
+    statistics = work.samples * len(levels)
+    trials = longest = 0.0  # in rows, forward and backward
+    for rungs in levels:
         for count, steps in rungs:
-            trial = steps * trial_rows + min(work.evaluations, steps) * work.selection_rows / 3
-            compute += count * trial
-            shared += math.ceil(count / ranks) * trial
-    clock += shared
-    sent = max((exchanged(rungs, ranks) for rungs in work.rungs), default=0) if ranks > 1 else 0
+            trial = steps * trial_rows + min(marks, steps) * work.passes * work.held_out / 3
+            trials += count * trial
+            longest += math.ceil(count / ranks) * trial
+    sent = max(exchanged(rungs, ranks) for rungs in levels) if ranks > 1 else 0
     weights = 4 * work.parameters
     training = 4 * weights + 4 * work.prunable + (weights if ranks > 1 else 0)  # the buckets of the all-reduce
     return Cost(
         ranks,
-        (compute + alone) / rows,
-        clock / (work.training_steps * work.rows),
-        compute / (shared * ranks) if shared else 1.0,
+        (trials + statistics) / (work.rows * ranks),
+        (longest + statistics) / (work.config.max_steps * work.rows),
+        trials / (longest * ranks) if longest else 1.0,
         training,
-        training + 3 * weights,
+        training + (3 * weights if longest else 0),  # a copy of the weights, and the moments of a trial
         sent,
         sent * ranks,
         round(2 * weights * (ranks - 1) / ranks),
     )
 
 
-def exchanged(rungs: Sequence[tuple[int, int]], ranks: int) -> int:
+def exchanged(rungs: Rungs, ranks: int) -> int:
     """Bytes that a rank sends in one search: every exchange is a length of eight bytes and a pickled object, padded to
     the longest."""
-    if not rungs:
-        return 0
-    first = rungs[0][0]
-    share = 1 + math.ceil(first / ranks)  # candidate 0 is drawn by all
-    longest = "magnitude:balanced:votes@0.0001"
-    drawn = [Candidate(i, longest, 0.1, 1 / 3, f"{i:064}") for i in range(share)]
-    objects: list[object] = [_DIGEST, (drawn, None), _DIGEST]
+    digest, done = "0" * 64, (None, None)
+    count = rungs[0][0] if rungs else 1
+    share = math.ceil(count / ranks) + (count > 1)  # candidate 0 is drawn by all
+    drawn = [Candidate(i, "magnitude:balanced:votes@0.0001", 0.1, 1 / 3, f"{i:064}") for i in range(share)]
+    objects: list[object] = [done, digest, (drawn, None), done, digest]
+    if rungs:
+        objects.append(done)  # the journal is open
     for count, _ in rungs:
-        turns = math.ceil(count / ranks)
-        objects += [{}, ([None], None), *[((count, 1 / 3), None)] * turns]
+        known = ({index: None for index in range(count)}, None)
+        objects += [known, done, *[((count, 1 / 3), None), done] * math.ceil(count / ranks)]
     return sum(8 + len(pickle.dumps(value)) for value in objects)
 
 
 def cost_text(work: Workload, ranks: Sequence[int]) -> str:
-    """The model's answers as a table, with what to change where the search would rule."""
+    """The model's answers as a table, with what to change where ranks wait or the search would rule."""
     costs = [search_cost(work, count) for count in ranks]
     rows = [
         [
             cost.ranks,
             work.rows * cost.ranks,
+            work.trial_rows(cost.ranks),
             f"{cost.compute:.0f}",
-            f"{cost.seconds_ratio:.2f}",
+            f"{cost.time:.2f}",
             f"{cost.busy:.0%}",
-            _size(cost.training_bytes),
-            _size(cost.search_bytes),
-            _size(cost.sent),
-            _size(cost.received),
-            _size(cost.trained),
+            *map(_size, (cost.training_bytes, cost.search_bytes, cost.sent, cost.gathered, cost.trained)),
         ]
         for cost in costs
     ]
-    header = ["ranks", "rows a step", "search, in steps", "search / training time", "busy", "training", "search"]
-    header += ["sent a search", "received", "sent a training step"]
-    trials = [" + ".join(f"{count} x {steps}" for count, steps in rungs) or "none" for rungs in work.rungs]
-    lines = [
-        f"{work.parameters:,} parameters, {work.prunable:,} prunable; {work.training_steps} training steps; trials "
-        f"(count x steps) by level: {', '.join(trials)}",
-        text_table(header, rows),
-        "memory a rank, without activations; fp32, AdamW",
+    header = ["ranks", "rows a step", "of a trial", "search, in steps", "search / training time", "busy"]
+    header += ["memory: training", "searching", "sent a search", "gathered", "sent a training step"]
+    lines = [f"{work.parameters:,} parameters, {work.prunable:,} prunable; {work.config.max_steps} training steps"]
+    lines += [
+        f"trials (count x steps) on {count} rank(s): "
+        + ", ".join(" + ".join(f"{n} x {steps}" for n, steps in rungs) or "none" for rungs in work.rungs(count))
+        for count in (ranks if work.config.selection == "early" else ranks[:1])
     ]
+    lines += [text_table(header, rows), "memory of a rank with hard masks, without activations; fp32, AdamW"]
     for cost in costs:
-        widest = max((count for rungs in work.rungs for count, _ in rungs), default=0)
-        if 0 < widest < cost.ranks:
-            lines.append(
-                f"{cost.ranks} ranks: {1 - cost.busy:.0%} of their time in trials is waiting; up to {cost.ranks} "
-                "candidates take no longer"
-            )
-        if cost.seconds_ratio > 10 and work.trial_rows is None and cost.ranks > 1:
-            lines.append(
-                f"{cost.ranks} ranks: one device runs a trial of {work.rows * cost.ranks} rows a step alone: with "
-                f"trial_batch_size={work.rows} the searches take "
-                f"{search_cost(replace(work, trial_rows=work.rows), cost.ranks).seconds_ratio:.2f} times the "
-                "training's time"
-            )
+        lines += _advice(work, cost)
     return "\n".join(lines)
 
 
+def _advice(work: Workload, cost: Cost) -> list[str]:
+    """What would make the ranks wait less, and the trials shorter."""
+    config, told = work.config, []
+    if 1 < config.num_candidates < cost.ranks:
+        more = search_cost(replace(work, config=_changed(config, num_candidates=cost.ranks)), cost.ranks)
+        told.append(
+            f"{cost.ranks} ranks: {1 - cost.busy:.0%} of their time in trials is waiting; with "
+            f"num_candidates={cost.ranks} the searches take {more.time:.2f} times the training's time"
+        )
+    if cost.time > 10 and config.trial_batch_size is None and cost.ranks > 1:
+        less = search_cost(replace(work, config=_changed(config, trial_batch_size=work.rows)), cost.ranks)
+        told.append(
+            f"{cost.ranks} ranks: one device runs trials of {work.trial_rows(cost.ranks)} rows a step alone; with "
+            f"trial_batch_size={work.rows} the searches take {less.time:.2f} times the training's time"
+        )
+    return told
+
+
+def _changed(config: PruningConfig, **changes) -> PruningConfig:
+    other = copy.copy(config)  # checked before; these two fields decide no other
+    for name, value in changes.items():
+        setattr(other, name, value)
+    return other
+
+
 def _size(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
-    raise AssertionError
+    return f"{count:.1f} GB"

@@ -11,14 +11,17 @@ import inspect
 import math
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import find_labels
+
+if TYPE_CHECKING:
+    from .config import PruningConfig
 
 
 class Distiller:
@@ -187,6 +190,32 @@ class Distiller:
             entropy = -(t.softmax(-1) * s.log_softmax(-1)).mean(-1)
         mean = entropy.mean() if entropy.dim() == 1 else (entropy * _token_weights(mask, student)).sum()
         return mean * self.temperature**2
+
+
+def make_distiller(
+    teacher: PreTrainedModel | str | os.PathLike, student: nn.Module, args: "PruningConfig"
+) -> Distiller:
+    """The distiller of a run, on its device.
+
+    Raises:
+        ValueError: the student is no model of transformers; and as `load_teacher` and `Distiller` do.
+    """
+    if not isinstance(student, PreTrainedModel):
+        raise ValueError(
+            f"a teacher needs a model of transformers, which returns its hidden states, and {type(student).__name__} "
+            "is none: leave the teacher out"
+        )
+    distiller = Distiller(
+        load_teacher(teacher, student),
+        student,
+        logits=args.distill_logits,
+        hidden=args.distill_hidden,
+        attention=args.distill_attention,
+        temperature=args.distill_temperature,
+        hard_label=args.hard_label_weight,
+    )
+    distiller.to(args.device)
+    return distiller
 
 
 def load_teacher(teacher: PreTrainedModel | str | os.PathLike, student: PreTrainedModel) -> PreTrainedModel:

@@ -11,11 +11,11 @@ from transformers.trainer_utils import HubStrategy
 
 from .card import Scores, card_text, mean, shown_scores, write_card
 from .checkpoint import STATE_FILE, PruningState
+from .level_search import SEARCH_FILE, read_searches
 from .packed_file import PACKED_FILE
 from .plots import plot
 from .record import RunRecord, metrics_of
 from .saving import WholeCheckpoints
-from .selection import SEARCH_FILE, read_searches
 
 _TASKS = {
     "ForSequenceClassification": "text-classification",

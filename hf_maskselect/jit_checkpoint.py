@@ -18,6 +18,9 @@ class CheckpointTogether(JITCheckpointCallback):
         super().__init__()
         self.trainer, self.jit_manager, self._ranks = noticed.trainer, noticed.jit_manager, ranks
 
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.jit_manager.is_checkpoint_requested = False  # of a signal that came after the last run had stopped
+
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         """Not yet."""
 

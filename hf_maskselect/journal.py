@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from .files import read_json, write_json
@@ -41,9 +42,9 @@ class Journal:
         """The score of a trial that was finished before."""
         return self._scores.get(f"{digest}:{steps}")
 
-    def add(self, digest: str, steps: int, score: float) -> None:
-        """Keep the score of a trial (exactly: JSON holds a float's shortest form)."""
-        self._scores[f"{digest}:{steps}"] = score
+    def add(self, scores: Mapping[str, float], steps: int) -> None:
+        """Keep the scores of trials, by digest (exactly: JSON holds a float's shortest form)."""
+        self._scores.update({f"{digest}:{steps}": score for digest, score in scores.items()})
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self._path, self._searches)
 

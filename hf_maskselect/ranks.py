@@ -86,7 +86,8 @@ class Ranks:
         if len(set(self.gather(whole))) == 1:
             return
         told = self.gather(dict(digests))
-        differ = [name for name in digests if len({digest.get(name) for digest in told}) > 1]
+        names = dict.fromkeys(name for digest in told for name in digest)
+        differ = [name for name in names if len({digest.get(name) for digest in told}) > 1]
         groups = {digest.get(differ[0]): rank for rank, digest in reversed(list(enumerate(told)))}
         others = f" (and {len(differ) - 1} others)" if len(differ) > 1 else ""
         raise RuntimeError(

@@ -12,9 +12,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from .checkpoint import PruningState
 from .files import read_object
+from .level_search import SEARCH_FILE, LevelSearch, read_searches
 from .report import SparsityReport, sparsity_report
 from .saving import last_checkpoint
-from .selection import SEARCH_FILE, LevelSearch, read_searches
 
 RESULTS_FILE = "all_results.json"
 _REMEDY = "restore the file or delete it"

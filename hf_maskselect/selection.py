@@ -5,95 +5,32 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm.auto import tqdm
 
 from .config import PruningConfig
 from .files import replacing
 from .journal import Journal
+from .level_search import SEARCH_FILE, Candidate, LevelSearch, read_searches
 from .masking.maskset import MaskSet
 from .masking.schedule import LevelPlan
 from .masking.scores import Criterion, GradientStats, StoredStats
 from .methods.hard import HardMasks
 from .proposals import Proposal, gradient_needs, key_seed, proposal_pool, propose
 from .ranks import Ranks, deal
-from .report import text_table
 from .trials import EARLY_EVALUATIONS, Trial, TrialBench
 
-SEARCH_FILE = "search.json"
+T = TypeVar("T")
 _FOLDER = "_search-"  # of the masks that wait; and a random ending
 _STATS = "statistics.safetensors"
-
-
-@dataclass
-class Candidate:
-    """One row of the table of candidates. overlap: share of its kept weights that the deterministic mask keeps too."""
-
-    index: int
-    proposal: str
-    ratio: float | None
-    overlap: float
-    digest: str
-    scores: list[float] = field(default_factory=list)
-    steps: int = 0
-    chosen: bool = False
-
-    @property
-    def rank(self) -> tuple[float, int]:
-        """By last score, ties by index; a diverged trial (NaN) comes last."""
-        score = self.scores[-1]
-        return (math.inf if math.isnan(score) else score, self.index)
-
-
-@dataclass
-class LevelSearch:
-    """What one search did. step_equivalents: the whole cost, of all ranks together, in steps of the training (by rows,
-    a forward pass counted as a third); seconds: by the clock."""
-
-    level: int
-    sparsity: float
-    step: int
-    candidates: list[Candidate]
-    step_equivalents: float = 0.0
-    seconds: float = 0.0
-
-    def metrics(self) -> dict[str, float]:
-        """The `search_*` values that are logged."""
-        last = [c.scores[-1] for c in self.candidates if c.scores]
-        logged = {
-            "search_level": self.level + 1,
-            "search_step_equivalents": self.step_equivalents,
-            "search_seconds": self.seconds,
-        }
-        if last:
-            chosen = next(c for c in self.candidates if c.chosen)
-            logged |= {
-                "search_best_score": chosen.scores[-1],
-                "search_deterministic_score": self.candidates[0].scores[-1],
-                "search_spread": max(last) - min(last),
-                "search_chosen": chosen.index,
-            }
-        return logged
-
-    def table(self) -> str:
-        """The candidates as text, one a line, best last score first."""
-        rungs = max(len(c.scores) for c in self.candidates)
-        header = ["#", "proposal", "overlap", *(f"rung {i + 1}" for i in range(rungs)), "steps", ""]
-        ranked = sorted(self.candidates, key=lambda c: (-len(c.scores), c.scores[-1] if c.scores else 0, c.index))
-        rows = [
-            [c.index, c.proposal, f"{c.overlap:.3f}", *(f"{s:.4f}" for s in c.scores), *[""] * (rungs - len(c.scores))]
-            + [c.steps, "<- chosen" if c.chosen else ""]
-            for c in ranked
-        ]
-        return text_table(header, rows)
 
 
 def halving_rungs(candidates: int, first_steps: int, longest: int) -> list[tuple[int, int]]:
@@ -150,23 +87,6 @@ def survivors(candidates: list[Candidate], count: int) -> list[Candidate]:
     return sorted(ranked, key=lambda c: c.index)
 
 
-def read_searches(path: Path) -> list[LevelSearch]:
-    """What `MaskSearch.write` wrote.
-
-    Raises:
-        ValueError: the file is no such table.
-    """
-    try:
-        told = json.loads(path.read_text())
-        if not all(type(e[key]) is int for e in told for key in ("level", "step")):
-            raise ValueError("levels and steps are whole numbers")
-        return [LevelSearch(**{**e, "candidates": [Candidate(**c) for c in e["candidates"]]}) for e in told]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): delete it, and the searches it tells of are left out of the totals"
-        ) from error
-
-
 class MaskSearch:
     """Chooses the masks of a level and writes down why.
 
@@ -188,6 +108,11 @@ class MaskSearch:
         self._config, self._bench, self._method, self._criteria = config, bench, method, criteria
         self._journal, self._ranks, self._quiet = journal, ranks, quiet
         self.history: list[LevelSearch] = []
+        # Of the search at hand: where its masks wait, what it draws from, and which ranks have drawn which candidate.
+        self._folder = Path()
+        self._pool: list[Proposal] = []
+        self._stats: StoredStats | None = None
+        self._holders: dict[int, set[int]] = {}
 
     def needs(self) -> set[str]:
         """`statistics_needed` of this run."""
@@ -214,27 +139,43 @@ class MaskSearch:
             else:
                 done.candidates[0].chosen = True
             chosen = next(c for c in done.candidates if c.chosen)
-            self._hold([chosen], done)
+            self._together(lambda: self._hold([chosen], done))
             masks = self._load(chosen)
         self._ranks.agree(masks.digests, f"the masks of level {level + 1}")
         done.seconds = round(time.monotonic() - start, 2)
         self.history.append(done)
         return masks
 
+    def _together(self, work: Callable[[], T]) -> T:
+        """This rank's result of what every rank does; an error of one stops all. With sharded weights the work is a
+        collective itself, in which nobody can wait for another's error."""
+        if self._method.shards is not None:
+            return work()
+        result: list[T] = []
+        self._ranks.together(lambda: result.append(work()))
+        return result[0]
+
+    def _on_first(self, work: Callable[[], T]) -> T:
+        """Rank 0's result of what it does alone."""
+        return self._ranks.together(work if self._ranks.rank == 0 else lambda: None)[0]
+
     def _draw(self, search: LevelSearch) -> None:
         """Make every candidate's masks and put them on disk; a mask that was already drawn is not tried twice."""
         config, ranks = self._config, self._ranks
         needs = self.needs() if config.criterion_batches else set()
-        self._pool, stats = candidate_pool(config, self._criteria), None
+        self._pool, self._stats, before = candidate_pool(config, self._criteria), None, self._method.masks
+
+        def draw_first() -> tuple[GradientStats | StoredStats | None, MaskSet]:
+            stats = self._bench.gradient_stats(needs, search.level) if needs else None
+            if needs and ranks.count > 1 and len(self._pool) > 1:  # asked for again, perhaps
+                stats.save(self._folder / _STATS)
+                self._stats = stats = StoredStats(self._folder / _STATS, self._bench.device)
+            return stats, self._make(0, search, stats, before)
+
+        stats, first = self._together(draw_first)
         if needs:
-            stats = self._bench.gradient_stats(needs, search.level)
             rows = config.criterion_batches * config.criterion_batch_size
             search.step_equivalents += rows / self._bench.rows_of_training()
-            if ranks.count > 1 and len(self._pool) > 1:  # asked for again, perhaps; on disk they cost no memory
-                stats.save(self._folder / _STATS)
-                stats = StoredStats(self._folder / _STATS, self._bench.device)
-        self._stats = stats if isinstance(stats, StoredStats) else None
-        first = self._make(0, search, stats)
         ranks.agree(first.digests, f"the masks drawn for level {search.level + 1}")
         # Every rank has drawn candidate 0, which the others are compared with.
         mine = [i for i in range(len(self._pool)) if i == 0 or i % ranks.count == ranks.rank]
@@ -242,7 +183,7 @@ class MaskSearch:
         def draw() -> list[Candidate]:
             drawn = []
             for index in mine:
-                masks = first if index == 0 else self._make(index, search, stats)
+                masks = first if index == 0 else self._make(index, search, stats, before)
                 proposal = self._pool[index]
                 candidate = Candidate(index, str(proposal), proposal.ratio, masks.overlap(first), masks.digest())
                 if all(candidate.digest != other.digest for other in drawn):
@@ -251,16 +192,18 @@ class MaskSearch:
             return drawn
 
         drawn = ranks.together(draw)
-        self._holders = {
-            index: [rank for rank, share in enumerate(drawn) if any(c.index == index for c in share)]
-            for index in range(len(self._pool))
-        }
+        self._holders = {index: set() for index in range(len(self._pool))}
+        for rank, share in enumerate(drawn):
+            for candidate in share:
+                self._holders[candidate.index].add(rank)
         for candidate in sorted((c for share in drawn for c in share), key=lambda c: c.index):
             if all(candidate.digest != other.digest for other in search.candidates):
                 search.candidates.append(candidate)
 
-    def _make(self, index: int, search: LevelSearch, stats: GradientStats | StoredStats | None) -> MaskSet:
-        """A candidate's masks, from the model as it was when the search began."""
+    def _make(
+        self, index: int, search: LevelSearch, stats: GradientStats | StoredStats | None, before: MaskSet
+    ) -> MaskSet:
+        """A candidate's masks, from the model as it was when the search began; before: the masks in force then."""
         config, method, proposal = self._config, self._method, self._pool[index]
         if config.soft:
             return method.candidate(proposal.ratio, key_seed(config.seed, "votes", search.level, index))
@@ -269,7 +212,7 @@ class MaskSearch:
             index,
             weights=method.weights,
             stats=stats,
-            masks=method.masks,
+            masks=before,
             sparsity=search.sparsity,
             level=search.level,
             seed=config.seed,
@@ -283,19 +226,22 @@ class MaskSearch:
         Raises:
             RuntimeError: they are not those that another rank drew.
         """
-        for candidate in candidates:
-            if not self._path(candidate).is_file():
-                masks = self._make(candidate.index, search, self._stats)
+        missing = [candidate for candidate in candidates if not self._path(candidate).is_file()]
+        if missing:
+            before = self._method.masks
+            for candidate in missing:
+                masks = self._make(candidate.index, search, self._stats, before)
                 if masks.digest() != candidate.digest:
+                    other = min(self._holders[candidate.index])
                     raise RuntimeError(
                         f"candidate {candidate.index} of level {search.level + 1} is another mask on rank "
-                        f"{self._ranks.rank} than on rank {self._holders[candidate.index][0]}: start all ranks on the "
-                        "same kind of device with the same number of threads"
+                        f"{self._ranks.rank} than on rank {other}: start all ranks on the same kind of device, with "
+                        "the same number of threads"
                     )
                 masks.save(self._path(candidate))
 
     def _race(self, search: LevelSearch, plan: LevelPlan) -> None:
-        config, bench, ranks, racing = self._config, self._bench, self._ranks, search.candidates
+        config, bench, racing = self._config, self._bench, search.candidates
         early = config.selection == "early"
         rate = config.trial_learning_rate or config.learning_rate * (4 if early else 1)
         rungs = self.rungs(plan, search.level)
@@ -307,8 +253,7 @@ class MaskSearch:
             leave=False,
             disable=self._quiet,
         )
-        if ranks.rank == 0:
-            self._journal.open(bench.fingerprint(search.level))
+        self._on_first(lambda: self._journal.open(bench.fingerprint(search.level)))
         with bar:
             for count, steps in rungs:
                 if len(racing) > count:
@@ -326,13 +271,16 @@ class MaskSearch:
         """Scores by index. The trials that no earlier run has finished are dealt out anew among the ranks, which tell
         each other after every one, so that rank 0 can write it down."""
         bench, journal, ranks = self._bench, self._journal, self._ranks
-        known = {c.index: journal.find(c.digest, trial.steps) for c in racing} if ranks.rank == 0 else {}
-        scores = ranks.first({index: score for index, score in known.items() if score is not None})
+        known = self._on_first(lambda: {c.index: journal.find(c.digest, trial.steps) for c in racing})
+        scores = {index: score for index, score in known.items() if score is not None}
         bar.update(trial.steps * len(scores))
         by_index = {c.index: c for c in racing}
         shares = deal([index for index in by_index if index not in scores], self._holders, ranks.count)
         mine = [by_index[index] for index in shares[ranks.rank]]
-        ranks.together(lambda: self._hold(mine, search))  # before the model is changed
+        self._together(lambda: self._hold(mine, search))  # before the model is changed
+        for rank, share in enumerate(shares):
+            for index in share:
+                self._holders[index].add(rank)
 
         def next_trial() -> tuple[int, float] | None:
             if not mine:
@@ -348,9 +296,8 @@ class MaskSearch:
                 scores |= dict(finished)
                 others = [index for index, _ in finished if index not in shares[ranks.rank]]
                 bar.update(trial.steps * len(others))
-                if ranks.rank == 0:
-                    for index, score in finished:
-                        journal.add(by_index[index].digest, trial.steps, score)
+                found = {by_index[index].digest: score for index, score in finished}
+                self._on_first(lambda found=found: journal.add(found, trial.steps))
         return scores
 
     def _path(self, candidate: Candidate) -> Path:

@@ -21,7 +21,7 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from .checkpoint import PruningState, load_method_state
 from .checks import check_packs, check_setting, check_shapes, check_start
 from .config import PruningConfig
-from .distillation import Distiller, load_teacher
+from .distillation import make_distiller
 from .engines import check_devices, check_engine
 from .hub import HubTrainer
 from .jit_checkpoint import CheckpointTogether
@@ -99,7 +99,7 @@ class PruningTrainer(HubTrainer):
             couplings_of(self.model, args.mask_pattern, self._find_weights(self.model))
         if teacher is not None and self.compute_loss_func is not None:
             raise ValueError("compute_loss_func and a teacher do not go together: its loss is scaled in another way")
-        self._distiller = None if teacher is None else self._make_distiller(teacher)
+        self._distiller = None if teacher is None else make_distiller(teacher, self.model, args)
         # A BERT teacher of a DistilBERT student: the pair's segment ids must reach the one and not the other.
         takes = set(inspect.signature(self.model.forward).parameters)
         wants = set() if self._distiller is None else set(self._distiller.teacher_arguments)
@@ -166,25 +166,6 @@ class PruningTrainer(HubTrainer):
 
     def _find_weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return prunable_weights(model, self.args.target_modules, self.args.exclude_modules)
-
-    def _make_distiller(self, teacher: PreTrainedModel | str | os.PathLike) -> Distiller:
-        args = self.args
-        if not isinstance(self.model, PreTrainedModel):
-            raise ValueError(
-                f"a teacher needs a model of transformers, which returns its hidden states, and "
-                f"{type(self.model).__name__} is none: leave the teacher out"
-            )
-        distiller = Distiller(
-            load_teacher(teacher, self.model),
-            self.model,
-            logits=args.distill_logits,
-            hidden=args.distill_hidden,
-            attention=args.distill_attention,
-            temperature=args.distill_temperature,
-            hard_label=args.hard_label_weight,
-        )
-        distiller.to(args.device)
-        return distiller
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.args.permute_channels and not self._resumed:

@@ -31,6 +31,7 @@ EARLY_MEAN = 10
 TRIAL_WARMUP = 0.1
 # What says where a run writes, what it resumes from and how far it got, and nothing about what it computes.
 _ANY = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "hub_token", "push_to_hub_token")
+_ANY += ("ddp_timeout", "enable_jit_checkpoint", "save_strategy", "save_steps", "save_total_limit", "disable_tqdm")
 _ANY += ("local_rank", "pruning", "_name_or_path", "transformers_version")
 _ANY += (
     "architectures",

@@ -19,10 +19,11 @@ from hf_maskselect.export.semi_structured import SEMI_STRUCTURED_FILE, TIMING_FI
 from hf_maskselect.journal import JOURNAL_FILE, Journal
 from hf_maskselect.level_best import FILE as LEVEL_FILE
 from hf_maskselect.level_best import LevelBest
+from hf_maskselect.level_search import SEARCH_FILE
 from hf_maskselect.packed_file import PACKED_FILE
 from hf_maskselect.packing import pack
 from hf_maskselect.ranks import Ranks
-from hf_maskselect.selection import SEARCH_FILE, MaskSearch
+from hf_maskselect.selection import MaskSearch
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -55,8 +56,7 @@ def folders(tmp_path_factory):
     )
     journal = Journal(run)
     journal.open("a" * 64)
-    for index in range(4):
-        journal.add(f"{index:064x}", 20, 0.1 + index / 3)
+    journal.add({f"{index:064x}": 0.1 + index / 3 for index in range(4)}, 20)
     LevelBest(run).consider(1, 0.25, trainer.model)
     return root
 

@@ -10,8 +10,9 @@ from tiny import losses, make, make_rows, make_trainer, same, weights_of
 from tqdm import tqdm
 from transformers import default_data_collator
 
+from hf_maskselect.level_search import Candidate
 from hf_maskselect.proposals import Proposal, propose
-from hf_maskselect.selection import Candidate, halving_rungs, survivors
+from hf_maskselect.selection import halving_rungs, survivors
 from hf_maskselect.trials import Trial
 
 PROPOSALS = [Proposal("magnitude", "layer"), Proposal("taylor", "global")]

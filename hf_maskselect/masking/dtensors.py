@@ -36,7 +36,8 @@ def shards_of(weights: Mapping[str, Tensor]) -> Shards | None:
                 f"{name} is placed {how}, but masks of sharded weights need FSDP2's (Shard(0),) over one mesh "
                 "dimension: leave out tensor parallelism and hybrid sharding"
             )
-    return Shards(next(iter(cut.values())).device_mesh.get_group())
+    one = next(iter(cut.values()))
+    return Shards(one.device_mesh.get_group(), part(one).device)
 
 
 def part(tensor: Tensor) -> Tensor:

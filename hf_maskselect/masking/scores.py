@@ -141,8 +141,8 @@ class GradientStats:
 
     def save(self, path: str | os.PathLike) -> None:
         """Put them into a file for `StoredStats`."""
-        parts = {"square": self._square, "product": self._product}
-        tensors = {f"{part}/{name}": t for part, of in parts.items() for name, t in of.items()}
+        kinds = {"square": self._square, "product": self._product}
+        tensors = {f"{kind}/{name}": t.contiguous() for kind, of in kinds.items() for name, t in of.items()}
         save_file(tensors, path, metadata={"samples": str(self._samples)})
 
     @torch.no_grad()
@@ -171,6 +171,6 @@ class StoredStats:
     def of(self, name: str) -> WeightStats:
         """The statistics of one weight."""
         with safe_open(self._path, framework="pt") as file:
-            parts = [key for key in (f"square/{name}", f"product/{name}") if key in set(file.keys())]
-            found = {key.partition("/")[0]: file.get_tensor(key).to(self._device) for key in parts}
+            known = set(file.keys()) & {f"square/{name}", f"product/{name}"}
+            found = {key.partition("/")[0]: file.get_tensor(key).to(self._device) for key in known}
             return WeightStats(found.get("square"), found.get("product"), int(file.metadata()["samples"]))

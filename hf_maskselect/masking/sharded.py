@@ -33,18 +33,17 @@ class Shards:
     All ranks call the same method at the same time with the same number of pools, tensors and values. What is wrong
     with the data of one rank raises on all, so that none waits.
 
-    group: the ranks; the default group if None.
+    group: the ranks; the default group if None. device: where the group's backend wants what it sums.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None):
-        self._group = group
+    def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"):
+        self._group, self._device = group, device
         self._rank = dist.get_rank(group)
         self._size = dist.get_world_size(group)
 
     def sums(self, values: Sequence[int]) -> list[int]:
         """Each value summed over the ranks; one all-reduce in int64."""
-        device = "cuda" if dist.get_backend(self._group) == "nccl" else "cpu"
-        return self._summed(torch.tensor(values, dtype=torch.int64, device=device)).tolist()
+        return self._summed(torch.tensor(values, dtype=torch.int64, device=self._device)).tolist()
 
     def add(self, value: Tensor) -> Tensor:
         """`value` summed over the ranks."""

@@ -44,7 +44,6 @@ class HardMasks:
 
     def attach(self, model: nn.Module) -> None:
         reshard(model)
-        reshard(model)
         known, self.weights = self.weights, self._find_weights(model)
         self.shards = shards_of(self.weights)
         if any(known.get(name) is not weight for name, weight in self.weights.items()):  # the first, or a new model

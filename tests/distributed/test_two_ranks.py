@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny import make_config
 
 from hf_maskselect import PruningState
+from hf_maskselect.cost import Workload, exchanged, search_cost
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 SEARCH = {"method": "random", "num_candidates": 4, "trial_steps": 2}
@@ -77,7 +79,13 @@ def test_two_ranks_are_one_run(tmp_path):
     first, (alone,), (large,) = two["random"][0], one["random"], one["large"]
     assert alone["scores"] == first["scores"] and alone["digests"] == first["digests"]
     assert len(first["chosen"]) == 2 and all(len(level[0]) == 2 for level in first["scores"])  # two rungs
-    assert max(first["sent"]) < 16_000  # digests, scores and names of four candidates: no mask, no weight
+    # Digests, scores and names, as the cost model says: no mask, no weight.
+    config = make_config(tmp_path, **METHODS["random"])
+    work = Workload(config, 1, 1, 0)
+    assert first["sent"] == pytest.approx([exchanged(rungs, 2) for rungs in work.rungs(2)], rel=0.05)
+    assert max(first["sent"]) < 4_000
+    scored = sum(len(scores) for level in first["scores"] for scores in level) * 2 * 16 / (3 * 16)  # with the teacher
+    assert first["equivalents"] == pytest.approx(search_cost(work, 2).compute + scored, abs=0.06)
     assert large["losses"] == pytest.approx(first["losses"], rel=1e-4)
     assert large["masks"] == first["masks"] and large["chosen"] == first["chosen"]
 
@@ -148,6 +156,7 @@ def test_an_uneven_last_batch_is_trained_on(tmp_path):
         ("raise", "ArithmeticError: a trial went wrong", "rank 1 failed: ArithmeticError: a trial went wrong"),
         ("die", "", "rank 0 waited for the other ranks in vain: one of them has died"),
         ("hang", "", "was busy for more than 5 s"),
+        ("journal", "rank 0 failed: ZeroDivisionError", "ZeroDivisionError: division by zero"),
         (
             "statistics",
             "layer.1.output.dense.weight differ",

@@ -48,22 +48,41 @@ def break_something(trainer, fault):
     if fault == "statistics":
         GradientStats._take = other
     trainer._bench.trial = faulty
+    if fault == "journal":
+        trainer._journal.add = lambda *_: 1 / 0
 
 
 def count_what_is_sent(search):
-    """Bytes a rank sends in each search: objects, each a gather of its size and one of its content."""
-    told, choose, gather = [], search.choose, c10d.all_gather
+    """Bytes a rank sends in each search, whatever the collective: objects, each its size and its content."""
+    told, choose = [], search.choose
+    kinds = (
+        "all_gather",
+        "all_reduce",
+        "broadcast",
+        "all_gather_into_tensor",
+        "reduce_scatter_tensor",
+        "send",
+        "isend",
+    )
 
     def counted(*args):
-        sent = []
+        sent, plain = [], {kind: getattr(c10d, kind) for kind in kinds}
 
-        def gather_counted(tensors, tensor, *rest, **keywords):
-            sent.append(tensor.numel() * tensor.element_size())
-            return gather(tensors, tensor, *rest, **keywords)
+        def watched(kind):
+            def call(*given, **keywords):
+                tensor = given[1] if kind in ("all_gather", "all_gather_into_tensor") else given[0]
+                sent.append(tensor.numel() * tensor.element_size())
+                return plain[kind](*given, **keywords)
 
-        c10d.all_gather = gather_counted
+            return call
+
+        for module in (c10d, torch.distributed):
+            for kind in kinds:
+                setattr(module, kind, watched(kind))
         masks = choose(*args)
-        c10d.all_gather = gather
+        for module in (c10d, torch.distributed):
+            for kind in kinds:
+                setattr(module, kind, plain[kind])
         told.append(sum(sent))
         return masks
 
@@ -93,7 +112,7 @@ def run(folder, rows=96, resume=None, fault=None, terminate=None, **changes):
         **changes,
     )
     rank = trainer.args.process_index
-    if fault and rank == 1:
+    if fault and rank == (0 if fault == "journal" else 1):
         break_something(trainer, fault)
     if terminate is not None and rank == 1:
         trainer.callback_handler.callbacks[-1].jit_manager.kill_wait = 0
@@ -113,6 +132,7 @@ def run(folder, rows=96, resume=None, fault=None, terminate=None, **changes):
         "scores": [[c.scores for c in s.candidates] for s in trainer._search.history],
         "digests": [[c.digest for c in s.candidates] for s in trainer._search.history],
         "sent": sent,
+        "equivalents": trainer.search_summary()["search_step_equivalents"],
         "weights": float(sum(p.detach().double().abs().sum() for p in trainer.model.parameters())),
     }
     folder.mkdir(exist_ok=True)

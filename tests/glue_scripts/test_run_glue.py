@@ -1,6 +1,8 @@
 """The scripts as a user runs them, on a tiny model and generated files in the GLUE schema."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -83,6 +85,23 @@ def test_a_task_runs_to_the_end(tmp_path, start, data_dir, task, metrics):
     assert verify(out).masks.sparsity() == 0.9375
     assert AutoModelForSequenceClassification.from_pretrained(out).config.pruning["achieved"] == 0.9375
     assert len(json.loads((out / "search.json").read_text())) == 2
+
+
+@pytest.mark.slow
+def test_accelerate_launches_two_processes(tmp_path, start, data_dir):
+    """Plan, tables, results and files come from one of them."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", run_glue.__file__]
+    command += ["--task_name", "sst2", "--data_dir", data_dir, "--model_name_or_path", start, "--output_dir", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, *FLAGS], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Pruning plan") == 1 and done.stdout.count("Level 2: candidates") == 1
+    results = json.loads(done.stdout[done.stdout.index('{\n "dense_eval') :])
+    assert results["eval_sparsity"] == 0.9375 and results["search_cost_ratio"] > 0
+    assert verify(out).masks.sparsity() == 0.9375
+    assert not list(out.glob("_*"))
 
 
 def test_a_teacher_saves_the_dense_run_and_checkpoints_resume(tmp_path, start, data_dir):
