@@ -10,9 +10,10 @@ from tiny import losses, make, make_rows, make_trainer, same, weights_of
 from tqdm import tqdm
 from transformers import default_data_collator
 
-from hf_maskselect.level_search import Candidate
+from hf_maskselect.level_search import Candidate, LevelSearch
+from hf_maskselect.masking.scores import CRITERIA
 from hf_maskselect.proposals import Proposal, propose
-from hf_maskselect.selection import halving_rungs, survivors
+from hf_maskselect.selection import candidate_pool, halving_rungs, survivors
 from hf_maskselect.trials import Trial
 
 PROPOSALS = [Proposal("magnitude", "layer"), Proposal("taylor", "global")]
@@ -223,3 +224,26 @@ def test_selection_rows_are_never_trained_on(tmp_path):
 def test_nothing_is_held_out_where_nothing_is_chosen(tmp_path):
     trainer = make_trainer(tmp_path, method="magnitude")
     assert trainer.selection_dataset is None and len(trainer.train_dataset) == 96
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({}, [8]), ({"gradient_accumulation_steps": 2}, [8, 8]), ({"trial_batch_size": 24}, [8, 8, 8]),
+     ({"trial_batch_size": 4, "gradient_accumulation_steps": 2}, [4])],
+)  # fmt: skip
+def test_a_trial_step_has_the_rows_it_was_given(tmp_path, changes, expected):
+    trainer = make_trainer(tmp_path, keywords={"selection_dataset": make_rows(8)}, **SEARCH, **changes)
+    for step in trainer._bench._train_batches(3):
+        assert [len(batch["labels"]) for batch in step] == expected
+    assert trainer._bench.rows_per_step() == sum(expected)
+
+
+def test_a_mask_that_is_drawn_again_must_be_the_same(tmp_path):
+    trainer = make_trainer(tmp_path, proposals=["magnitude:layer:votes"], criterion="magnitude", **SEARCH)
+    trainer._method.attach(trainer.model)
+    search, drawn = trainer._search, Candidate(1, "votes", 1e-4, 1.0, "of another rank")
+    search._folder, search._holders = tmp_path, {1: {3}}
+    search._pool = candidate_pool(trainer.args, CRITERIA)
+    with pytest.raises(RuntimeError, match="candidate 1 of level 1 is another mask on rank 0 than on rank 3"):
+        search._hold([drawn], LevelSearch(0, 0.5, 0, []))
+    assert not list(tmp_path.glob("candidate-*"))

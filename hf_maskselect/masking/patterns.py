@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -138,8 +138,12 @@ class Unstructured:
             ranked.append(_without_dead(score, name, alive, consume or score is not scores[name]))
         if keep > sum(room):
             raise ValueError(_too_few(keep, sum(room)))
-        floors = [min(r, math.ceil(self.floor * f)) for r, f in zip(room, allocate(keep, sizes, sizes), strict=True)]
-        return dict(zip(names, _joint_masks(ranked, keep, floors), strict=True))
+        return dict(zip(names, joint_masks(ranked, keep, self.floors(keep, sizes, room), _top_k), strict=True))
+
+    def floors(self, keep: int, sizes: Sequence[int], room: Sequence[int]) -> list[int]:
+        """How many entries each matrix keeps at least in a joint ranking of `keep`; room: entries alive."""
+        uniform = allocate(keep, sizes, sizes)
+        return [min(alive, math.ceil(self.floor * share)) for alive, share in zip(room, uniform, strict=True)]
 
     def comparable(self, score: Tensor, consume: bool = False) -> Tensor:
         """One matrix's scores as they enter the joint ranking (only "balanced" changes them; in place if
@@ -152,21 +156,30 @@ class Unstructured:
         return score.div_(root) if consume else score / root
 
 
-def _joint_masks(scores: list[Tensor], keep: int, floors: list[int]) -> list[Tensor]:
+# (pools of scores, how many of each stay) -> masks, and how many entries of each tensor stay, by pool
+TopK = Callable[[Sequence[Sequence[Tensor]], Sequence[int]], tuple[list[list[Tensor]], list[list[int]]]]
+
+
+def _top_k(pools: Sequence[Sequence[Tensor]], ks: Sequence[int]) -> tuple[list[list[Tensor]], list[list[int]]]:
+    masks = [top_k_masks(pool, k) for pool, k in zip(pools, ks, strict=True)]
+    return masks, [[int(torch.count_nonzero(mask)) for mask in pool] for pool in masks]
+
+
+def joint_masks(scores: list[Tensor], keep: int, floors: Sequence[int], top_k: TopK) -> list[Tensor]:
     """One ranking of all matrices; those that would fall below their floor keep their own best, the rest is ranked
     again."""
-    open_ = list(range(len(scores)))
-    masks: list[Tensor | None] = [None] * len(scores)
+    open_, own = list(range(len(scores))), []
     while True:
-        for i, mask in zip(open_, top_k_masks([scores[i] for i in open_], keep), strict=True):
-            masks[i] = mask
-        short = [i for i in open_ if int(torch.count_nonzero(masks[i])) < floors[i]]
+        (joint,), (counts,) = top_k([[scores[i] for i in open_]], [keep])
+        short = [i for i, count in zip(open_, counts, strict=True) if count < floors[i]]
         if not short:
-            return masks
-        for i in short:
-            masks[i] = top_k_masks([scores[i]], floors[i])[0]
-            keep -= floors[i]
+            break
+        own += short
+        keep -= sum(floors[i] for i in short)
         open_ = [i for i in open_ if i not in short]
+    best, _ = top_k([[scores[i]] for i in own], [floors[i] for i in own])
+    masks = dict(zip(open_, joint, strict=True)) | {i: mask for i, (mask,) in zip(own, best, strict=True)}
+    return [masks[i] for i in range(len(scores))]
 
 
 def _without_dead(score: Tensor, name: str, alive: Mapping[str, Tensor] | None, consume: bool) -> Tensor:
@@ -269,10 +282,19 @@ class Channel:
     ) -> dict[str, Tensor]:
         masks = {}
         for name, score in scores.items():
-            norms = (score if alive is None else score * alive[name]).flatten(1).norm(dim=1)
-            kept = top_k_masks([norms], self.rows(score.shape, sparsity))[0]
-            masks[name] = kept.view(-1, *[1] * (score.dim() - 1)).expand_as(score).contiguous()
+            kept = top_k_masks([self.norms(name, score, alive)], self.rows(score.shape, sparsity))[0]
+            masks[name] = self.spread(kept, score)
         return masks
+
+    @staticmethod
+    def norms(name: str, score: Tensor, alive: Mapping[str, Tensor] | None) -> Tensor:
+        """What rows are ranked by."""
+        return (score if alive is None else score * alive[name]).flatten(1).norm(dim=1)
+
+    @staticmethod
+    def spread(kept: Tensor, score: Tensor) -> Tensor:
+        """The mask of a matrix from that of its rows."""
+        return kept.view(-1, *[1] * (score.dim() - 1)).expand_as(score).contiguous()
 
 
 def _best_of_groups(groups: Tensor, keep: int) -> Tensor:

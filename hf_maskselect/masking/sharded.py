@@ -7,14 +7,13 @@ the k-th largest lies, and only the keys that begin with it count for the next d
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .patterns import NM, Channel, Unstructured, _too_few, _without_dead, allocate, kept_count
+from .patterns import NM, Channel, Unstructured, _too_few, _without_dead, allocate, joint_masks, kept_count
 
 # Bits of the three digits. One pool: each message is 64 KiB or less up to 512 tensors (13 bits in int64, whose sum
 # tells whether int32 holds the counts inside that digit). Many pools have their messages side by side.
@@ -185,8 +184,8 @@ def sharded_masks(
     if pattern.scope == "balanced":
         roots = _roots_of_means(scores, sizes, shards, alive)
         ranked = [score / root for score, root in zip(ranked, roots, strict=True)]
-    floors = [min(r, math.ceil(pattern.floor * f)) for r, f in zip(room, allocate(keep, sizes, sizes), strict=True)]
-    return dict(zip(names, _joint_masks(ranked, keep, floors, shards), strict=True))
+    masks = joint_masks(ranked, keep, pattern.floors(keep, sizes, room), shards.top_k_masks)
+    return dict(zip(names, masks, strict=True))
 
 
 def _roots_of_means(
@@ -203,24 +202,6 @@ def _roots_of_means(
     return torch.where(roots > 0, roots, 1.0)
 
 
-def _joint_masks(scores: list[Tensor], keep: int, floors: list[int], shards: Shards) -> list[Tensor]:
-    """`patterns._joint_masks` with the counts of all ranks; the matrices that keep their own best get their masks
-    together at the end."""
-    open_ = list(range(len(scores)))
-    own: list[int] = []
-    while True:
-        (joint,), (counts,) = shards.top_k_masks([[scores[i] for i in open_]], [keep])
-        short = [i for i, count in zip(open_, counts, strict=True) if count < floors[i]]
-        if not short:
-            break
-        own += short
-        keep -= sum(floors[i] for i in short)
-        open_ = [i for i in open_ if i not in short]
-    best, _ = shards.top_k_masks([[scores[i]] for i in own], [floors[i] for i in own])
-    masks = dict(zip(open_, joint, strict=True)) | {i: mask for i, (mask,) in zip(own, best, strict=True)}
-    return [masks[i] for i in range(len(scores))]
-
-
 def _channel_masks(
     pattern: Channel,
     scores: Mapping[str, Tensor],
@@ -228,15 +209,10 @@ def _channel_masks(
     shards: Shards,
     alive: Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
-    norms = [
-        (score if alive is None else score * alive[name]).flatten(1).norm(dim=1) for name, score in scores.items()
-    ]
+    norms = [pattern.norms(name, score, alive) for name, score in scores.items()]
     rows = shards.sums([len(norm) for norm in norms])
     kept, _ = shards.top_k_masks([[norm] for norm in norms], [pattern.rows((count,), sparsity) for count in rows])
-    return {
-        name: mask.view(-1, *[1] * (score.dim() - 1)).expand_as(score).contiguous()
-        for (name, score), (mask,) in zip(scores.items(), kept, strict=True)
-    }
+    return {name: pattern.spread(mask, score) for (name, score), (mask,) in zip(scores.items(), kept, strict=True)}
 
 
 def _folded(bits: Tensor, width: int = 32) -> Tensor:
