@@ -48,6 +48,11 @@ class Trial:
     learning_rate: float
     evaluations: int = 1
 
+    @property
+    def marks(self) -> set[int]:
+        """After which steps the model is scored: evenly spread, the last step among them."""
+        return {round(self.steps * (i + 1) / self.evaluations) for i in range(self.evaluations)}
+
 
 @contextlib.contextmanager
 def _deterministic(device: torch.device) -> Iterator[None]:
@@ -176,8 +181,7 @@ class TrialBench:
         optimizer = trainer.new_optimizer(trial.learning_rate)
         schedule = get_scheduler("linear", optimizer, round(TRIAL_WARMUP * steps), steps)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        marks = {round(steps * (i + 1) / trial.evaluations) for i in range(trial.evaluations)}
-        scores = []
+        marks, scores = trial.marks, []
         for done, micro_batches in enumerate(self._train_batches(steps), start=1):
             trainer.model.train()
             for inputs in micro_batches:
