@@ -99,7 +99,9 @@ def prepare(data: DataArguments, model: ModelArguments, config: PruningConfig) -
     tokens = tokenize(splits, task, tokenizer, data.max_seq_length)
     train, selection = tokens["train"], None
     if config.needs_selection_split or data.always_hold_out:
-        train, selection = hold_out(train, config.selection_fraction, config.seed)
+        train, selection = hold_out(train, config.selection_fraction, config.seed, config.max_selection_samples)
+        lengths = [len(ids) for ids in selection["input_ids"]]
+        selection = selection.select(sorted(range(len(lengths)), key=lambda row: lengths[row]))  # little padding
     length = data.max_seq_length or task.max_length
     padding = {"padding": "max_length", "max_length": length} if data.pad_to_max_length else {}
     return Job(
@@ -232,7 +234,7 @@ def prune(
             stop_here(trainer)
         trainer.save_model()
         trainer.save_state()
-        results |= trainer.search_summary()
+        results |= {"train_steps": trainer.state.global_step, **trainer.search_summary()}
         check_reload(trainer, job)
     if config.do_eval:
         results |= evaluate(trainer, job)

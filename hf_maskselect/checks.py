@@ -291,7 +291,12 @@ def check_sparsity_and_levels(config: PruningConfig) -> None:
 
 
 def check_ranges(config: PruningConfig) -> None:
-    for name, low in (("criterion_batches", 0), ("criterion_batch_size", 1), ("level_eval_steps", 0)):
+    for name, low in (
+        ("criterion_batches", 0),
+        ("criterion_batch_size", 1),
+        ("level_eval_steps", 0),
+        ("max_selection_samples", 1),
+    ):
         if getattr(config, name) < low:
             raise ValueError(f"{name}={getattr(config, name)} must be at least {low}")
     for name in ("trial_steps", "trial_batch_size", "trial_learning_rate", "last_level_weight"):

@@ -116,6 +116,8 @@ class PruningConfig(TrainingArguments):
         sampling_ratios (`list[float]`): draws per removed weight of votes, rotating over the candidates.
         selection_fraction (`float`, defaults to 0.1): share of the train split held out to choose on, where no
             `selection_dataset` is given and the run chooses anything.
+        max_selection_samples (`int`, defaults to 1000): at most so many rows are held out; every trial is scored on
+            all of them.
         selection_metric (`str`, *optional*): what a trial is scored by on the selection split: `"loss"` (the label
             loss), `"teacher"` (cross-entropy against the teacher's soft labels; both lower is better), or a key of
             `compute_metrics` (higher is better; the paper's choice). Defaults to `"teacher"` where a teacher distils a
@@ -218,6 +220,7 @@ class PruningConfig(TrainingArguments):
     selection_fraction: float = field(
         default=0.1, metadata={"help": "Share of the train split held out to choose on."}
     )
+    max_selection_samples: int = field(default=1000, metadata={"help": "At most so many rows are held out."})
     selection_metric: str | None = field(
         default=None, metadata={"help": "loss, teacher, or a key of compute_metrics (teacher where there is one)."}
     )

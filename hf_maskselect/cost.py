@@ -28,14 +28,15 @@ class Workload:
     """One pruning run of `config.max_steps` training steps.
 
     parameters, prunable: weights of the model, and those that masks cover. train_rows: of the train split, out of
-    which the selection split is held. passes: forward passes that score a row (2 with the teacher's soft labels).
+    which the selection split is held. teaches: whether trials are scored against the teacher's soft labels, which are
+    computed once.
     """
 
     config: PruningConfig
     parameters: int
     prunable: int
     train_rows: int
-    passes: int = 1
+    teaches: bool = False
 
     def __post_init__(self) -> None:
         config = self.config
@@ -57,7 +58,7 @@ class Workload:
     @property
     def held_out(self) -> int:
         """Rows that a trial is scored on."""
-        return round(self.train_rows * self.config.selection_fraction)
+        return min(round(self.train_rows * self.config.selection_fraction), self.config.max_selection_samples)
 
     @property
     def samples(self) -> int:
@@ -111,8 +112,8 @@ def workload(config: PruningConfig, path: str | Path, train_rows: int) -> Worklo
     with torch.device("meta"):
         model = AutoModel.from_config(told)
     weights = prunable_weights(model, config.target_modules, config.exclude_modules)
-    passes = 2 if config.selection_metric == "teacher" else 1
-    return Workload(config, model.num_parameters(), sum(w.numel() for w in weights.values()), train_rows, passes)
+    teaches = config.selection_metric == "teacher"
+    return Workload(config, model.num_parameters(), sum(w.numel() for w in weights.values()), train_rows, teaches)
 
 
 def search_cost(work: Workload, ranks: int) -> Cost:
@@ -127,9 +128,12 @@ def search_cost(work: Workload, ranks: int) -> Cost:
     trials = longest = 0.0  # in rows, forward and backward
     for rungs in levels:
         for count, steps in rungs:
-            trial = steps * trial_rows + min(marks, steps) * work.passes * work.held_out / 3
+            trial = steps * trial_rows + min(marks, steps) * work.held_out / 3
             trials += count * trial
             longest += math.ceil(count / ranks) * trial
+    if longest and work.teaches:
+        trials += work.held_out / 3
+        longest += work.held_out / 3
     sent = max(exchanged(rungs, ranks) for rungs in levels) if ranks > 1 else 0
     weights = 4 * work.parameters
     training = 4 * weights + 4 * work.prunable + (weights if ranks > 1 else 0)  # the buckets of the all-reduce

@@ -143,10 +143,14 @@ class Distiller:
         """Whether the student predicts numbers, so that there are no soft labels."""
         return _problem_type(self._config) == "regression"
 
-    def disagreement(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Tensor:
+    def soft_labels(self, inputs: Mapping[str, Any]) -> Tensor:
+        """The teacher's logits on the batch."""
+        return self._teach(inputs)["logits"]
+
+    def disagreement(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any], soft_labels: Tensor) -> Tensor:
         """Soft cross-entropy of the student's predictions against the teacher's, a float32 scalar: the prediction term
         alone and unweighted, for scoring. Classification only."""
-        return self._prediction(outputs["logits"], self._teach(inputs)["logits"], inputs.get("attention_mask"))
+        return self._prediction(outputs["logits"], soft_labels, inputs.get("attention_mask"))
 
     def _teach(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """The teacher's outputs on the batch, without labels and without what its forward does not take."""

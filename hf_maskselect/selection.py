@@ -265,6 +265,8 @@ class MaskSearch:
                     candidate.steps += steps
                     trained = steps * bench.rows_per_step() / bench.rows_of_training()
                     search.step_equivalents += trained + marks * bench.steps_of_score()
+        if not self.history:
+            search.step_equivalents += bench.steps_of_teaching()
         min(racing, key=lambda c: c.rank).chosen = True
 
     def _try_all(self, racing: Sequence[Candidate], search: LevelSearch, trial: Trial, bar: tqdm) -> dict[int, float]:

@@ -26,7 +26,7 @@ def selection_rows(
     if train is None:
         return train, selection
     if args.needs_selection_split and selection is None:
-        train, selection = hold_out(train, args.selection_fraction, args.seed)
+        train, selection = hold_out(train, args.selection_fraction, args.seed, args.max_selection_samples)
     elif args.needs_selection_split and not has_length(selection):
         raise ValueError(
             "selection_dataset has no length, but every candidate is scored on all of it: pass a map-style dataset"
@@ -41,8 +41,8 @@ def selection_rows(
     return train, selection
 
 
-def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """(rest, held out): a seeded random share of a map-style dataset, the same on every rank.
+def hold_out(dataset: Dataset, fraction: float, seed: int, most: int) -> tuple[Dataset, Dataset]:
+    """(rest, held out): a seeded random share of a map-style dataset, at most `most` rows, the same on every rank.
 
     Raises:
         ValueError: the dataset has no length, or one of the parts would be empty.
@@ -52,7 +52,7 @@ def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dat
             "train_dataset has no length, so no selection split can be held out of it: pass a map-style dataset"
         )
     rows = len(dataset)
-    count = round(rows * fraction)
+    count = min(round(rows * fraction), most)
     if not 0 < count < rows:
         raise ValueError(
             f"selection_fraction={fraction} of {rows} train rows leaves one part empty: raise it, or pass "

@@ -240,13 +240,19 @@ class PruningTrainer(HubTrainer):
             loss = self._distiller.loss(inputs, outputs, label_loss)
         return (loss, outputs) if return_outputs else loss
 
-    def selection_loss(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What a trial is scored by on one batch, with the model in eval mode: mean over rows, lower is better."""
-        if self.selection_metric == "loss":
+    def soft_labels(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The teacher's logits on one batch."""
+        with self.accelerator.autocast():
+            return self._distiller.soft_labels(inputs)
+
+    def selection_loss(self, inputs: dict[str, torch.Tensor], soft_labels: torch.Tensor | None) -> torch.Tensor:
+        """What a trial is scored by on one batch, with the model in eval mode: mean over rows, lower is better.
+        Without soft labels it is the label loss."""
+        if soft_labels is None:
             return self.compute_loss(self.model, inputs)
         own = {name: value for name, value in inputs.items() if name not in self._teacher_only}
         with self.accelerator.autocast():
-            return self._distiller.disagreement(inputs, self.model(**own))
+            return self._distiller.disagreement(inputs, self.model(**own), soft_labels)
 
     def _clip_grad_norm(self, model):
         self._method.before_clipping()

@@ -29,6 +29,7 @@ from .proposals import key_seed
 EARLY_EVALUATIONS = 20  # of one "early" trial; its score is the mean of the last ten (arXiv 2310.13183)
 EARLY_MEAN = 10
 TRIAL_WARMUP = 0.1
+MOST_SOFT_LABELS = 1 << 24  # numbers of the teacher that are kept to score with
 # What says where a run writes, what it resumes from and how far it got, and nothing about what it computes.
 _ANY = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "hub_token", "push_to_hub_token")
 _ANY += ("ddp_timeout", "enable_jit_checkpoint", "save_strategy", "save_steps", "save_total_limit", "disable_tqdm")
@@ -87,6 +88,8 @@ class TrialBench:
 
     def __init__(self, trainer: Trainer, method: HardMasks, selection_dataset) -> None:
         self._trainer, self._method, self._selection = trainer, method, selection_dataset
+        self._soft_labels: list[torch.Tensor] = []  # of the first batches of the selection split
+        self._keeps_soft_labels = True
 
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
@@ -209,12 +212,14 @@ class TrialBench:
         total, rows, logits, labels = 0.0, 0, None, None
         with self.random_state():
             trainer.model.eval()
-            for inputs in self._loader(self._selection, args.per_device_eval_batch_size):
+            for batch, inputs in enumerate(self._loader(self._selection, args.per_device_eval_batch_size)):
                 count = find_batch_size(inputs)
                 rows += count
                 if by_loss:
                     with trainer.compute_loss_context_manager():
-                        total += float(trainer.selection_loss(trainer._prepare_inputs(inputs))) * count
+                        inputs = trainer._prepare_inputs(inputs)
+                        taught = self._taught(batch, inputs, count) if trainer.selection_metric == "teacher" else None
+                        total += float(trainer.selection_loss(inputs, taught)) * count
                 else:
                     _, logit, label = trainer.prediction_step(trainer.model, inputs, prediction_loss_only=False)
                     if trainer.preprocess_logits_for_metrics is not None:
@@ -232,10 +237,28 @@ class TrialBench:
             )
         return -metrics[trainer.selection_metric]
 
+    def _taught(self, batch: int, inputs: dict[str, torch.Tensor], rows: int) -> torch.Tensor:
+        """The teacher's logits on a batch of the selection split; kept, unless they are large (a language model's)."""
+        if batch < len(self._soft_labels):
+            return self._soft_labels[batch].to(self.device)
+        logits = self._trainer.soft_labels(inputs)
+        self._keeps_soft_labels = logits.numel() // rows * len(self._selection) <= MOST_SOFT_LABELS
+        if self._keeps_soft_labels:
+            self._soft_labels.append(logits.cpu())
+        return logits
+
     def steps_of_score(self) -> float:
         """Cost of one `score` in training steps (a forward pass is a third of forward and backward)."""
-        passes = 2 if self._trainer.selection_metric == "teacher" else 1
-        return passes * len(self._selection) / (3 * self.rows_of_training())
+        passes = 1 if self._keeps_soft_labels else 2
+        return passes * self._steps_of_pass()
+
+    def steps_of_teaching(self) -> float:
+        """Cost of the soft labels that are kept, once a run."""
+        kept = self._trainer.selection_metric == "teacher" and self._keeps_soft_labels
+        return self._steps_of_pass() if kept else 0.0
+
+    def _steps_of_pass(self) -> float:
+        return len(self._selection) / (3 * self.rows_of_training())
 
     @property
     def device(self) -> torch.device:

@@ -120,6 +120,7 @@ REFUSED = [
     ({"level_eval_steps": -1}, "=-1", "at least 0"),
     ({"pruning_warmup_steps": -1}, "=-1", "share below 1 or a whole number"),
     ({"pruning_warmup_steps": 1.5}, "=1.5", "share below 1 or a whole number"),
+    ({"max_selection_samples": 0}, "=0", "at least 1"),
     ({"selection_fraction": 0}, "=0", r"inside \(0, 1\).*selection_dataset"),
     ({"selection_fraction": 1.0}, "=1.0", r"inside \(0, 1\).*selection_dataset"),
     ({"layer_floor": 1.5}, "=1.5", r"\[0, 1\]"),

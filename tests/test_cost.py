@@ -20,13 +20,16 @@ SEARCH = {"method": "random", "num_candidates": 4, "trial_steps": 2}
         {"proposals": ["magnitude:layer:votes"], "criterion": "magnitude"},
         {"method": "fisher", **NO_SEARCH},
         {"method": "magnitude", **NO_SEARCH},
+        {"selection_metric": "teacher"},
+        {"max_selection_samples": 3},
     ],
-    ids=["halving", "small trials", "early", "no statistics", "no search", "nothing"],
+    ids=["halving", "small trials", "early", "no statistics", "no search", "nothing", "teacher", "few rows"],
 )
 def test_the_model_counts_what_a_run_counts(tmp_path, changes):
     make().save_pretrained(tmp_path)
     fields = {**SEARCH, **changes}
-    trainer = make_trainer(tmp_path / "out", make(), make_rows(100), **fields)
+    keywords = {"teacher": make(seed=3)} if "selection_metric" in changes else {}
+    trainer = make_trainer(tmp_path / "out", make(), make_rows(100), keywords=keywords, **fields)
     trainer.train()
     work = workload(make_config(tmp_path / "out", **fields), tmp_path, train_rows=100)
     assert work.rungs(1) == [trainer._search.rungs(trainer._plan, level) for level in range(2)]

@@ -214,6 +214,21 @@ def test_selection_by_teacher_is_its_cross_entropy(tmp_path):
         make_trainer(tmp_path, selection_metric="teacher", **SEARCH)
 
 
+@pytest.mark.parametrize("most", [1 << 24, 0])
+def test_the_teacher_sees_the_selection_split_once(tmp_path, monkeypatch, most):
+    """Its logits are kept, unless they are large; the score and its cost follow."""
+    monkeypatch.setattr("hf_maskselect.trials.MOST_SOFT_LABELS", most)
+    keywords = {"selection_dataset": make_rows(24), "teacher": make(seed=3)}
+    bench = make_trainer(tmp_path, keywords=keywords, **SEARCH, per_device_eval_batch_size=8)._bench
+    seen = []
+    keywords["teacher"].register_forward_hook(lambda module, *_: seen.append(module))
+    first, second = bench.score(), bench.score()
+    assert first == second and len(seen) == (3 if most else 6)
+    a_pass = 24 / (3 * bench.rows_of_training())
+    assert bench.steps_of_score() == pytest.approx(a_pass if most else 2 * a_pass)
+    assert bench.steps_of_teaching() == pytest.approx(a_pass if most else 0)
+
+
 def test_selection_rows_are_never_trained_on(tmp_path):
     trainer = make_trainer(tmp_path, **SEARCH)
     seen = {tuple(row["input_ids"].tolist()) for row in trainer.train_dataset}

@@ -427,9 +427,11 @@ def test_other_arguments_are_refused(tmp_path):
 
 def test_hold_out_is_seeded_disjoint_and_complete():
     rows = list(range(50))
-    rest, held = hold_out(rows, 0.2, seed=1)
+    rest, held = hold_out(rows, 0.2, seed=1, most=1000)
     assert sorted([*rest, *held]) == rows and len(held) == 10
-    assert list(held) == list(hold_out(rows, 0.2, seed=1)[1]) != list(hold_out(rows, 0.2, seed=2)[1])
+    assert list(held) == list(hold_out(rows, 0.2, 1, 1000)[1]) != list(hold_out(rows, 0.2, 2, 1000)[1])
+    few = list(hold_out(rows, 0.2, seed=1, most=3)[1])
+    assert len(few) == 3 and set(few) < set(held)
 
 
 def test_the_teacher_is_left_alone(tmp_path):

@@ -2,14 +2,17 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
+import torch
 from tiny import make
 from transformers import AutoModelForSequenceClassification
 
 import compare
+import panel
 import run_glue
 from arguments import parse_arguments
 from demo_data import demo_tokenizer, make_sentences
@@ -170,10 +173,14 @@ def test_compare_runs_what_is_missing_and_prints_one_table(tmp_path, start, data
     methods = ["magnitude", "pdp", "gumbel", "random"]
     flags = ["--tasks", "sst2", "--methods", *methods, "--seeds", "1", "2", "--output_dir", str(tmp_path)]
     flags += ["--model_name_or_path", start, "--data_dir", data_dir, *FLAGS]
-    compare.main(flags)
+    compare.main([*flags, "--targets", "0.9375", "2:4"])
     table = (tmp_path / "table.md").read_text()
-    assert [line.split(" | ")[1] for line in table.splitlines()[2:]] == ["dense", *methods]
-    assert table in capsys.readouterr().out
+    rows = [line.split(" | ") for line in table.splitlines()[2:]]
+    assert [row[2] for row in rows] == ["dense", *methods, *methods]
+    assert [row[1] for row in rows] == ["-", *["0.9375"] * 4, *["2:4"] * 4]
+    assert {row[11] for row in rows} == {"2 |"} and {row[3] for row in rows[5:]} == {"0.5000"}
+    assert table in capsys.readouterr().out and (tmp_path / "panel.png").stat().st_size > 10_000
+    flags += ["--targets", "2:4"]
     monkeypatch.setattr(compare, "run_cell", lambda *given: pytest.fail("a finished cell was run again"))
     compare.main(flags)
     with pytest.raises(SystemExit):
@@ -181,11 +188,48 @@ def test_compare_runs_what_is_missing_and_prints_one_table(tmp_path, start, data
     assert "was made with other flags" in capsys.readouterr().err
 
 
-def test_flags_of_one_task():
-    assert compare.parse_task_flags("rte:max_steps=9,bf16=True") == ("rte", ["--max_steps", "9", "--bf16", "True"])
-    for text in ("rte", "rte:", "rte:max_steps", "rte:=9"):
-        with pytest.raises(SystemExit, match="must look like"):
-            compare.parse_task_flags(text)
+def test_a_cell_is_made_again_by_its_command(tmp_path, start, data_dir, monkeypatch):
+    """And a `-total` method trains for so many steps less that its search is paid from the same steps."""
+    flags = ["--tasks", "sst2", "--methods", "random", "random-total", "--output_dir", str(tmp_path), *FLAGS]
+    flags += ["--model_name_or_path", start, "--data_dir", data_dir, "--max_steps", "60", "--criterion_batches", "4"]
+    compare.main(flags)
+    folder = tmp_path / "sst2" / "42" / "0.9375"
+    free, paid = (json.loads((folder / n / "all_results.json").read_text()) for n in ("random", "random-total"))
+    assert free["train_steps"] == 60 and 2 <= paid["train_steps"] < 60
+    assert 40 < paid["train_steps"] + paid["search_step_equivalents"] <= 60
+    threads, _, script, *again = shlex.split((folder / "random-total" / "command.txt").read_text())
+    assert threads == f"OMP_NUM_THREADS={torch.get_num_threads()}" and script == "glue_scripts/run_glue.py"
+    again[again.index("--output_dir") + 1] = str(tmp_path / "again")
+    monkeypatch.setattr(sys, "argv", ["run_glue.py", *again])
+    run_glue.main()
+    found = json.loads((tmp_path / "again" / "all_results.json").read_text())
+    assert all(found[key] == paid[key] for key in ("eval_loss", "eval_accuracy", "train_loss", "train_steps"))
+
+
+def test_flags_of_one_task_target_or_method():
+    keys = ["rte", "2:4", "pdp"]
+    found = compare.parse_own_flags("rte:max_steps=9,bf16=True", keys)
+    assert found == ("rte", ["--max_steps", "9", "--bf16", "True"])
+    assert compare.parse_own_flags("2:4:num_levels=1", keys) == ("2:4", ["--num_levels", "1"])
+    for text in ("rte:", "rte:max_steps", "rte:=9"):
+        with pytest.raises(ValueError, match="must look like rte:max_steps"):
+            compare.parse_own_flags(text, keys)
+    with pytest.raises(ValueError, match="must begin with one of rte, 2:4, pdp"):
+        compare.parse_own_flags("mrpc:max_steps=9", keys)
+    own = {key: ["--x", key] for key in keys}
+    cell = compare.Cell("rte", 1, "2:4", "pdp")
+    assert cell.flags(["--y"], own) == ["--y", "--pattern", "2:4", "--x", "rte", "--x", "2:4", "--x", "pdp"]
+
+
+def test_the_panel_mean_needs_every_task():
+    groups = {("cola", None, "dense"): panel.Group([50.0], [{}]), ("sst2", None, "dense"): panel.Group([90.0], [{}])}
+    groups |= {
+        ("cola", "0.99", "a"): panel.Group([40.0, 44.0], [{}, {}]),
+        ("sst2", "0.99", "a"): panel.Group([77.0], [{}]),
+    }
+    groups |= {("cola", "0.99", "b"): panel.Group([40.0], [{}])}
+    table = panel.make_summary(groups, ["cola", "sst2"], ["0.99"], ["a", "b"]).splitlines()
+    assert table[2:] == ["| dense | 70.0 |", "| a | 59.5 (85.0 %) |", "| b | - |"]
 
 
 def test_a_recipe_is_overridden_by_flags(tmp_path):

@@ -1,0 +1,170 @@
+"""Tables and a picture of the cells that `compare.py` has finished."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tasks import get_task
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from compare import Cell
+
+RESULT, TABLE, PICTURE = "all_results.json", "table.md", "panel.png"
+COLOURS = ("#0b61a4", "#d1495b", "#3a7d44", "#8e5ea2", "#e08e0b", "#24292f", "#7f8c8d", "#00798c")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The finished seeds of one task, target and method. scores: main metric in points (0 to 100)."""
+
+    scores: list[float]
+    results: list[dict]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.scores)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over seeds; None of one seed."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
+
+    def average(self, key: str) -> float:
+        """Mean of a value of `all_results.json`."""
+        return statistics.mean(result[key] for result in self.results)
+
+
+Groups = dict[tuple[str, str | None, str], Group]
+
+
+def write_panel(output_dir: Path, cells: Sequence[Cell]) -> None:
+    """Print and write the tables; draw the picture if matplotlib is there."""
+    groups = read_groups(output_dir, cells)
+    tasks = list(dict.fromkeys(cell.task for cell in cells))
+    targets = list(dict.fromkeys(cell.target for cell in cells if cell.target is not None))
+    methods = list(dict.fromkeys(cell.method for cell in cells if cell.target is not None))
+    table = make_table(groups, tasks, targets, methods)
+    if len(tasks) > 1:
+        table += "\n\n" + make_summary(groups, tasks, targets, methods)
+    (output_dir / TABLE).write_text(table + "\n")
+    print(table)
+    if draw(output_dir / PICTURE, groups, tasks, targets, methods):
+        print(f"\nThe picture is {output_dir / PICTURE}")
+    else:
+        print("\nNo picture: it needs matplotlib (pip install 'hf_maskselect[plots]') and two cells at least")
+
+
+def read_groups(output_dir: Path, cells: Iterable[Cell]) -> Groups:
+    """What is finished, by task, target and method."""
+    found = defaultdict(list)
+    for cell in cells:
+        path = cell.folder(output_dir) / RESULT
+        if path.is_file():
+            found[cell.task, cell.target, cell.method].append(json.loads(path.read_text()))
+    return {
+        key: Group([100 * result[f"eval_{get_task(key[0]).main_metric}"] for result in results], results)
+        for key, results in found.items()
+    }
+
+
+def make_table(groups: Groups, tasks: Sequence[str], targets: Sequence[str], methods: Sequence[str]) -> str:
+    """Markdown, one row for each task, target and method: mean, standard deviation over seeds, retention, costs."""
+    lines = [
+        "| task | target | method | sparsity | metric | score | sd | of dense | training steps | search, in steps | "
+        "minutes | seeds |",
+        "| --- | --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for task in tasks:
+        dense = groups.get((task, None, "dense"))
+        for target, method in [(None, "dense"), *((t, m) for t in targets for m in methods)]:
+            group = groups.get((task, target, method))
+            if group is None:
+                continue
+            costs = ["0", "-", "-", "-"]
+            if target is not None:
+                minutes = group.average("cell_seconds") / 60
+                steps = group.average("train_steps")
+                costs = [f"{group.average('eval_sparsity'):.4f}", f"{steps:.0f}"]
+                costs += [f"{group.average('search_step_equivalents'):.0f}", f"{minutes:.1f}"]
+            row = [task, target or "-", method, costs[0], get_task(task).main_metric, f"{group.mean:.1f}"]
+            row += ["-" if group.spread is None else f"{group.spread:.1f}"]
+            row += [f"{100 * group.mean / dense.mean:.1f} %", *costs[1:], str(len(group.scores))]
+            lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def make_summary(groups: Groups, tasks: Sequence[str], targets: Sequence[str], methods: Sequence[str]) -> str:
+    """Markdown, methods by targets: the mean over all tasks, and what that is of the dense mean. A method that lacks a
+    task has no mean."""
+    lines = ["| mean of " + ", ".join(tasks) + " | " + " | ".join(targets) + " |"]
+    lines.append("| --- |" + " ---: |" * len(targets))
+    dense = panel_mean(groups, tasks, None, "dense")
+    if dense is not None:
+        lines.append("| dense | " + " | ".join([f"{dense:.1f}"] * len(targets)) + " |")
+    for method in methods:
+        means = [panel_mean(groups, tasks, target, method) for target in targets]
+        cells = ["-" if m is None or dense is None else f"{m:.1f} ({100 * m / dense:.1f} %)" for m in means]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def panel_mean(groups: Groups, tasks: Sequence[str], target: str | None, method: str) -> float | None:
+    """Mean over the tasks of their means over seeds; None while one is missing."""
+    found = [groups.get((task, target, method)) for task in tasks]
+    return None if None in found else statistics.mean(group.mean for group in found)
+
+
+def draw(path: Path, groups: Groups, tasks: Sequence[str], targets: Sequence[str], methods: Sequence[str]) -> bool:
+    """Score against target, one panel a task, bars of one standard deviation; whether there was something to draw."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    shown = [task for task in tasks if any(key[0] == task and key[1] for key in groups)]
+    if not shown:
+        return False
+    figure = Figure(figsize=(3.1 * len(shown) + 1.6, 3.4), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    for axes, task in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        _draw_task(axes, task, groups, targets, methods)
+    handles = {label: h for a in figure.axes for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8, frameon=False)
+    figure.savefig(path)
+    return True
+
+
+def _draw_task(axes: Axes, task: str, groups: Groups, targets: Sequence[str], methods: Sequence[str]) -> None:
+    dense = groups.get((task, None, "dense"))
+    if dense is not None:
+        axes.axhline(dense.mean, color="#a8b0b9", linestyle="--", linewidth=1, label="dense")
+    for place, method in enumerate(methods):
+        known = [(i, groups[task, t, method]) for i, t in enumerate(targets) if (task, t, method) in groups]
+        if known:
+            shift = 0.5 * (place / max(len(methods) - 1, 1) - 0.5)  # side by side, so that bars do not hide each other
+            axes.errorbar(
+                [i + shift for i, _ in known],
+                [group.mean for _, group in known],
+                [group.spread or 0 for _, group in known],
+                color=COLOURS[place % len(COLOURS)],
+                marker="o",
+                markersize=4,
+                linewidth=0,
+                elinewidth=1.2,
+                capsize=2,
+                label=method,
+            )
+    axes.set_xticks(range(len(targets)), targets, fontsize=8)
+    axes.set_xlim(-0.5, len(targets) - 0.5)
+    axes.set_title(f"{task}: {get_task(task).main_metric}", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", linewidth=0.4, alpha=0.5)
