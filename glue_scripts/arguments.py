@@ -41,6 +41,10 @@ class DataArguments:
             "help": "Hold the selection split out even where nothing is chosen, so that all methods train alike."
         },
     )
+    evaluate_held_out: bool = field(
+        default=False,
+        metadata={"help": "Evaluate on the held-out train rows and never on validation: to choose a recipe by."},
+    )
 
 
 @dataclass

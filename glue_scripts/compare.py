@@ -5,10 +5,11 @@
         --data_dir DATA
 
 Every flag it does not know goes to `run_glue.py`; `--own_flags mrpc:max_steps=200,dense_epochs=8 0.99:num_levels=8`
-gives one task, target or method its own. All methods of a task and seed start from the same dense model, distil from
-it, train on the same rows for the same number of steps (a method named `...-total` for so many less that its search is
-paid from the same steps), and choose only on rows held out of train; the validation split is read once, when a cell is
-finished.
+gives one task, target or method its own, and `--variants hot:method=taylor,num_candidates=1,learning_rate=4e-4` makes
+methods of your own (add `--evaluate_held_out` to choose between them). All methods of a task and seed start from the
+same dense model, distil from it, train on the same rows for the same number of steps (a method named `...-total` for
+so many less that its search is paid from the same steps), and choose only on rows held out of train; the validation
+split is read once, when a cell is finished.
 
 Every cell is a folder with `all_results.json` and `command.txt`, which makes it again. Finished cells are not run
 again, so the table grows over several sittings; one made with other flags is refused.
@@ -86,11 +87,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--own_flags", nargs="*", default=[], help="key:flag=value,... for a task, target or method that needs others"
     )
+    parser.add_argument(
+        "--variants", nargs="*", default=[], help="name:flag=value,... methods of your own, beside --methods"
+    )
     options, flags = parser.parse_known_args(arguments)
     flags = [options.recipe, *flags] if options.recipe else flags
-    methods = [method for method in options.methods if method != "dense"]
-    keys = [*options.tasks, *options.targets, *methods]
+    methods = {method: METHODS[method] for method in options.methods if method != "dense"}
     try:
+        methods |= dict(parse_own_flags(text, [text.partition(":")[0]]) for text in options.variants)
+        keys = [*options.tasks, *options.targets, *methods]
         own = dict(parse_own_flags(text, keys) for text in options.own_flags)
     except ValueError as error:
         parser.error(str(error))
@@ -107,16 +112,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     missing = []
     for cell in cells:
         folder, given = cell.folder(options.output_dir), cell.flags(flags, own)
+        expected = [*given, *methods.get(cell.method, [])]
         if not (folder / RESULT).is_file():
             missing.append((cell, given))
-        elif cell.method != "dense" and (made := json.loads((folder / FLAGS).read_text())) != given:
+        elif cell.method != "dense" and (made := json.loads((folder / FLAGS).read_text())) != expected:
             parser.error(
                 f"{folder} was made with other flags ({' '.join(made)}): delete it, or choose another output_dir"
             )
     bar = tqdm(missing, desc="cells", unit="cell", initial=len(cells) - len(missing), total=len(cells))
     for cell, given in bar:
         bar.set_postfix_str(" ".join(map(str, (cell.task, cell.seed, cell.target or "", cell.method))))
-        run_cell(options.output_dir, cell, given)
+        run_cell(options.output_dir, cell, given, methods.get(cell.method, []))
         gc.collect()
     write_panel(options.output_dir, cells)
 
@@ -136,8 +142,8 @@ def parse_own_flags(text: str, keys: Sequence[str]) -> tuple[str, list[str]]:
     return key, [part for name, _, value in split for part in (f"--{name}", value)]
 
 
-def run_cell(output_dir: Path, cell: Cell, flags: list[str]) -> None:
-    """Train one cell from the flags of `run_glue.py`."""
+def run_cell(output_dir: Path, cell: Cell, flags: list[str], method: list[str]) -> None:
+    """Train one cell from the flags of `run_glue.py`, those of its method last."""
     folder, dense = cell.folder(output_dir), Cell(cell.task, cell.seed, None, "dense").folder(output_dir)
     common = [*flags, "--task_name", cell.task, "--seed", str(cell.seed), "--always_hold_out", "--save_strategy", "no"]
     if cell.method == "dense":
@@ -145,7 +151,7 @@ def run_cell(output_dir: Path, cell: Cell, flags: list[str]) -> None:
         fine_tune_dense(prepare(data, model, config), model, config)
         return
     start = ["--model_name_or_path", str(dense), "--teacher_name_or_path", str(dense), "--output_dir", str(folder)]
-    given = [*common, *METHODS[cell.method], *start]
+    given = [*common, *method, *start]
     if cell.method.endswith(TOTAL):
         given += ["--max_steps", str(affordable_steps(given))]
     threads = f"OMP_NUM_THREADS={torch.get_num_threads()} "  # sums depend on it
@@ -154,7 +160,7 @@ def run_cell(output_dir: Path, cell: Cell, flags: list[str]) -> None:
     began = time.monotonic()
     results = run(*parse_arguments(given))
     results["cell_seconds"] = round(time.monotonic() - began, 1)
-    (folder / FLAGS).write_text(json.dumps(flags))
+    (folder / FLAGS).write_text(json.dumps([*flags, *method]))
     (folder / RESULT).write_text(json.dumps(results, indent=4, sort_keys=True))
 
 

@@ -98,10 +98,13 @@ def prepare(data: DataArguments, model: ModelArguments, config: PruningConfig) -
             splits[split] = splits[split].select(range(min(limit, len(splits[split]))))
     tokens = tokenize(splits, task, tokenizer, data.max_seq_length)
     train, selection = tokens["train"], None
-    if config.needs_selection_split or data.always_hold_out:
+    if config.needs_selection_split or data.always_hold_out or data.evaluate_held_out:
         train, selection = hold_out(train, config.selection_fraction, config.seed, config.max_selection_samples)
         lengths = [len(ids) for ids in selection["input_ids"]]
         selection = selection.select(sorted(range(len(lengths)), key=lambda row: lengths[row]))  # little padding
+    evaluation = {split: tokens[split] for split in task.validation_splits if split in tokens}
+    if data.evaluate_held_out:
+        evaluation = {"held out": selection}
     length = data.max_seq_length or task.max_length
     padding = {"padding": "max_length", "max_length": length} if data.pad_to_max_length else {}
     return Job(
@@ -109,7 +112,7 @@ def prepare(data: DataArguments, model: ModelArguments, config: PruningConfig) -
         tokenizer,
         train,
         selection,
-        {split: tokens[split] for split in task.validation_splits if split in tokens},
+        evaluation,
         {split: tokens[split] for split in tokens if split.startswith("test")},
         DataCollatorWithPadding(tokenizer, **padding) if tokenizer.pad_token else default_data_collator,
     )

@@ -172,13 +172,15 @@ def test_the_demo_takes_its_flags_and_shows_its_methods(tmp_path, capsys, monkey
 def test_compare_runs_what_is_missing_and_prints_one_table(tmp_path, start, data_dir, capsys, monkeypatch):
     methods = ["magnitude", "pdp", "gumbel", "random"]
     flags = ["--tasks", "sst2", "--methods", *methods, "--seeds", "1", "2", "--output_dir", str(tmp_path)]
+    flags += ["--variants", "hot:method=taylor,num_candidates=1,learning_rate=1e-2"]
+    methods.append("hot")
     flags += ["--model_name_or_path", start, "--data_dir", data_dir, *FLAGS]
     compare.main([*flags, "--targets", "0.9375", "2:4"])
     table = (tmp_path / "table.md").read_text()
     rows = [line.split(" | ") for line in table.splitlines()[2:]]
     assert [row[2] for row in rows] == ["dense", *methods, *methods]
-    assert [row[1] for row in rows] == ["-", *["0.9375"] * 4, *["2:4"] * 4]
-    assert {row[11] for row in rows} == {"2 |"} and {row[3] for row in rows[5:]} == {"0.5000"}
+    assert [row[1] for row in rows] == ["-", *["0.9375"] * 5, *["2:4"] * 5]
+    assert {row[11] for row in rows} == {"2 |"} and {row[3] for row in rows[6:]} == {"0.5000"}
     assert table in capsys.readouterr().out and (tmp_path / "panel.png").stat().st_size > 10_000
     flags += ["--targets", "2:4"]
     monkeypatch.setattr(compare, "run_cell", lambda *given: pytest.fail("a finished cell was run again"))
@@ -204,6 +206,15 @@ def test_a_cell_is_made_again_by_its_command(tmp_path, start, data_dir, monkeypa
     run_glue.main()
     found = json.loads((tmp_path / "again" / "all_results.json").read_text())
     assert all(found[key] == paid[key] for key in ("eval_loss", "eval_accuracy", "train_loss", "train_steps"))
+
+
+def test_a_recipe_is_chosen_on_held_out_rows(tmp_path, start, data_dir):
+    flags = ["--task_name", "sst2", "--data_dir", data_dir, "--output_dir", str(tmp_path), *FLAGS]
+    given = parse_arguments([*flags, "--model_name_or_path", start, "--evaluate_held_out"])
+    job = run_glue.prepare(*given)
+    assert list(job.evaluation) == ["held out"] and job.evaluation["held out"] is job.selection
+    lengths = [len(ids) for ids in job.selection["input_ids"]]
+    assert lengths == sorted(lengths) and len(lengths) == 6 and len(job.train) == 58
 
 
 def test_flags_of_one_task_target_or_method():
