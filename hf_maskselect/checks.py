@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SOFT_METHODS = ("pdp", "gumbel")
 METHODS = ("random", *CRITERIA, *SOFT_METHODS)
 _EMERGENT = 0.5  # stands for a sparsity that is no target; nothing is pruned by it
-SELECTIONS = ("halving", "early")
+SELECTIONS = ("halving", "survivors", "early")
 SELECTION_LOSSES = ("loss", "teacher")
 WHOLE_NUMBERS = (
     "num_levels",

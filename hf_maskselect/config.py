@@ -105,9 +105,12 @@ class PruningConfig(TrainingArguments):
         criterion_batches (`int`, defaults to 256): gradient samples a level for fisher and taylor.
         criterion_batch_size (`int`, defaults to 8): rows of one gradient sample.
         selection (`str`, defaults to `"halving"`): `"halving"` drops the worse half after each rung and doubles the
-            steps; `"early"` gives every candidate one trial and averages its last evaluations (the paper's EMEP).
+            steps, each trial from the same start; in `"survivors"` every candidate goes on from the weights it has
+            trained, and then the run from the winner's; `"early"` gives every candidate one trial and averages its
+            last evaluations (the paper's EMEP).
         trial_steps (`int`, *optional*): optimizer steps of the first rung (of the whole trial for `"early"`). Defaults
-            to a third of the level: shorter trials rank masks at random (for `"early"`: one epoch, at most the level).
+            to a third of the level: shorter trials rank masks at random (for `"survivors"`: an eighth; for `"early"`:
+            one epoch, at most the level).
         trial_batch_size (`int`, *optional*): rows of one trial step. Defaults to those of a training step over all
             devices, so that the choice does not depend on their number; one device runs a trial alone, so with many
             of them fewer rows are cheaper (`hf-maskselect plan` tells the cost).
@@ -208,7 +211,7 @@ class PruningConfig(TrainingArguments):
     criterion: str | None = field(default=None, metadata={"help": "Of candidate 0: magnitude, fisher or taylor."})
     criterion_batches: int = field(default=256, metadata={"help": "Gradient samples a level for fisher and taylor."})
     criterion_batch_size: int = field(default=8, metadata={"help": "Rows of one gradient sample."})
-    selection: str = field(default="halving", metadata={"help": "halving or early.", "choices": SELECTIONS})
+    selection: str = field(default="halving", metadata={"help": "halving, survivors or early.", "choices": SELECTIONS})
     trial_steps: int | None = field(default=None, metadata={"help": "Steps of the first rung (a third of the level)."})
     trial_batch_size: int | None = field(
         default=None, metadata={"help": "Rows of one trial step (those of a training step over all devices)."}

@@ -17,7 +17,8 @@ from .level_search import Candidate
 from .masking.scores import CRITERIA
 from .masking.targets import prunable_weights
 from .report import text_table
-from .selection import search_rungs, statistics_needed
+from .rungs import search_rungs
+from .selection import statistics_needed
 from .trials import EARLY_EVALUATIONS
 
 Rungs = list[tuple[int, int]]
@@ -136,6 +137,8 @@ def search_cost(work: Workload, ranks: int) -> Cost:
         longest += work.held_out / 3
     sent = max(exchanged(rungs, ranks) for rungs in levels) if ranks > 1 else 0
     weights = 4 * work.parameters
+    if sent and work.config.selection == "survivors":
+        sent += weights  # the winner's, to all
     training = 4 * weights + 4 * work.prunable + (weights if ranks > 1 else 0)  # the buckets of the all-reduce
     return Cost(
         ranks,

@@ -39,7 +39,7 @@ class LevelBest:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         weights = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
         with replacing(self._path) as temporary:
-            told = {"level": str(level), "score": repr(score), "weights": _digest(weights)}
+            told = {"level": str(level), "score": repr(score), "weights": weights_digest(weights)}
             save_file(weights, temporary, metadata=told | {"checksum": header_checksum(told)})
         return True
 
@@ -71,7 +71,7 @@ class LevelBest:
         if told.get("level") != str(level):
             return False
         weights = load_file(self._path)
-        if _digest(weights) != told["weights"]:
+        if weights_digest(weights) != told["weights"]:
             raise ValueError(f"{self._path} is damaged: its weights do not match their digest; {_REMEDY}")
         parameters = dict(model.named_parameters())
         for name, weight in weights.items():
@@ -95,7 +95,8 @@ class LevelBest:
         self._path.unlink(missing_ok=True)
 
 
-def _digest(weights: dict[str, Tensor]) -> str:
+def weights_digest(weights: dict[str, Tensor]) -> str:
+    """Of names and contents together, as text."""
     digest = WeightsDigest()
     for name, weight in weights.items():
         digest.add(name, weight)

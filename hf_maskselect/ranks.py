@@ -7,7 +7,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -57,6 +59,17 @@ class Ranks:
         """Rank 0's value; what the others pass does not matter."""
         return self.gather(value if self.rank == 0 else None)[0]
 
+    def share(self, tensors: Mapping[str, Tensor] | None, source: int) -> Mapping[str, Tensor]:
+        """The tensors of rank `source`; the others pass None."""
+        if self.count == 1:
+            return tensors
+        told = self.gather(None if tensors is None else {n: (t.shape, t.dtype) for n, t in tensors.items()})[source]
+        shared = {}
+        for name, (shape, dtype) in told.items():
+            shared[name] = torch.empty(shape, dtype=dtype) if tensors is None else tensors[name].cpu().contiguous()
+            dist.broadcast(shared[name], source, group=self._group)
+        return shared
+
     def together(self, work: Callable[[], T]) -> list[T]:
         """Every rank does its own work; what it returned, by rank.
 
@@ -94,6 +107,18 @@ class Ranks:
             f"{what} of {differ[0]}{others} differ between ranks {' and '.join(map(str, sorted(groups.values())))}: "
             "start all ranks from the same weights, data, seed and number of threads, on the same kind of device"
         )
+
+
+def deal_to_holders(work: Sequence[int], holders: Mapping[int, Collection[int]], ranks: int) -> list[list[int]]:
+    """Share `work` out, every piece to one of those who hold it, as evenly as that allows.
+
+    >>> deal_to_holders([0, 2, 4, 6], {0: [0, 1], 2: [0], 4: [0], 6: [0, 1]}, ranks=2)
+    [[2, 4], [0, 6]]
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for piece in sorted(work, key=lambda piece: len(holders[piece])):
+        shares[min(sorted(holders[piece]), key=lambda rank: len(shares[rank]))].append(piece)
+    return [sorted(share) for share in shares]
 
 
 def deal(work: Sequence[int], holders: Mapping[int, Collection[int]], ranks: int) -> list[list[int]]:

@@ -25,36 +25,14 @@ from .masking.schedule import LevelPlan
 from .masking.scores import Criterion, GradientStats, StoredStats
 from .methods.hard import HardMasks
 from .proposals import Proposal, gradient_needs, key_seed, proposal_pool, propose
-from .ranks import Ranks, deal
+from .ranks import Ranks, deal, deal_to_holders
+from .rungs import search_rungs, survivors
+from .survivors import Survivors
 from .trials import EARLY_EVALUATIONS, Trial, TrialBench
 
 T = TypeVar("T")
 _FOLDER = "_search-"  # of the masks that wait; and a random ending
 _STATS = "statistics.safetensors"
-
-
-def halving_rungs(candidates: int, first_steps: int, longest: int) -> list[tuple[int, int]]:
-    """(candidates, steps) of each rung: the better half goes on with twice the steps, until two have met or trials
-    are `longest` steps long. Every trial of a rung starts afresh and has the same budget.
-
-    >>> halving_rungs(8, 40, 240)
-    [(8, 40), (4, 80), (2, 160)]
-    """
-    rungs = [(candidates, min(first_steps, longest))]
-    while rungs[-1][0] > 2 and rungs[-1][1] < longest:
-        count, steps = (rungs[-1][0] + 1) // 2, min(2 * rungs[-1][1], longest)
-        rungs.append((count, steps))
-    return rungs
-
-
-def search_rungs(config: PruningConfig, plan: LevelPlan, level: int, epoch: int) -> list[tuple[int, int]]:
-    """(candidates, steps) of each rung at a level; empty when nothing is chosen. epoch: its length in trial steps."""
-    if not config.searches:
-        return []
-    if config.selection == "early":
-        return [(config.num_candidates, config.trial_steps or min(epoch, plan.length(level)))]
-    first = config.trial_steps or -(-plan.length(level) // 3)
-    return halving_rungs(config.num_candidates, first, max(plan.length(level), first))
 
 
 def candidate_pool(config: PruningConfig, criteria: Mapping[str, Criterion]) -> list[Proposal]:
@@ -78,15 +56,6 @@ def statistics_needed(config: PruningConfig, criteria: Mapping[str, Criterion]) 
     return set() if config.soft else gradient_needs(candidate_pool(config, criteria), criteria)
 
 
-def survivors(candidates: list[Candidate], count: int) -> list[Candidate]:
-    """The `count` best by last score, ties by index; candidate 0 is always among them, so that the winner has been
-    compared with the deterministic mask at the longest trial."""
-    ranked = sorted(candidates, key=lambda c: c.rank)[:count]
-    if all(c.index for c in ranked):
-        ranked[-1] = candidates[0]
-    return sorted(ranked, key=lambda c: c.index)
-
-
 class MaskSearch:
     """Chooses the masks of a level and writes down why.
 
@@ -107,6 +76,7 @@ class MaskSearch:
     ) -> None:
         self._config, self._bench, self._method, self._criteria = config, bench, method, criteria
         self._journal, self._ranks, self._quiet = journal, ranks, quiet
+        self._survivors = Survivors(config.output_dir) if config.selection == "survivors" else None
         self.history: list[LevelSearch] = []
         # Of the search at hand: where its masks wait, what it draws from, and which ranks have drawn which candidate.
         self._folder = Path()
@@ -141,10 +111,19 @@ class MaskSearch:
             chosen = next(c for c in done.candidates if c.chosen)
             self._together(lambda: self._hold([chosen], done))
             masks = self._load(chosen)
+            if self._survivors is not None and chosen.steps:
+                self._adopt(chosen)
         self._ranks.agree(masks.digests, f"the masks of level {level + 1}")
         done.seconds = round(time.monotonic() - start, 2)
         self.history.append(done)
         return masks
+
+    def _adopt(self, chosen: Candidate) -> None:
+        """The run goes on from the weights that the winner has trained."""
+        survivors, digest = self._survivors, chosen.digest
+        source = self._ranks.gather(max(survivors.scores(digest), default=0) == chosen.steps).index(True)
+        weights = self._together(lambda: survivors.load(digest) if self._ranks.rank == source else None)
+        self._bench.put(self._ranks.share(weights, source))
 
     def _together(self, work: Callable[[], T]) -> T:
         """This rank's result of what every rank does; an error of one stops all. With sharded weights the work is a
@@ -253,13 +232,17 @@ class MaskSearch:
             leave=False,
             disable=self._quiet,
         )
-        self._on_first(lambda: self._journal.open(bench.fingerprint(search.level)))
+        if self._survivors is None:
+            self._on_first(lambda: self._journal.open(bench.fingerprint(search.level)))
+        else:
+            self._survivors.open(self._on_first(lambda: bench.fingerprint(search.level)))
         with bar:
             for count, steps in rungs:
                 if len(racing) > count:
                     racing = survivors(racing, count)
                 marks = min(EARLY_EVALUATIONS if early else 1, steps)
-                scores = self._try_all(racing, search, Trial(steps, rate, marks), bar)
+                before = 0 if self._survivors is None else racing[0].steps
+                scores = self._try_all(racing, search, Trial(steps, rate, marks, before), bar)
                 for candidate in racing:
                     candidate.scores.append(scores[candidate.index])
                     candidate.steps += steps
@@ -272,12 +255,22 @@ class MaskSearch:
     def _try_all(self, racing: Sequence[Candidate], search: LevelSearch, trial: Trial, bar: tqdm) -> dict[int, float]:
         """Scores by index. The trials that no earlier run has finished are dealt out anew among the ranks, which tell
         each other after every one, so that rank 0 can write it down."""
-        bench, journal, ranks = self._bench, self._journal, self._ranks
-        known = self._on_first(lambda: {c.index: journal.find(c.digest, trial.steps) for c in racing})
+        bench, journal, ranks, kept = self._bench, self._journal, self._ranks, self._survivors
+        length = trial.before + trial.steps
+        by_index = {c.index: c for c in racing}
+        if kept is None:
+            known = self._on_first(lambda: {c.index: journal.find(c.digest, trial.steps) for c in racing})
+        else:
+            told = ranks.together(lambda: {c.index: kept.scores(c.digest) for c in racing})
+            known = {i: next((of[i][length] for of in told if length in of[i]), None) for i in by_index}
         scores = {index: score for index, score in known.items() if score is not None}
         bar.update(trial.steps * len(scores))
-        by_index = {c.index: c for c in racing}
-        shares = deal([index for index in by_index if index not in scores], self._holders, ranks.count)
+        work = [index for index in by_index if index not in scores]
+        if trial.before:  # who has its weights goes on with it
+            able = {i: [rank for rank, of in enumerate(told) if max(of[i], default=0) == trial.before] for i in work}
+            shares = deal_to_holders(work, able, ranks.count)
+        else:
+            shares = deal(work, self._holders, ranks.count)
         mine = [by_index[index] for index in shares[ranks.rank]]
         self._together(lambda: self._hold(mine, search))  # before the model is changed
         for rank, share in enumerate(shares):
@@ -290,7 +283,12 @@ class MaskSearch:
             candidate = mine.pop(0)
             bar.set_postfix_str(candidate.proposal)
             masks = self._path(candidate)
-            return candidate.index, bench.trial(lambda: MaskSet.load(masks)[0], trial, search.level, bar)
+            start = kept.load(candidate.digest) if trial.before else None
+            score = bench.trial(lambda: MaskSet.load(masks)[0], trial, search.level, bar, start)
+            if kept is not None:
+                so_far = {**kept.scores(candidate.digest), length: score}
+                kept.keep(candidate.digest, so_far, bench.trained())
+            return candidate.index, score
 
         with bench.untouched():
             for _ in range(max(map(len, shares))):
@@ -299,7 +297,8 @@ class MaskSearch:
                 others = [index for index, _ in finished if index not in shares[ranks.rank]]
                 bar.update(trial.steps * len(others))
                 found = {by_index[index].digest: score for index, score in finished}
-                self._on_first(lambda found=found: journal.add(found, trial.steps))
+                if kept is None:
+                    self._on_first(lambda found=found: journal.add(found, trial.steps))
         return scores
 
     def _path(self, candidate: Candidate) -> Path:
@@ -322,6 +321,13 @@ class MaskSearch:
         for folder in Path(self._config.output_dir).glob(f"{_FOLDER}*"):
             if folder.is_dir():
                 shutil.rmtree(folder)
+
+    def forget(self) -> None:
+        """Remove what a killed run would need: the run is over. Every rank must call it."""
+        if self._ranks.rank == 0:
+            self._journal.forget()
+        if self._survivors is not None:
+            self._survivors.forget()
 
     def recall(self, step: int, checkpoint: str | os.PathLike) -> None:
         """Take up the tables written before optimizer step `step` of a run that is being resumed.

@@ -120,8 +120,8 @@ class PruningTrainer(HubTrainer):
         criteria = (
             CRITERIA if score_fn is None else {**CRITERIA, "score_fn": Criterion(score_fn, ("square", "product"), 5.0)}
         )
-        self._journal, self._ranks = Journal(args.output_dir), Ranks()
-        told = self._journal, self._ranks, not self._speaks
+        self._ranks = Ranks()
+        told = Journal(args.output_dir), self._ranks, not self._speaks
         self._search = MaskSearch(args, self._bench, self._method, criteria, *told)
         if self._search.needs() and score_fn is None and args.criterion_batches == 0:
             raise ValueError(
@@ -318,8 +318,8 @@ class PruningTrainer(HubTrainer):
             if self.args.should_save:
                 self._level_best.forget()
         self._method.finalize()
-        if self.is_world_process_zero() and self.state.global_step >= self.state.max_steps:
-            self._journal.forget()  # else it was stopped, and may go on
+        if self.state.global_step >= self.state.max_steps:
+            self._search.forget()  # else it was stopped, and may go on
         return super()._finalize_training(*args, **kwargs)
 
     def search_summary(self) -> dict[str, float]:

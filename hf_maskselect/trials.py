@@ -8,7 +8,7 @@ import hashlib
 import json
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,11 +43,13 @@ _ANY += (
 
 @dataclass(frozen=True)
 class Trial:
-    """steps: optimizer steps; learning_rate: peak; evaluations: how often the model is scored on the way."""
+    """steps: optimizer steps; learning_rate: peak; evaluations: how often the model is scored on the way; before: how
+    many steps its weights have been trained already."""
 
     steps: int
     learning_rate: float
     evaluations: int = 1
+    before: int = 0
 
     @property
     def marks(self) -> set[int]:
@@ -111,13 +113,22 @@ class TrialBench:
                 self._method.set_masks(MaskSet.load(masks)[0])
                 del self._saved
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Weights and buffers as they were when `untouched` was entered."""
+        self.put(self._saved)
+
+    @torch.no_grad()
+    def put(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Copy weights and buffers into the model, by name."""
         model = self._trainer.model
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if name in self._saved:
-                tensor.copy_(self._saved[name])
+            if name in weights:
+                tensor.copy_(weights[name])
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        """Inside `untouched`: what a trial changes, as it is now."""
+        model = self._trainer.model
+        return {n: t.detach() for n, t in (*model.named_parameters(), *model.named_buffers()) if n in self._saved}
 
     def fingerprint(self, level: int) -> str:
         """SHA-256 of all that the scores of a search depend on: weights, teacher, arguments, sizes of the data."""
@@ -171,16 +182,26 @@ class TrialBench:
                     stats.sample(trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs)))
         return stats
 
-    def trial(self, load_masks: Callable[[], MaskSet], trial: Trial, level: int, progress) -> float:
-        """Train under the loaded masks from the saved weights; returns the score, lower is better.
+    def trial(
+        self,
+        load_masks: Callable[[], MaskSet],
+        trial: Trial,
+        level: int,
+        progress,
+        start: Mapping[str, torch.Tensor] | None = None,
+    ) -> float:
+        """Train under the loaded masks from the saved weights, or from `start`; returns the score, lower is better.
 
         The learning rate warms up over a tenth of the steps and decays linearly to 0. With several evaluations the
         score is the mean over the last ten (or fewer), spread evenly.
         """
         trainer, args, method, steps = self._trainer, self._trainer.args, self._method, trial.steps
         self.restore()
+        if start is not None:
+            self.put(start)
         method.set_masks(load_masks())  # a loader, so that nobody keeps the boolean masks while the trial runs
-        set_seed(key_seed(args.seed, "trial", level) % 2**32)
+        order = (level, trial.before) if trial.before else (level,)  # a longer training sees other rows
+        set_seed(key_seed(args.seed, "trial", *order) % 2**32)
         optimizer = trainer.new_optimizer(trial.learning_rate)
         schedule = get_scheduler("linear", optimizer, round(TRIAL_WARMUP * steps), steps)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -27,6 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 import hf_maskselect.level_best
 import hf_maskselect.masking.maskset
 import hf_maskselect.packed_file
+import hf_maskselect.survivors
 from hf_maskselect.saving import last_checkpoint
 from hf_maskselect.trials import TrialBench
 
@@ -37,6 +38,13 @@ SETTINGS = {
         "proposals": ["magnitude:layer", "magnitude:global", "magnitude:layer:votes"],
         "trial_steps": 2,
         "level_eval_steps": 2,
+    },
+    "survivors": {
+        "method": "random",
+        "selection": "survivors",
+        "num_candidates": 4,
+        "proposals": ["magnitude:layer", "magnitude:global", "magnitude:layer:votes"],
+        "trial_steps": 2,
     },
     "pdp": {"method": "pdp", "num_levels": None, "frozen_steps": 4, "pdp_tau": 1e-3, "num_candidates": 2},
     "gumbel": {"method": "gumbel", "num_levels": None, "frozen_steps": 4, "num_candidates": 2},
@@ -84,6 +92,7 @@ class Events:
             (transformers.modeling_utils, "safe_save_file", 1),
             (hf_maskselect.masking.maskset, "save_file", 1),
             (hf_maskselect.level_best, "save_file", 1),
+            (hf_maskselect.survivors, "save_file", 1),
         ):
             setattr(module, name, self.watched(getattr(module, name), path_at))
 

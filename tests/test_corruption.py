@@ -24,6 +24,7 @@ from hf_maskselect.packed_file import PACKED_FILE
 from hf_maskselect.packing import pack
 from hf_maskselect.ranks import Ranks
 from hf_maskselect.selection import MaskSearch
+from hf_maskselect.survivors import FOLDER, Survivors
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -58,6 +59,9 @@ def folders(tmp_path_factory):
     journal.open("a" * 64)
     journal.add({f"{index:064x}": 0.1 + index / 3 for index in range(4)}, 20)
     LevelBest(run).consider(1, 0.25, trainer.model)
+    kept = Survivors(run)
+    kept.open("a" * 64)
+    kept.keep("d" * 64, {2: 0.5, 4: 0.25}, weights_of(trainer.model))
     return root
 
 
@@ -80,7 +84,9 @@ def read_journal(folder):
 
 
 def read_search(folder):
-    search = MaskSearch(types.SimpleNamespace(output_dir=str(folder)), None, None, {}, None, Ranks(), quiet=True)
+    search = MaskSearch(
+        types.SimpleNamespace(output_dir=str(folder), selection="halving"), None, None, {}, None, Ranks(), quiet=True
+    )
     search.recall(100, folder)
     assert all(type(done.step) is int and done.metrics() for done in search.history)
     return {}, "", []  # a table for people: refused or read, no weights depend on it
@@ -91,6 +97,12 @@ def read_level_best(folder):
     best = LevelBest(folder)
     best.restore(1, model)
     return weights_of(model), best._known()["score"], []
+
+
+def read_survivors(folder):
+    kept = Survivors(folder)
+    kept.open("a" * 64)
+    return kept.load("d" * 64), str(kept.scores("d" * 64)), []
 
 
 READ = {
@@ -104,6 +116,7 @@ READ = {
     JOURNAL_FILE: ("run", read_journal, 150),
     SEARCH_FILE: ("run", read_search, 100),
     LEVEL_FILE: ("run", read_level_best, 150),
+    f"{FOLDER}/{'a' * 16}-{'d' * 16}.safetensors": ("run", read_survivors, 150),
 }
 
 

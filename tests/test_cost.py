@@ -22,8 +22,19 @@ SEARCH = {"method": "random", "num_candidates": 4, "trial_steps": 2}
         {"method": "magnitude", **NO_SEARCH},
         {"selection_metric": "teacher"},
         {"max_selection_samples": 3},
+        {"selection": "survivors"},
     ],
-    ids=["halving", "small trials", "early", "no statistics", "no search", "nothing", "teacher", "few rows"],
+    ids=[
+        "halving",
+        "small trials",
+        "early",
+        "no statistics",
+        "no search",
+        "nothing",
+        "teacher",
+        "few rows",
+        "survivors",
+    ],
 )
 def test_the_model_counts_what_a_run_counts(tmp_path, changes):
     make().save_pretrained(tmp_path)
@@ -55,6 +66,13 @@ def test_more_ranks_wait_more_and_take_less_time(tmp_path):
     assert many.time == eight.time
     assert one.sent == one.trained == 0 and two.training_bytes == one.training_bytes + 4_000
     assert two.search_bytes - two.training_bytes == 3 * 4_000
+
+
+def test_survivors_send_the_winners_weights(tmp_path):
+    config = make_config(tmp_path, **SEARCH)
+    plain = search_cost(Workload(config, 1_000_000, 800, 0), 2)
+    config.selection = "survivors"
+    assert plain.sent < 10_000 and 4_000_000 < search_cost(Workload(config, 1_000_000, 800, 0), 2).sent < 4_010_000
 
 
 def test_an_epoch_is_shorter_on_more_ranks(tmp_path):

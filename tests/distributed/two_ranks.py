@@ -49,7 +49,7 @@ def break_something(trainer, fault):
         GradientStats._take = other
     trainer._bench.trial = faulty
     if fault == "journal":
-        trainer._journal.add = lambda *_: 1 / 0
+        trainer._search._journal.add = lambda *_: 1 / 0
 
 
 def count_what_is_sent(search):

@@ -1,0 +1,136 @@
+"""Halving that goes on from the trained weights: nothing is trained twice, and the run takes the winner's over."""
+
+import doctest
+
+import pytest
+import torch
+from tiny import losses, make, make_rows, make_trainer, same, weights_of
+from tqdm import tqdm
+
+from hf_maskselect import ranks, rungs
+from hf_maskselect.masking.maskset import MaskSet
+from hf_maskselect.survivors import FOLDER, Survivors
+from hf_maskselect.trials import Trial
+
+RUN = {"method": "random", "num_candidates": 4, "selection": "survivors", "trial_steps": 2, "max_steps": 24}
+
+
+def test_every_rung_brings_the_training_to_twice_the_steps():
+    assert rungs.survivor_rungs(8, 30, 120) == [(8, 30), (4, 30), (2, 60)]
+    assert rungs.survivor_rungs(4, 30, 120) == [(4, 30), (2, 30)]
+    assert rungs.survivor_rungs(12, 30, 100) == [(12, 30), (6, 30), (3, 40)]
+    assert rungs.survivor_rungs(3, 5, 5) == [(3, 5)]
+    for module in (ranks, rungs):
+        assert doctest.testmod(module).failed == 0
+
+
+def test_an_eighth_of_the_level_by_default(tmp_path):
+    trainer = make_trainer(tmp_path, **{**RUN, "trial_steps": None, "num_candidates": 8, "max_steps": 96})
+    plan = trainer.args.plan(96)
+    assert [plan.length(level) for level in range(2)] == [32, 64]
+    assert trainer._search.rungs(plan, 0) == [(8, 4), (4, 4), (2, 8)]
+
+
+def test_the_run_goes_on_from_the_winners_weights(tmp_path):
+    """Winner's training = its rungs one after the other; what the model holds after the choice is the end of it."""
+    trainer = make_trainer(tmp_path, keywords={"selection_dataset": make_rows(16, seed=2)}, **RUN)
+    ended, chosen, trial, choose = {}, [], trainer._bench.trial, trainer._search.choose
+
+    def watched_trial(load_masks, trial_, level, bar, start=None):
+        score = trial(load_masks, trial_, level, bar, start)
+        digest = load_masks().digest()
+        if trial_.before:
+            assert same(start, ended[level, digest, trial_.before])
+        ended[level, digest, trial_.before + trial_.steps] = {
+            n: t.clone() for n, t in trainer._bench.trained().items()
+        }
+        return score
+
+    def watched_choose(level, plan, step):
+        random_state = torch.get_rng_state()
+        masks = choose(level, plan, step)
+        assert torch.equal(random_state, torch.get_rng_state())
+        chosen.append((masks.digest(), trainer._search.history[-1]))
+        end = ended[level, masks.digest(), 4]
+        assert all(torch.equal(weight, end[name]) for name, weight in trainer.model.named_parameters())
+        return masks
+
+    trainer._bench.trial, trainer._search.choose = watched_trial, watched_choose
+    trainer.train()
+    assert len(chosen) == 2
+    for digest, search in chosen:
+        assert [len(c.scores) for c in search.candidates].count(2) == 2
+        assert next(c for c in search.candidates if c.chosen).digest == digest
+        assert {c.steps for c in search.candidates} == {2, 4}
+    assert MaskSet.from_zeros(trainer.model).sparsity() == 0.75
+    assert not (tmp_path / FOLDER).exists()
+
+
+def test_a_longer_training_sees_other_rows(tmp_path):
+    trainer = make_trainer(tmp_path, keywords={"selection_dataset": make_rows(8)}, **RUN)
+    trainer._method.attach(trainer.model)
+    masks, seen, compute_loss = MaskSet.ones(trainer._method.weights), [], trainer.compute_loss
+
+    def watched(model, inputs, *args, **kwargs):
+        if model.training:
+            seen.append(inputs["input_ids"].clone())
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = watched
+    with trainer._bench.untouched():
+        for before in (0, 0, 2):
+            trainer._bench.trial(lambda: masks, Trial(1, 1e-3, 1, before), 0, tqdm(disable=True))
+    first, again, later = seen
+    assert torch.equal(first, again) and not torch.equal(first, later)
+
+
+def test_a_search_that_was_killed_repeats_no_trial(tmp_path):
+    def run(folder, stop_after=None):
+        trainer = make_trainer(folder, make(), keywords={"selection_dataset": make_rows(16, seed=2)}, **RUN)
+        trial, done = trainer._bench.trial, []
+
+        def watched(*args):
+            if len(done) == stop_after:
+                raise KeyboardInterrupt
+            done.append(trial(*args))
+            return done[-1]
+
+        trainer._bench.trial = watched
+        if stop_after is None:
+            trainer.train()
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+        return trainer, len(done)
+
+    whole, trials = run(tmp_path / "whole")
+    assert trials == 2 * (4 + 2)
+    for stop_after in (3, 5):  # inside the first rung, inside the second
+        run(tmp_path / str(stop_after), stop_after)
+        again, repeated = run(tmp_path / str(stop_after))
+        assert repeated == trials - stop_after
+        assert losses(again) == losses(whole) and same(weights_of(again.model), weights_of(whole.model))
+        scores = [[c.scores for c in s.candidates] for s in again._search.history]
+        assert scores == [[c.scores for c in s.candidates] for s in whole._search.history]
+
+
+@pytest.mark.parametrize("method", ["pdp", "gumbel"])
+def test_soft_methods_can_race_survivors_under_the_frozen_mask(tmp_path, method):
+    trainer = make_trainer(tmp_path, **{**RUN, "method": method, "num_levels": None, "frozen_steps": 8})
+    trainer.train()
+    (search,) = trainer._search.history
+    assert [len(c.scores) for c in search.candidates].count(2) == 2
+    assert MaskSet.from_zeros(trainer.model).sparsity() == 0.75
+
+
+def test_files_of_another_search_go(tmp_path):
+    kept = Survivors(tmp_path)
+    kept.open("a" * 64)
+    assert kept.scores("d" * 64) == {}
+    kept.keep("d" * 64, {2: 0.5}, {"w": torch.ones(3)})
+    kept.keep("d" * 64, {2: 0.5, 4: 0.25}, {"w": torch.zeros(3)})
+    assert kept.scores("d" * 64) == {2: 0.5, 4: 0.25} and torch.equal(kept.load("d" * 64)["w"], torch.zeros(3))
+    kept.open("a" * 64)
+    assert kept.scores("d" * 64)
+    kept.open("b" * 64)
+    assert not list((tmp_path / FOLDER).iterdir())
