@@ -1,4 +1,4 @@
-"""What the curves of `trials.py` say: rank correlations, spreads, and what each way to choose would have cost."""
+"""What the curves of `trials.py` say: rank correlations, spreads, what each choice would have cost, and a picture."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from hf_maskselect.proposals import Proposal
 
 Curve = dict  # one file of `trials.py`
 DRAWS = 200  # of unpaired seeds
+COLOURS = {"taylor": "#0b61a4", "fisher": "#3a7d44", "activation": "#e08e0b", "magnitude": "#d1495b"}
 
 
 def print_tables(folder: Path, pool: Sequence[Proposal]) -> None:
@@ -29,6 +32,41 @@ def print_tables(folder: Path, pool: Sequence[Proposal]) -> None:
         _print_masks(seeds)
         _print_correlations(seeds, {k.name: _curves(k) for k in sorted(setting.glob("trial-*"))})
         _print_choices(seeds, pool)
+        draw(folder / f"{setting.name}.png", setting.name, seeds)
+
+
+def draw(path: Path, title: str, seeds: list[list[Curve]]) -> None:
+    """Left: every mask's way down, mean over seeds; right: how well its place on the way foretells the end."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    marks = [int(mark) for mark in seeds[0][0]["scores"]]
+    measure = "teacher"
+    for i, curve in enumerate(seeds[0]):
+        way = [statistics.mean(seed[i]["scores"][str(mark)][measure] for seed in seeds) for mark in marks]
+        style = "--" if "votes" in curve["proposal"] else "-"
+        left.plot(marks, way, style, color=COLOURS[curve["proposal"].partition(":")[0]], linewidth=1.1, alpha=0.8)
+    for criterion, colour in COLOURS.items():
+        left.plot([], [], color=colour, label=criterion)
+    left.plot([], [], "k--", linewidth=1, label="votes around it")
+    left.set(xscale="symlog", xlabel="steps of the level", ylabel="score of a trial (less is better)")
+    left.set_title(title, fontsize=10)
+    left.legend(fontsize=7, frameon=False)
+    for measure in seeds[0][0]["judged"]:
+        final = _final(seeds, measure)
+        found = [
+            statistics.mean(_correlation([c["scores"][str(mark)][measure] for c in seed], final) for seed in seeds)
+            for mark in marks
+        ]
+        right.plot(marks, found, marker="o", markersize=3, label=measure)
+    right.axhline(0, color="#a8b0b9", linewidth=0.8)
+    right.set(xscale="symlog", xlabel="length of the trial", ylabel="rank correlation with the end", ylim=(-1, 1.05))
+    right.legend(fontsize=7, frameon=False)
+    for axes in (left, right):
+        axes.set_xticks(marks, marks, fontsize=7)
+        axes.minorticks_off()
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
 
 
 def _curves(kind: Path) -> list[Curve]:
