@@ -38,6 +38,7 @@ from hf_maskselect.trials import Trial, TrialBench
 from run_glue import Job, load_model, prepare, set_seed
 
 MARKS = (5, 10, 20, 40, 80, 160)
+FRESH_SEED = 1000
 POOL = [
     Proposal("taylor", "balanced"),
     Proposal("taylor", "global"),
@@ -75,7 +76,7 @@ class Scribe(TrialBench):
     def __init__(self, trainer: PruningTrainer, parts: list[Dataset], metric: str) -> None:
         super().__init__(trainer, trainer._method, parts[0])
         self._parts, self._metric = parts, metric
-        self._taught = [self._logits(trainer.teacher, part) for part in parts]
+        self._teachers = [self._logits(trainer.teacher, part) for part in parts]
         self._labels = [torch.tensor(part["label"]) for part in parts]
         self.seen: list[dict[str, float]] = []
 
@@ -87,7 +88,7 @@ class Scribe(TrialBench):
         """Of the model as it is, on one of the parts."""
         logits, taught, labels = (
             self._logits(self._trainer.model, self._parts[part]),
-            self._taught[part],
+            self._teachers[part],
             self._labels[part],
         )
         if logits.shape[1] == 1:
@@ -110,9 +111,9 @@ class Scribe(TrialBench):
 
 
 def input_norms(trainer: PruningTrainer, samples: int = 64) -> dict[str, torch.Tensor]:
-    """Weight name -> root of the sum of squares of what enters each of its columns, over train rows."""
+    """Weight name -> root of the sum of squares of what enters each of its columns, over train rows, padding too."""
     names = {id(weight): name for name, weight in trainer._method.weights.items()}
-    norms = {name: torch.zeros(weight.shape[1]) for name, weight in trainer._method.weights.items()}
+    norms = {name: weight.new_zeros(weight.shape[1]) for name, weight in trainer._method.weights.items()}
 
     def collect(module, inputs) -> None:
         norms[names[id(module.weight)]] += inputs[0].detach().flatten(0, -2).square().sum(0)
@@ -131,7 +132,8 @@ def input_norms(trainer: PruningTrainer, samples: int = 64) -> dict[str, torch.T
 
 def main() -> None:
     """`run` makes the curves of one setting, `table` prints what all of them say."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=formatter)
     parser.add_argument("what", choices=["run", "table"])
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--task")
@@ -149,6 +151,11 @@ def main() -> None:
     flags += ["--model_name_or_path", options.dense, "--teacher_name_or_path", options.dense]
     folder = options.output_dir / f"{options.task}-{options.sparsity:g}"
     data, model, config = parse_arguments([*flags, "--output_dir", str(folder / "run")])
+    folder.mkdir(parents=True, exist_ok=True)
+    made, told = folder / "made_by.json", {"steps": options.steps, "flags": flags}
+    if made.is_file() and json.loads(made.read_text()) != told:
+        parser.error(f"{folder} was made with other flags ({made.read_text()}): choose another output_dir")
+    made.write_text(json.dumps(told))
     set_seed(config.seed)
     run(prepare(data, model, config), model, config, options, folder)
 
@@ -169,7 +176,8 @@ def run(job: Job, model, config, options: argparse.Namespace, folder: Path) -> N
     trainer._method.attach(trainer.model)
     bench = Scribe(trainer, parts, job.task.main_metric)
     kinds = [(f"level-{seed}", Level(options.steps, config.learning_rate), seed) for seed in options.seeds]
-    kinds += [(f"trial-{steps}", Trial(steps, config.learning_rate), 0) for steps in options.fresh]
+    # In an order of the data that no level has.
+    kinds += [(f"trial-{steps}", Trial(steps, config.learning_rate), FRESH_SEED) for steps in options.fresh]
     cells = [(kind, trial, seed, index) for kind, trial, seed in kinds for index in range(len(POOL))]
     missing = [cell for cell in cells if not (folder / cell[0] / f"{cell[3]}.json").is_file()]
     if not missing:

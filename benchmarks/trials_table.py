@@ -75,6 +75,12 @@ def _final(seeds: list[list[Curve]], measure: str) -> list[float]:
     return [statistics.mean(seed[i]["judged"][measure] for seed in seeds) for i in range(len(seeds[0]))]
 
 
+def _others(seeds: list[list[Curve]], own: int) -> list[list[Curve]]:
+    """What a seed is judged by: the other ones, so that the luck of its order is not taken for a better mask (with one
+    seed there is no other, and it is)."""
+    return [seed for i, seed in enumerate(seeds) if i != own] or seeds
+
+
 def _print_masks(seeds: list[list[Curve]]) -> None:
     measures = list(seeds[0][0]["judged"])
     print("| proposal | kept set shared with the first | " + " | ".join(f"judged {m}" for m in measures) + " |")
@@ -82,20 +88,33 @@ def _print_masks(seeds: list[list[Curve]]) -> None:
     for i, curve in enumerate(seeds[0]):
         cells = []
         for measure in measures:
-            values = [abs(seed[i]["judged"][measure]) for seed in seeds]
+            sign = -1 if measure == "metric" else 1  # as it is told, higher is better
+            values = [sign * seed[i]["judged"][measure] for seed in seeds]
             cells.append(f"{statistics.mean(values):.4f} ({', '.join(f'{v:.4f}' for v in values)})")
         print(f"| {curve['proposal']} | {curve['overlap']:.3f} | " + " | ".join(cells) + " |")
     print()
-    for measure in measures:
-        table = [[seed[i]["judged"][measure] for seed in seeds] for i in range(len(seeds[0]))]
-        means = [statistics.mean(row) for row in table]
-        within = statistics.mean(statistics.variance(row) for row in table) ** 0.5 if len(seeds) > 1 else float("nan")
-        print(f"{measure}: sd between masks {statistics.stdev(means):.4f}, between seeds of one mask {within:.4f}")
+    if len(seeds) > 1:
+        for measure in measures:
+            between, within = _spreads([[seed[i]["judged"][measure] for seed in seeds] for i in range(len(seeds[0]))])
+            print(f"{measure}: sd between masks {between:.4f}, between seeds of one mask {within:.4f}")
     print()
 
 
+def _spreads(table: list[list[float]]) -> tuple[float, float]:
+    """(between masks, between seeds of one mask) of a table masks x seeds: what a seed shifts alike for all masks is
+    taken out, as pairing does, and the noise of the means as well."""
+    count = len(table[0])
+    shift = [statistics.mean(row[k] for row in table) for k in range(count)]
+    left = [[value - shift[k] for k, value in enumerate(row)] for row in table]
+    degrees = (len(table) - 1) * (count - 1)
+    within = sum((value - statistics.mean(row)) ** 2 for row in left for value in row) / degrees
+    between = statistics.variance([statistics.mean(row) for row in table]) - within / count
+    return max(between, 0.0) ** 0.5, within**0.5
+
+
 def _correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    return float(spearmanr(first, second).statistic)
+    """Spearman's; 0 where one side is constant and so tells nothing."""
+    return float(spearmanr(first, second).statistic) if len(set(first)) > 1 and len(set(second)) > 1 else 0.0
 
 
 def _print_correlations(seeds: list[list[Curve]], fresh: dict[str, list[Curve]]) -> None:
@@ -128,19 +147,22 @@ def _print_correlations(seeds: list[list[Curve]], fresh: dict[str, list[Curve]])
 
 
 def correlation_at(seeds: list[list[Curve]], mark: str, measure: str, chosen: Sequence[int]) -> float:
-    """Of the score after `mark` steps with the end, among the masks `chosen`; mean over seeds."""
-    final = _final(seeds, measure)
-    ends = [final[i] for i in chosen]
-    found = [_correlation([seed[i]["scores"][mark][measure] for i in chosen], ends) for seed in seeds]
+    """Of the score after `mark` steps with the end under other seeds, among the masks `chosen`; mean over seeds."""
+    found = []
+    for own, seed in enumerate(seeds):
+        final = _final(_others(seeds, own), measure)
+        found.append(_correlation([seed[i]["scores"][mark][measure] for i in chosen], [final[i] for i in chosen]))
     return statistics.mean(found)
 
 
 def _unpaired(seeds: list[list[Curve]], mark: str, measure: str, chosen: Sequence[int]) -> float:
-    """The same where every mask has a seed of its own."""
-    generator, final, found = random.Random(0), _final(seeds, measure), []
+    """The same where every mask was tried under any one of the seeds, and is judged by the others."""
+    generator, found = random.Random(0), []
     for _ in range(DRAWS):
-        mixed = [generator.choice(seeds)[i]["scores"][mark][measure] for i in chosen]
-        found.append(_correlation(mixed, [final[i] for i in chosen]))
+        own = [generator.randrange(len(seeds)) for _ in chosen]
+        scores = [seeds[k][i]["scores"][mark][measure] for k, i in zip(own, chosen, strict=True)]
+        ends = [_final(_others(seeds, k), measure)[i] for k, i in zip(own, chosen, strict=True)]
+        found.append(_correlation(scores, ends))
     return statistics.mean(found)
 
 
@@ -154,24 +176,27 @@ def _print_choices(seeds: list[list[Curve]], pool: Sequence[Proposal]) -> None:
         "taylor and its votes": [0, *(i for i in votes if pool[i].criterion == "taylor")],
         "magnitude and its votes": [i for i, p in enumerate(pool) if p.criterion == "magnitude"],
     }
-    length = int(list(seeds[0][0]["scores"])[-1])
-    score = measures[1] if "teacher" in measures else measures[0]
-    print(f"Chosen by {score}; judged {', '.join(measures)} of the chosen, and levels of training spent in all:\n")
-    print("| pool | way | levels spent | " + " | ".join(f"{m}, less is better" for m in measures) + " |")
+    marks = list(seeds[0][0]["scores"])
+    length = int(marks[-1])
+    score = "teacher" if "teacher" in measures else measures[0]
+    print(
+        f"Chosen by {score}; the chosen mask judged under the other orders, less is better. Levels of training spent:"
+    )
+    print("survivors' training is part of the winner's level, any other trial is thrown away.\n")
+    print("| pool | way | levels spent | " + " | ".join(measures) + " |")
     print("| --- | --- | ---: |" + " ---: |" * len(measures))
     ways: dict[str, Callable[[list[Curve], list[int]], tuple[int, float]]] = {"the first": lambda s, g: (g[0], 1.0)}
-    for mark in list(seeds[0][0]["scores"])[1:]:
+    for mark in marks[1:]:
         share = int(mark) / length
         ways[f"best after {mark}"] = lambda s, g, m=mark, x=share: (_best(s, g, m, score), len(g) * x + (x < 1))
-    ways["survivors, 1/6 1/3 2/3"] = lambda s, g: _survivor(s, g, ["40", "80", "160"], length, score)
-    ways["survivors, 1/12 1/6 1/3"] = lambda s, g: _survivor(s, g, ["20", "40", "80"], length, score)
+    for rungs in (marks[-5:-2], marks[-4:-1]):  # three, each twice as long as the one before
+        ways["survivors after " + ", ".join(rungs)] = lambda s, g, r=rungs: _survivor(s, g, r, length, score)
     for (name, group), (way, choose) in itertools.product(groups.items(), ways.items()):
         chosen = [choose(seed, group) for seed in seeds]
         cells = []
         for measure in measures:
-            # Judged over all seeds, so that the luck of one order is not taken for a better mask.
-            final = _final(seeds, measure)
-            cells.append(f"{statistics.mean(final[i] for i, _ in chosen):.4f}")
+            ends = [_final(_others(seeds, own), measure)[index] for own, (index, _) in enumerate(chosen)]
+            cells.append(f"{statistics.mean(ends):.4f}")
         print(f"| {name} | {way} | {statistics.mean(c for _, c in chosen):.2f} | " + " | ".join(cells) + " |")
 
 
@@ -179,11 +204,17 @@ def _best(seed: list[Curve], group: list[int], mark: str, measure: str) -> int:
     return min(group, key=lambda i: (seed[i]["scores"][mark][measure], i))
 
 
-def _survivor(seed: list[Curve], group: list[int], marks: list[str], length: int, measure: str) -> tuple[int, float]:
-    """The better half goes on from its weights after every mark; (winner, levels of training spent)."""
+def _survivor(
+    seed: list[Curve], group: list[int], marks: Sequence[str], length: int, measure: str
+) -> tuple[int, float]:
+    """The better half goes on from its weights after every mark, the first mask always among it, and the best after
+    the last to the end of the level; (winner, levels of training spent)."""
     spent, before, racing = 0.0, 0, group
     for mark in marks:
         spent += len(racing) * (int(mark) - before) / length
         before = int(mark)
-        racing = sorted(racing, key=lambda i: (seed[i]["scores"][mark][measure], i))[: max(1, (len(racing) + 1) // 2)]
-    return racing[0], spent + (length - before) / length
+        ranked = sorted(racing, key=lambda i: (seed[i]["scores"][mark][measure], i))
+        racing = ranked[: max(2, (len(racing) + 1) // 2)]
+        if group[0] not in racing:
+            racing[-1] = group[0]
+    return ranked[0], spent + (length - before) / length

@@ -43,7 +43,7 @@ class DataArguments:
     )
     evaluate_held_out: bool = field(
         default=False,
-        metadata={"help": "Evaluate on the held-out train rows and never on validation: to choose a recipe by."},
+        metadata={"help": "Evaluate on half of the held-out train rows (choose on the other half), not validation."},
     )
 
 

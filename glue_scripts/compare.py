@@ -11,27 +11,30 @@ same dense model, distil from it, train on the same rows for the same number of 
 so many less that its search is paid from the same steps), and choose only on rows held out of train; the validation
 split is read once, when a cell is finished.
 
-Every cell is a folder with `all_results.json` and `command.txt`, which makes it again. Finished cells are not run
-again, so the table grows over several sittings; one made with other flags is refused.
+Every cell is a folder with `cell.json` (what it was made by, and its results) and `command.txt`, which makes it again.
+Finished cells are not run again, so the table grows over several sittings; one made with other flags is refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import shlex
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from arguments import parse_arguments
+from arguments import parse_arguments, read_recipe
 from hf_maskselect.cost import Workload, search_cost
-from panel import RESULT, write_panel
+from hf_maskselect.files import replacing
+from panel import CELL, read_cell, write_panel
 from run_glue import fine_tune_dense, prepare, run
 from tasks import get_task
 
@@ -50,7 +53,6 @@ METHODS = {
 }
 TOTAL = "-total"  # ending of a method whose search counts among its steps
 METHODS |= {name + TOTAL: METHODS[name] for name in ("fisher", "taylor", "random-paper", "random")}
-FLAGS = "flags.json"  # what made a cell: one table never mixes recipes
 COMMAND = "command.txt"
 
 
@@ -63,6 +65,9 @@ class Cell:
     target: str | None
     method: str
 
+    def __str__(self) -> str:
+        return " ".join(map(str, (self.task, self.seed, *([self.target] if self.target else []), self.method)))
+
     def folder(self, output_dir: Path) -> Path:
         """Where it lies."""
         target = [] if self.target is None else [self.target.replace(":", "of")]
@@ -71,16 +76,19 @@ class Cell:
     def flags(self, common: Sequence[str], own: dict[str, list[str]]) -> list[str]:
         """Those of `run_glue.py`: for all, of its target, then what is its own."""
         target = [] if self.target is None else ["--pattern" if ":" in self.target else "--sparsity", self.target]
-        keys = [key for key in (self.task, self.target, self.method.removesuffix(TOTAL)) if key in own]
+        keys = [key for key in (self.task, self.target, *names_of(self.method)) if key in own]
         return [*common, *target, *(flag for key in keys for flag in own[key])]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, then print the tables and write them to `output_dir`, with a picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tasks", nargs="+", required=True)
     parser.add_argument("--targets", nargs="+", default=["0.9375"], help="sparsities and N:M patterns")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    plain = [method for method in METHODS if not method.endswith(TOTAL)]
+    parser.add_argument("--methods", nargs="+", default=plain, choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[42])
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--recipe", help="recipe file that the flags override")
@@ -91,12 +99,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--variants", nargs="*", default=[], help="name:flag=value,... methods of your own, beside --methods"
     )
     options, flags = parser.parse_known_args(arguments)
+    recipe = read_recipe(Path(options.recipe)) if options.recipe else {}
     flags = [options.recipe, *flags] if options.recipe else flags
     methods = {method: METHODS[method] for method in options.methods if method != "dense"}
     try:
-        methods |= dict(parse_own_flags(text, [text.partition(":")[0]]) for text in options.variants)
-        keys = [*options.tasks, *options.targets, *methods]
-        own = dict(parse_own_flags(text, keys) for text in options.own_flags)
+        variants = merged(parse_own_flags(text, [text.partition(":")[0]]) for text in options.variants)
+        if taken := variants.keys() & METHODS.keys():
+            raise ValueError(f"--variants {taken.pop()} is the name of a method: choose another")
+        methods |= variants
+        keys = [*options.tasks, *options.targets, *(name for method in methods for name in names_of(method))]
+        own = merged(parse_own_flags(text, keys) for text in options.own_flags)
     except ValueError as error:
         parser.error(str(error))
     for task in options.tasks:
@@ -111,20 +123,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     missing = []
     for cell in cells:
-        folder, given = cell.folder(options.output_dir), cell.flags(flags, own)
-        expected = [*given, *methods.get(cell.method, [])]
-        if not (folder / RESULT).is_file():
-            missing.append((cell, given))
-        elif cell.method != "dense" and (made := json.loads((folder / FLAGS).read_text())) != expected:
+        made = read_cell(cell.folder(options.output_dir), cell.method)
+        given = [*cell.flags(flags, own), *methods.get(cell.method, [])]
+        told = {"recipe": recipe, "flags": given[1:] if options.recipe else given}
+        if made is None:
+            missing.append((cell, given, told))
+        elif cell.method != "dense" and made["told"] != told:
             parser.error(
-                f"{folder} was made with other flags ({' '.join(made)}): delete it, or choose another output_dir"
+                f"{cell.folder(options.output_dir)} was made with other flags ({made['told']}): delete it, or choose "
+                "another output_dir"
             )
+    checked, failed = set(), []
     bar = tqdm(missing, desc="cells", unit="cell", initial=len(cells) - len(missing), total=len(cells))
-    for cell, given in bar:
-        bar.set_postfix_str(" ".join(map(str, (cell.task, cell.seed, cell.target or "", cell.method))))
-        run_cell(options.output_dir, cell, given, methods.get(cell.method, []))
+    for cell, given, told in bar:
+        dense = dataclasses.replace(cell, target=None, method="dense")
+        if dense not in checked:  # what all others start from must have been made with these flags too
+            run_dense(options.output_dir, dense, dense.flags(flags, own))
+            checked.add(dense)
+        bar.set_postfix_str(str(cell))
+        if cell != dense:
+            try:
+                run_cell(options.output_dir, cell, given, told)
+            except ValueError as error:
+                failed.append(f"{cell} is left out: {error}")
+                tqdm.write(failed[-1])
         gc.collect()
     write_panel(options.output_dir, cells)
+    if failed:
+        sys.exit("\n".join(["", *failed]))
+
+
+def merged(pairs: Iterable[tuple[str, list[str]]]) -> dict[str, list[str]]:
+    """As a dict; where a key comes again, its flags are added."""
+    found: dict[str, list[str]] = {}
+    for key, flags in pairs:
+        found.setdefault(key, []).extend(flags)
+    return found
+
+
+def names_of(method: str) -> list[str]:
+    """Whose own flags a method takes: those of `random` are also those of `random-total`."""
+    return list(dict.fromkeys((method.removesuffix(TOTAL), method)))
 
 
 def parse_own_flags(text: str, keys: Sequence[str]) -> tuple[str, list[str]]:
@@ -133,25 +172,32 @@ def parse_own_flags(text: str, keys: Sequence[str]) -> tuple[str, list[str]]:
     Raises:
         ValueError: it does not look like that.
     """
-    key = next((key for key in keys if text.startswith(f"{key}:")), None)
-    if key is None:
-        raise ValueError(f"--own_flags {text!r} must begin with one of {', '.join(keys)} and a colon")
+    key = next((key for key in sorted(keys, key=len, reverse=True) if text.startswith(f"{key}:")), None)
+    if not key:
+        raise ValueError(f"{text!r} must begin with one of {', '.join(filter(None, keys))} and a colon")
     split = [pair.partition("=") for pair in text[len(key) + 1 :].split(",")]
     if not all(name and value for name, _, value in split):
-        raise ValueError(f"--own_flags {text!r} must look like {key}:max_steps=200,dense_epochs=8")
+        raise ValueError(f"{text!r} must look like {key}:max_steps=200,dense_epochs=8")
     return key, [part for name, _, value in split for part in (f"--{name}", value)]
 
 
-def run_cell(output_dir: Path, cell: Cell, flags: list[str], method: list[str]) -> None:
-    """Train one cell from the flags of `run_glue.py`, those of its method last."""
+def common_flags(cell: Cell) -> list[str]:
+    """Those of `run_glue.py` that every cell gets."""
+    return ["--task_name", cell.task, "--seed", str(cell.seed), "--always_hold_out", "--save_strategy", "no"]
+
+
+def run_dense(output_dir: Path, cell: Cell, flags: list[str]) -> None:
+    """Fine-tune the dense model of a task and seed; of a finished one see that it was made by the same recipe."""
+    folder = cell.folder(output_dir)
+    data, model, config = parse_arguments([*flags, *common_flags(cell), "--output_dir", str(folder.parent)])
+    fine_tune_dense(prepare(data, model, config), model, config)
+
+
+def run_cell(output_dir: Path, cell: Cell, flags: list[str], told: dict) -> None:
+    """Train one cell from the flags of `run_glue.py`. told: what is written down of how it was made."""
     folder, dense = cell.folder(output_dir), Cell(cell.task, cell.seed, None, "dense").folder(output_dir)
-    common = [*flags, "--task_name", cell.task, "--seed", str(cell.seed), "--always_hold_out", "--save_strategy", "no"]
-    if cell.method == "dense":
-        data, model, config = parse_arguments([*common, "--output_dir", str(folder.parent)])
-        fine_tune_dense(prepare(data, model, config), model, config)
-        return
     start = ["--model_name_or_path", str(dense), "--teacher_name_or_path", str(dense), "--output_dir", str(folder)]
-    given = [*common, *method, *start]
+    given = [*flags, *common_flags(cell), *start]
     if cell.method.endswith(TOTAL):
         given += ["--max_steps", str(affordable_steps(given))]
     threads = f"OMP_NUM_THREADS={torch.get_num_threads()} "  # sums depend on it
@@ -160,8 +206,8 @@ def run_cell(output_dir: Path, cell: Cell, flags: list[str], method: list[str]) 
     began = time.monotonic()
     results = run(*parse_arguments(given))
     results["cell_seconds"] = round(time.monotonic() - began, 1)
-    (folder / FLAGS).write_text(json.dumps([*flags, *method]))
-    (folder / RESULT).write_text(json.dumps(results, indent=4, sort_keys=True))
+    with replacing(folder / CELL) as temporary:  # last: with it the cell is finished
+        temporary.write_text(json.dumps({"told": told, "results": results}, indent=1, sort_keys=True))
 
 
 def affordable_steps(flags: Sequence[str]) -> int:
@@ -172,12 +218,16 @@ def affordable_steps(flags: Sequence[str]) -> int:
     """
     data, model, config = parse_arguments(flags)
     job, total = prepare(data, model, config), config.max_steps
-    teaches = not job.task.is_regression and config.selection_metric in (None, "teacher")
+    soft_labels = not job.task.is_regression and config.distill_logits > 0
+    teaches = soft_labels and config.selection_metric in (None, "teacher")
     work = Workload(config, 1, 1, len(job.train) + len(job.selection), teaches)
     for steps in range(total, len(config.levels) - 1, -1):
         config.max_steps = steps
-        if steps + search_cost(work, 1).compute <= total:
-            return steps
+        try:
+            if steps + search_cost(work, 1).compute <= total:
+                return steps
+        except ValueError:  # the plan does not fit into so few steps, and into fewer still less
+            break
     raise ValueError(
         f"no run is so short that it and its search take {total} steps: raise max_steps, or lower num_candidates or "
         "criterion_batches"
@@ -185,4 +235,7 @@ def affordable_steps(flags: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

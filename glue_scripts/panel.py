@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from compare import Cell
 
-RESULT, TABLE, PICTURE = "all_results.json", "table.md", "panel.png"
+CELL, TABLE, PICTURE = "cell.json", "table.md", "panel.png"
 COLOURS = ("#0b61a4", "#d1495b", "#3a7d44", "#8e5ea2", "#e08e0b", "#24292f", "#7f8c8d", "#00798c")
 
 
@@ -38,7 +38,7 @@ class Group:
         return statistics.stdev(self.scores) if len(self.scores) > 1 else None
 
     def average(self, key: str) -> float:
-        """Mean of a value of `all_results.json`."""
+        """Mean of one of the results."""
         return statistics.mean(result[key] for result in self.results)
 
 
@@ -59,16 +59,25 @@ def write_panel(output_dir: Path, cells: Sequence[Cell]) -> None:
     if draw(output_dir / PICTURE, groups, tasks, targets, methods):
         print(f"\nThe picture is {output_dir / PICTURE}")
     else:
-        print("\nNo picture: it needs matplotlib (pip install 'hf_maskselect[plots]') and two cells at least")
+        print("\nNo picture: it needs matplotlib (pip install 'hf_maskselect[plots]') and a pruned cell")
+
+
+def read_cell(folder: Path, method: str) -> dict | None:
+    """`told` and `results` of a finished cell; None of one that is not. The dense model is `run_glue.py`'s."""
+    path = folder / ("all_results.json" if method == "dense" else CELL)
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text())
+    return {"told": {}, "results": found} if method == "dense" else found
 
 
 def read_groups(output_dir: Path, cells: Iterable[Cell]) -> Groups:
     """What is finished, by task, target and method."""
     found = defaultdict(list)
     for cell in cells:
-        path = cell.folder(output_dir) / RESULT
-        if path.is_file():
-            found[cell.task, cell.target, cell.method].append(json.loads(path.read_text()))
+        made = read_cell(cell.folder(output_dir), cell.method)
+        if made is not None:
+            found[cell.task, cell.target, cell.method].append(made["results"])
     return {
         key: Group([100 * result[f"eval_{get_task(key[0]).main_metric}"] for result in results], results)
         for key, results in found.items()
@@ -96,7 +105,8 @@ def make_table(groups: Groups, tasks: Sequence[str], targets: Sequence[str], met
                 costs += [f"{group.average('search_step_equivalents'):.0f}", f"{minutes:.1f}"]
             row = [task, target or "-", method, costs[0], get_task(task).main_metric, f"{group.mean:.1f}"]
             row += ["-" if group.spread is None else f"{group.spread:.1f}"]
-            row += [f"{100 * group.mean / dense.mean:.1f} %", *costs[1:], str(len(group.scores))]
+            row += [f"{100 * group.mean / dense.mean:.1f} %" if dense and dense.mean > 0 else "-"]
+            row += [*costs[1:], str(len(group.scores))]
             lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
@@ -111,7 +121,7 @@ def make_summary(groups: Groups, tasks: Sequence[str], targets: Sequence[str], m
         lines.append("| dense | " + " | ".join([f"{dense:.1f}"] * len(targets)) + " |")
     for method in methods:
         means = [panel_mean(groups, tasks, target, method) for target in targets]
-        cells = ["-" if m is None or dense is None else f"{m:.1f} ({100 * m / dense:.1f} %)" for m in means]
+        cells = ["-" if m is None or not dense else f"{m:.1f} ({100 * m / dense:.1f} %)" for m in means]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

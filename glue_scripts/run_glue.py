@@ -103,8 +103,9 @@ def prepare(data: DataArguments, model: ModelArguments, config: PruningConfig) -
         lengths = [len(ids) for ids in selection["input_ids"]]
         selection = selection.select(sorted(range(len(lengths)), key=lambda row: lengths[row]))  # little padding
     evaluation = {split: tokens[split] for split in task.validation_splits if split in tokens}
-    if data.evaluate_held_out:
-        evaluation = {"held out": selection}
+    if data.evaluate_held_out:  # on rows that nothing was chosen on
+        rows = range(len(selection))
+        selection, evaluation = selection.select(rows[0::2]), {"held out": selection.select(rows[1::2])}
     length = data.max_seq_length or task.max_length
     padding = {"padding": "max_length", "max_length": length} if data.pad_to_max_length else {}
     return Job(
@@ -162,6 +163,7 @@ def fine_tune_dense(job: Job, model: ModelArguments, config: PruningConfig) -> s
         "epochs": model.dense_epochs,
         "learning_rate": model.dense_learning_rate,
         "seed": config.seed,
+        "evaluated": list(job.evaluation),
     }
     if (folder / "all_results.json").is_file():
         made = json.loads((folder / "recipe.json").read_text())

@@ -34,6 +34,7 @@ WHOLE_NUMBERS = (
     "trial_steps",
     "trial_batch_size",
     "level_eval_steps",
+    "max_selection_samples",
 )
 BOOLEANS = (
     "lr_rewind",
@@ -297,8 +298,9 @@ def check_ranges(config: PruningConfig) -> None:
         ("level_eval_steps", 0),
         ("max_selection_samples", 1),
     ):
-        if getattr(config, name) < low:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least {low}")
+        value = getattr(config, name)
+        if value is None or value < low:
+            raise ValueError(f"{name}={value} must be a whole number and at least {low}")
     for name in ("trial_steps", "trial_batch_size", "trial_learning_rate", "last_level_weight"):
         value = getattr(config, name)
         if value is not None and value <= 0:

@@ -30,7 +30,8 @@ class Workload:
 
     parameters, prunable: weights of the model, and those that masks cover. train_rows: of the train split, out of
     which the selection split is held. teaches: whether trials are scored against the teacher's soft labels, which are
-    computed once.
+    computed once (those of a language model are too large to be kept, and cost a pass each time, which is not counted
+    here).
     """
 
     config: PruningConfig
@@ -137,7 +138,7 @@ def search_cost(work: Workload, ranks: int) -> Cost:
         longest += work.held_out / 3
     sent = max(exchanged(rungs, ranks) for rungs in levels) if ranks > 1 else 0
     weights = 4 * work.parameters
-    if sent and work.config.selection == "survivors":
+    if sent and longest and work.config.selection == "survivors":
         sent += weights  # the winner's, to all
     training = 4 * weights + 4 * work.prunable + (weights if ranks > 1 else 0)  # the buckets of the all-reduce
     return Cost(

@@ -3,8 +3,11 @@ evaluation pipeline" of arXiv 2310.13183, with successive halving beside the pap
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -61,7 +64,8 @@ class MaskSearch:
 
     The candidates' masks wait on disk (packed, in a folder `_search-*` of `output_dir`), so that a search needs no
     more memory than one copy of the trained weights and one trial optimizer. Of several ranks each draws and tries its
-    share; only digests and scores are exchanged, and a rank that needs a mask which another one drew draws it again.
+    share; only digests and scores are exchanged (and the winner's weights, where survivors race), and a rank that
+    needs a mask which another one drew draws it again.
     """
 
     def __init__(
@@ -111,7 +115,7 @@ class MaskSearch:
             chosen = next(c for c in done.candidates if c.chosen)
             self._together(lambda: self._hold([chosen], done))
             masks = self._load(chosen)
-            if self._survivors is not None and chosen.steps:
+            if chosen.steps and self._config.selection == "survivors":
                 self._adopt(chosen)
         self._ranks.agree(masks.digests, f"the masks of level {level + 1}")
         done.seconds = round(time.monotonic() - start, 2)
@@ -119,11 +123,16 @@ class MaskSearch:
         return masks
 
     def _adopt(self, chosen: Candidate) -> None:
-        """The run goes on from the weights that the winner has trained."""
-        survivors, digest = self._survivors, chosen.digest
-        source = self._ranks.gather(max(survivors.scores(digest), default=0) == chosen.steps).index(True)
-        weights = self._together(lambda: survivors.load(digest) if self._ranks.rank == source else None)
-        self._bench.put(self._ranks.share(weights, source))
+        """The run goes on from the weights that the winner has trained, unless even these have diverged."""
+        if math.isnan(chosen.scores[-1]):
+            return
+        survivors, ranks, digest = self._survivors, self._ranks, chosen.digest
+        trained = ranks.together(lambda: max(survivors.scores(digest), default=0))
+        if chosen.steps not in trained:
+            raise RuntimeError(survivors.gone(chosen.index))
+        source = trained.index(chosen.steps)
+        weights = self._together(lambda: survivors.load(digest) if ranks.rank == source else None)
+        self._bench.put(ranks.share(weights, source))
 
     def _together(self, work: Callable[[], T]) -> T:
         """This rank's result of what every rank does; an error of one stops all. With sharded weights the work is a
@@ -235,7 +244,9 @@ class MaskSearch:
         if self._survivors is None:
             self._on_first(lambda: self._journal.open(bench.fingerprint(search.level)))
         else:
-            self._survivors.open(self._on_first(lambda: bench.fingerprint(search.level)))
+            told = f"{bench.fingerprint(search.level)} {rungs}"
+            key = self._on_first(lambda: hashlib.sha256(told.encode()).hexdigest())
+            self._ranks.together(lambda: self._survivors.open(key))
         with bar:
             for count, steps in rungs:
                 if len(racing) > count:
@@ -248,7 +259,7 @@ class MaskSearch:
                     candidate.steps += steps
                     trained = steps * bench.rows_per_step() / bench.rows_of_training()
                     search.step_equivalents += trained + marks * bench.steps_of_score()
-        if not self.history:
+        if not any(len(done.candidates) > 1 for done in self.history):  # the first race
             search.step_equivalents += bench.steps_of_teaching()
         min(racing, key=lambda c: c.rank).chosen = True
 
@@ -268,6 +279,8 @@ class MaskSearch:
         work = [index for index in by_index if index not in scores]
         if trial.before:  # who has its weights goes on with it
             able = {i: [rank for rank, of in enumerate(told) if max(of[i], default=0) == trial.before] for i in work}
+            if gone := [i for i in work if not able[i]]:
+                raise RuntimeError(kept.gone(gone[0]))
             shares = deal_to_holders(work, able, ranks.count)
         else:
             shares = deal(work, self._holders, ranks.count)
@@ -283,11 +296,11 @@ class MaskSearch:
             candidate = mine.pop(0)
             bar.set_postfix_str(candidate.proposal)
             masks = self._path(candidate)
-            start = kept.load(candidate.digest) if trial.before else None
-            score = bench.trial(lambda: MaskSet.load(masks)[0], trial, search.level, bar, start)
+            load_start = functools.partial(kept.load, candidate.digest) if trial.before else None
+            score = bench.trial(lambda: MaskSet.load(masks)[0], trial, search.level, bar, load_start)
             if kept is not None:
-                so_far = {**kept.scores(candidate.digest), length: score}
-                kept.keep(candidate.digest, so_far, bench.trained())
+                so_far = kept.scores(candidate.digest) if trial.before else {}
+                kept.keep(candidate.digest, {**so_far, length: score}, bench.trained())
             return candidate.index, score
 
         with bench.untouched():
@@ -326,8 +339,7 @@ class MaskSearch:
         """Remove what a killed run would need: the run is over. Every rank must call it."""
         if self._ranks.rank == 0:
             self._journal.forget()
-        if self._survivors is not None:
-            self._survivors.forget()
+        Survivors(self._config.output_dir).forget()  # also those of a killed run with another selection
 
     def recall(self, step: int, checkpoint: str | os.PathLike) -> None:
         """Take up the tables written before optimizer step `step` of a run that is being resumed.

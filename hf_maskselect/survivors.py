@@ -29,14 +29,14 @@ class Survivors:
     """
 
     def __init__(self, output_dir: str | os.PathLike) -> None:
-        self._folder = Path(output_dir) / FOLDER
-        self._remedy = f"delete {self._folder}, and its trials are repeated"
+        self.folder = Path(output_dir) / FOLDER
+        self._remedy = f"delete {self.folder}, and its trials are repeated"
         self._key = ""
 
     def open(self, key: str) -> None:
         """Begin the search `key`: files of others go."""
         self._key = key[:16]
-        for path in self._folder.glob("*.safetensors"):
+        for path in self.folder.glob("*"):
             if not path.name.startswith(self._key):
                 path.unlink(missing_ok=True)
 
@@ -60,7 +60,7 @@ class Survivors:
 
     def keep(self, digest: str, scores: Mapping[int, float], weights: Mapping[str, Tensor]) -> None:
         """Keep its weights and scores, in place of earlier ones."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         whole = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
         told = {"scores": json.dumps(scores), "weights": weights_digest(whole)}
         with replacing(self._path(digest)) as temporary:
@@ -83,9 +83,16 @@ class Survivors:
             raise ValueError(f"{path} is damaged, its weights do not match their digest: {self._remedy}")
         return weights
 
+    def gone(self, index: int) -> str:
+        """What to say where the weights of a candidate are missing."""
+        return (
+            f"the weights that candidate {index} had trained are gone from {self.folder}: go on from the last "
+            "checkpoint, and the search is repeated"
+        )
+
     def forget(self) -> None:
         """Remove all of them."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, digest: str) -> Path:
-        return self._folder / f"{self._key}-{digest[:16]}.safetensors"
+        return self.folder / f"{self._key}-{digest[:16]}.safetensors"

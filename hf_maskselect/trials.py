@@ -90,7 +90,9 @@ class TrialBench:
 
     def __init__(self, trainer: Trainer, method: HardMasks, selection_dataset) -> None:
         self._trainer, self._method, self._selection = trainer, method, selection_dataset
-        self._soft_labels: list[torch.Tensor] = []  # of the first batches of the selection split
+        # The selection split must look the same whenever it is scored: a collator may draw.
+        self._collator = copy.deepcopy(trainer.data_collator)
+        self._soft_labels: list[torch.Tensor] = []  # of the batches of the selection split
         self._keeps_soft_labels = True
 
     @contextlib.contextmanager
@@ -141,7 +143,8 @@ class TrialBench:
             told["model"] = {k: v for k, v in trainer.model.config.to_dict().items() if k not in _ANY}
         with self.random_state():  # what the data look like when the model gets them
             for dataset in (trainer.train_dataset, self._selection):
-                some = self._loader(dataset, 4, range(min(4, len(dataset))))
+                spread = range(0, len(dataset), max(1, len(dataset) // 32))
+                some = self._loader(dataset, 4, spread)
                 told[f"batch of {len(told)}"] = [nested_numpify(batch) for batch in some]
         sha = hashlib.sha256(json.dumps(told, sort_keys=True, default=_text).encode())
         for model in (trainer.model, trainer.teacher):
@@ -188,19 +191,19 @@ class TrialBench:
         trial: Trial,
         level: int,
         progress,
-        start: Mapping[str, torch.Tensor] | None = None,
+        load_start: Callable[[], Mapping[str, torch.Tensor]] | None = None,
     ) -> float:
-        """Train under the loaded masks from the saved weights, or from `start`; returns the score, lower is better.
+        """Train under the loaded masks from the saved weights, or from others; returns the score, lower is better.
 
         The learning rate warms up over a tenth of the steps and decays linearly to 0. With several evaluations the
         score is the mean over the last ten (or fewer), spread evenly.
         """
         trainer, args, method, steps = self._trainer, self._trainer.args, self._method, trial.steps
         self.restore()
-        if start is not None:
-            self.put(start)
+        if load_start is not None:
+            self.put(load_start())
         method.set_masks(load_masks())  # a loader, so that nobody keeps the boolean masks while the trial runs
-        order = (level, trial.before) if trial.before else (level,)  # a longer training sees other rows
+        order = (level, trial.before) if trial.before else (level,)  # a shuffled training goes on with other rows
         set_seed(key_seed(args.seed, "trial", *order) % 2**32)
         optimizer = trainer.new_optimizer(trial.learning_rate)
         schedule = get_scheduler("linear", optimizer, round(TRIAL_WARMUP * steps), steps)
@@ -232,8 +235,10 @@ class TrialBench:
         by_loss = trainer.selection_metric in SELECTION_LOSSES
         total, rows, logits, labels = 0.0, 0, None, None
         with self.random_state():
+            set_seed(key_seed(args.seed, "score") % 2**32)
             trainer.model.eval()
-            for batch, inputs in enumerate(self._loader(self._selection, args.per_device_eval_batch_size)):
+            loader = self._loader(self._selection, args.per_device_eval_batch_size, collator=self._collator)
+            for batch, inputs in enumerate(loader):
                 count = find_batch_size(inputs)
                 rows += count
                 if by_loss:
@@ -263,9 +268,11 @@ class TrialBench:
         if batch < len(self._soft_labels):
             return self._soft_labels[batch].to(self.device)
         logits = self._trainer.soft_labels(inputs)
-        self._keeps_soft_labels = logits.numel() // rows * len(self._selection) <= MOST_SOFT_LABELS
+        self._keeps_soft_labels &= logits.numel() // rows * len(self._selection) <= MOST_SOFT_LABELS
         if self._keeps_soft_labels:
             self._soft_labels.append(logits.cpu())
+        else:
+            self._soft_labels.clear()
         return logits
 
     def steps_of_score(self) -> float:
@@ -321,10 +328,11 @@ class TrialBench:
                 if steps == 0:
                     return
 
-    def _loader(self, dataset, batch_size: int, sampler: Sequence[int] | None = None) -> DataLoader:
+    def _loader(self, dataset, batch_size: int, sampler: Sequence[int] | None = None, collator=None) -> DataLoader:
         """Not prepared by accelerate, which would shard it; its own generator keeps the global one still, and its own
         copy of the collator that of a collator which draws (masked language modelling with a seed)."""
-        trainer, collate = self._trainer, copy.deepcopy(self._trainer.data_collator)
+        trainer = self._trainer
+        collate = copy.deepcopy(trainer.data_collator if collator is None else collator)
         if is_datasets_available():
             import datasets
 

@@ -230,6 +230,46 @@ def test_the_teacher_sees_the_selection_split_once(tmp_path, monkeypatch, most):
     assert bench.steps_of_teaching() == pytest.approx(a_pass if most else 0)
 
 
+def test_soft_labels_that_are_large_once_are_never_kept(tmp_path, monkeypatch):
+    """Token logits of uneven batches: the first too large to keep, the second not."""
+    lengths = [12] * 8 + [4] * 8
+    rows = [
+        {key: value[:length] if value.dim() else value for key, value in row.items()}
+        for length, row in zip(lengths, make_rows(16), strict=True)
+    ]
+    keywords = {"selection_dataset": rows, "teacher": make(seed=3)}
+    trainer = make_trainer(tmp_path, keywords=keywords, **SEARCH, per_device_eval_batch_size=8)
+    monkeypatch.setattr("hf_maskselect.trials.MOST_SOFT_LABELS", 16 * 8 * 2)
+    seen = []
+
+    def selection_loss(inputs, taught):
+        seen.append(inputs["input_ids"].shape == taught.shape[:2])
+        return torch.ones(())
+
+    monkeypatch.setattr(trainer, "soft_labels", lambda inputs: torch.zeros(*inputs["input_ids"].shape, 2))
+    monkeypatch.setattr(trainer, "selection_loss", selection_loss)
+    trainer._bench.score(), trainer._bench.score()
+    assert seen == [True] * 4
+    assert not trainer._bench._soft_labels and trainer._bench.steps_of_teaching() == 0
+
+
+def test_every_score_sees_the_same_rows(tmp_path):
+    """A collator that draws, with the global generator or its own, draws the same for every score."""
+    for collator in (DrawingCollator(), global_drawing_collator):
+        keywords = {"selection_dataset": make_rows(16), "data_collator": collator}
+        trainer = make_trainer(tmp_path, keywords=keywords, **SEARCH)
+        first = trainer._bench.score()
+        torch.rand(5), collator(make_rows(4))
+        assert trainer._bench.score() == first
+
+
+def global_drawing_collator(rows):
+    """As `DrawingCollator`, from torch's generator."""
+    batch = default_data_collator(rows)
+    batch["input_ids"][:, -1] = torch.randint(3, 64, (len(rows),))
+    return batch
+
+
 def test_selection_rows_are_never_trained_on(tmp_path):
     trainer = make_trainer(tmp_path, **SEARCH)
     seen = {tuple(row["input_ids"].tolist()) for row in trainer.train_dataset}

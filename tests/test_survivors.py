@@ -36,11 +36,11 @@ def test_the_run_goes_on_from_the_winners_weights(tmp_path):
     trainer = make_trainer(tmp_path, keywords={"selection_dataset": make_rows(16, seed=2)}, **RUN)
     ended, chosen, trial, choose = {}, [], trainer._bench.trial, trainer._search.choose
 
-    def watched_trial(load_masks, trial_, level, bar, start=None):
-        score = trial(load_masks, trial_, level, bar, start)
+    def watched_trial(load_masks, trial_, level, bar, load_start=None):
+        score = trial(load_masks, trial_, level, bar, load_start)
         digest = load_masks().digest()
         if trial_.before:
-            assert same(start, ended[level, digest, trial_.before])
+            assert same(load_start(), ended[level, digest, trial_.before])
         ended[level, digest, trial_.before + trial_.steps] = {
             n: t.clone() for n, t in trainer._bench.trained().items()
         }
@@ -112,6 +112,55 @@ def test_a_search_that_was_killed_repeats_no_trial(tmp_path):
         assert losses(again) == losses(whole) and same(weights_of(again.model), weights_of(whole.model))
         scores = [[c.scores for c in s.candidates] for s in again._search.history]
         assert scores == [[c.scores for c in s.candidates] for s in whole._search.history]
+
+
+def test_weights_that_diverged_are_not_taken_over(tmp_path):
+    trainer = make_trainer(tmp_path, keywords={"selection_dataset": make_rows(16, seed=2)}, **RUN)
+    trial, put = trainer._bench.trial, []
+
+    def diverging(*args):
+        trial(*args)
+        return float("nan")
+
+    trainer._bench.trial = diverging
+    choose = trainer._search.choose
+
+    def watched_choose(*args):
+        before = weights_of(trainer.model)
+        masks = choose(*args)
+        put.append(same(before, weights_of(trainer.model)))
+        return masks
+
+    trainer._search.choose = watched_choose
+    trainer.train()
+    assert put == [True, True] and all(s.candidates[0].chosen for s in trainer._search.history)
+
+
+def test_a_killed_search_of_other_rungs_begins_anew(tmp_path):
+    """The same run with longer trials: what shorter ones left is not taken for it."""
+
+    def run(folder, trial_steps, stop_after=None):
+        changes = {**RUN, "trial_steps": trial_steps, "num_levels": 1}
+        trainer = make_trainer(folder, make(), keywords={"selection_dataset": make_rows(16, seed=2)}, **changes)
+        trial, done = trainer._bench.trial, []
+
+        def watched(*args):
+            if len(done) == stop_after:
+                raise KeyboardInterrupt
+            done.append(trial(*args))
+            return done[-1]
+
+        trainer._bench.trial, trainer._bench.fingerprint = watched, lambda level: "the same"
+        if stop_after is None:
+            trainer.train()
+            return weights_of(trainer.model), len(done)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+
+    expected = run(tmp_path / "whole", 3)
+    run(tmp_path / "killed", 2, stop_after=5)
+    found = run(tmp_path / "killed", 3)
+    assert found[1] == expected[1] and same(found[0], expected[0])
 
 
 @pytest.mark.parametrize("method", ["pdp", "gumbel"])

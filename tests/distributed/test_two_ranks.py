@@ -21,7 +21,7 @@ METHODS = {
     "random": {**SEARCH, "level_eval_steps": 2},
     "pdp": {"method": "pdp", "num_levels": None, "frozen_steps": 3, "num_candidates": 2, "trial_steps": 2},
     "gumbel": {"method": "gumbel", "num_levels": None, "frozen_steps": 0},
-    "survivors": {**SEARCH, "selection": "survivors"},
+    "survivors": {**SEARCH, "selection": "survivors", "max_steps": 24, "apart": True},
 }
 APART = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -76,10 +76,12 @@ def test_two_ranks_are_one_run(tmp_path):
         assert alone["before"] == pytest.approx(first["before"], rel=1e-5)  # P1: not multiplied by the ranks
         assert alone["losses"] == pytest.approx(first["losses"], rel=1e-4)
         assert alone["masks"] == first["masks"] and alone["chosen"] == first["chosen"], method
-        assert not list((tmp_path / "two" / method / "out").glob("_*"))
+        assert not list((tmp_path / "two" / method).glob("out*/_*"))
     for method in ("survivors", "random"):
         first, (alone,) = two[method][0], one[method]
         assert alone["scores"] == first["scores"] and alone["digests"] == first["digests"]
+        assert all(max(map(len, level)) == 2 for level in first["scores"])  # two rungs
+    assert min(two["survivors"][0]["sent"]) > two["survivors"][0]["bytes"] > 50_000  # the winner's weights
     (large,) = one["large"]
     assert len(first["chosen"]) == 2 and all(len(level[0]) == 2 for level in first["scores"])  # two rungs
     # Digests, scores and names, as the cost model says: no mask, no weight.

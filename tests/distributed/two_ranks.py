@@ -101,9 +101,10 @@ class Terminated(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def run(folder, rows=96, resume=None, fault=None, terminate=None, **changes):
+def run(folder, rows=96, resume=None, fault=None, terminate=None, apart=False, **changes):
+    """apart: every rank has a folder of its own, as machines without a common disk."""
     trainer = make_trainer(
-        folder / "out",
+        folder / (f"out{os.environ['RANK']}" if apart else "out"),
         make(),
         make_rows(rows),
         data_seed=1,
@@ -132,6 +133,7 @@ def run(folder, rows=96, resume=None, fault=None, terminate=None, **changes):
         "scores": [[c.scores for c in s.candidates] for s in trainer._search.history],
         "digests": [[c.digest for c in s.candidates] for s in trainer._search.history],
         "sent": sent,
+        "bytes": sum(p.numel() * p.element_size() for p in trainer.model.parameters()),
         "equivalents": trainer.search_summary()["search_step_equivalents"],
         "weights": float(sum(p.detach().double().abs().sum() for p in trainer.model.parameters())),
     }

@@ -185,6 +185,8 @@ def test_compare_runs_what_is_missing_and_prints_one_table(tmp_path, start, data
     flags += ["--targets", "2:4"]
     monkeypatch.setattr(compare, "run_cell", lambda *given: pytest.fail("a finished cell was run again"))
     compare.main(flags)
+    with pytest.raises(ValueError, match=r"dense was made by .*'epochs': 1.* and not by .*'epochs': 2"):
+        compare.main([*flags, "--targets", "0.9", "--dense_epochs", "2"])
     with pytest.raises(SystemExit):
         compare.main([*flags, "--learning_rate", "1"])
     assert "was made with other flags" in capsys.readouterr().err
@@ -196,7 +198,7 @@ def test_a_cell_is_made_again_by_its_command(tmp_path, start, data_dir, monkeypa
     flags += ["--model_name_or_path", start, "--data_dir", data_dir, "--max_steps", "60", "--criterion_batches", "4"]
     compare.main(flags)
     folder = tmp_path / "sst2" / "42" / "0.9375"
-    free, paid = (json.loads((folder / n / "all_results.json").read_text()) for n in ("random", "random-total"))
+    free, paid = (panel.read_cell(folder / n, n)["results"] for n in ("random", "random-total"))
     assert free["train_steps"] == 60 and 2 <= paid["train_steps"] < 60
     assert 40 < paid["train_steps"] + paid["search_step_equivalents"] <= 60
     threads, _, script, *again = shlex.split((folder / "random-total" / "command.txt").read_text())
@@ -212,13 +214,15 @@ def test_a_recipe_is_chosen_on_held_out_rows(tmp_path, start, data_dir):
     flags = ["--task_name", "sst2", "--data_dir", data_dir, "--output_dir", str(tmp_path), *FLAGS]
     given = parse_arguments([*flags, "--model_name_or_path", start, "--evaluate_held_out"])
     job = run_glue.prepare(*given)
-    assert list(job.evaluation) == ["held out"] and job.evaluation["held out"] is job.selection
+    assert list(job.evaluation) == ["held out"] and len(job.evaluation["held out"]) == 3
     lengths = [len(ids) for ids in job.selection["input_ids"]]
-    assert lengths == sorted(lengths) and len(lengths) == 6 and len(job.train) == 58
+    assert lengths == sorted(lengths) and len(lengths) == 3 and len(job.train) == 58
 
 
 def test_flags_of_one_task_target_or_method():
     keys = ["rte", "2:4", "pdp"]
+    assert compare.merged([("rte", ["--a"]), ("rte", ["--b"])]) == {"rte": ["--a", "--b"]}
+    assert compare.names_of("random-total") == ["random", "random-total"] and compare.names_of("pdp") == ["pdp"]
     found = compare.parse_own_flags("rte:max_steps=9,bf16=True", keys)
     assert found == ("rte", ["--max_steps", "9", "--bf16", "True"])
     assert compare.parse_own_flags("2:4:num_levels=1", keys) == ("2:4", ["--num_levels", "1"])
