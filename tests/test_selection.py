@@ -239,7 +239,7 @@ def test_soft_labels_that_are_large_once_are_never_kept(tmp_path, monkeypatch):
     ]
     keywords = {"selection_dataset": rows, "teacher": make(seed=3)}
     trainer = make_trainer(tmp_path, keywords=keywords, **SEARCH, per_device_eval_batch_size=8)
-    monkeypatch.setattr("hf_maskselect.trials.MOST_SOFT_LABELS", 16 * 8 * 2)
+    monkeypatch.setattr("hf_maskselect.trials.MOST_SOFT_LABELS", 16 * 8 * 2 - 1)
     seen = []
 
     def selection_loss(inputs, taught):
