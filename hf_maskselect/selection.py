@@ -82,6 +82,7 @@ class MaskSearch:
         self._journal, self._ranks, self._quiet = journal, ranks, quiet
         self._survivors = Survivors(config.output_dir) if config.selection == "survivors" else None
         self.history: list[LevelSearch] = []
+        self.adopted: float | None = None  # score of the weights that the last choice put into the model
         # Of the search at hand: where its masks wait, what it draws from, and which ranks have drawn which candidate.
         self._folder = Path()
         self._pool: list[Proposal] = []
@@ -102,7 +103,7 @@ class MaskSearch:
         Raises:
             RuntimeError: the ranks came to different masks, or one of them failed.
         """
-        start = time.monotonic()
+        start, self.adopted = time.monotonic(), None
         done = LevelSearch(level, plan.levels[level], step, [])
         Path(self._config.output_dir).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=_FOLDER, dir=self._config.output_dir) as folder:
@@ -133,6 +134,7 @@ class MaskSearch:
         source = trained.index(chosen.steps)
         weights = self._together(lambda: survivors.load(digest) if ranks.rank == source else None)
         self._bench.put(ranks.share(weights, source))
+        self.adopted = chosen.scores[-1]
 
     def _together(self, work: Callable[[], T]) -> T:
         """This rank's result of what every rank does; an error of one stops all. With sharded weights the work is a

@@ -271,6 +271,8 @@ class PruningTrainer(HubTrainer):
             self._restore_level_best(level - 1)
         chosen = self._search.choose(level, self._plan, self.state.global_step)
         reshard(self.model)  # what is written next must be seen by the next forward pass
+        if self._level_best and self._search.adopted is not None and self.args.should_save:
+            self._level_best.consider(level, self._search.adopted, self.model)
         if self.is_world_process_zero():
             self._search.write()
         done = self._search.history[-1]

@@ -136,6 +136,23 @@ def test_weights_that_diverged_are_not_taken_over(tmp_path):
     assert put == [True, True] and all(s.candidates[0].chosen for s in trainer._search.history)
 
 
+def test_a_level_never_ends_worse_than_the_weights_it_took_over(tmp_path):
+    """Every later score is called infinite: the model ends as the winner's trials left it."""
+    keywords = {"selection_dataset": make_rows(16, seed=2)}
+    trainer = make_trainer(tmp_path, keywords=keywords, **RUN, level_eval_steps=2)
+    trainer._ranks.first = lambda score: float("inf")
+    choose, taken = trainer._search.choose, []
+
+    def watched_choose(*args):
+        masks = choose(*args)
+        taken.append({name: weight.detach().clone() for name, weight in trainer.model.named_parameters()})
+        return masks
+
+    trainer._search.choose = watched_choose
+    trainer.train()
+    assert all(torch.equal(weight, taken[-1][name]) for name, weight in trainer.model.named_parameters())
+
+
 def test_a_killed_search_of_other_rungs_begins_anew(tmp_path):
     """The same run with longer trials: what shorter ones left is not taken for it."""
 
