@@ -181,3 +181,17 @@ def test_a_rank_that_goes_wrong_stops_the_other(tmp_path, fault, there, elsewher
     if fault == "raise":  # the masks that waited are gone, the finished trials are kept
         assert [path.name for path in (tmp_path / "run" / "out").glob("_*")] == ["_search-journal.json"]
     assert time.monotonic() - start < 100
+
+
+@pytest.mark.slow
+def test_survivors_of_a_failed_run_go_on_where_they_are(tmp_path):
+    """Each rank has a folder of its own; one fails in the second rung, and started again they end as if none had."""
+    changes = METHODS["survivors"]
+    whole = launch(tmp_path / "whole", 2, {"run": changes})["run"]
+    first, second = launch_unwatched(tmp_path / "failed", {"run": {**changes, "fault": "raise"}}, limit=120)
+    assert "rank 1 failed: ArithmeticError: a trial went wrong" in first[1] and second[0] != 0
+    kept = [path for rank in (0, 1) for path in (tmp_path / "failed" / "run" / f"out{rank}").glob("_survivors/*")]
+    assert len(kept) == 4
+    again = launch(tmp_path / "failed", 2, {"run": changes})["run"]
+    for key in ("masks", "chosen", "scores", "digests", "losses", "weights", "after"):
+        assert [rank[key] for rank in again] == [rank[key] for rank in whole], key
