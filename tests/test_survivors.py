@@ -15,6 +15,20 @@ from hf_maskselect.trials import Trial
 RUN = {"method": "random", "num_candidates": 4, "selection": "survivors", "trial_steps": 2, "max_steps": 24}
 
 
+def stop_trials(trainer, after):
+    """Interrupts the trial that follows so many; returns the list of those that were finished."""
+    trial, done = trainer._bench.trial, []
+
+    def watched(*args):
+        if len(done) == after:
+            raise KeyboardInterrupt
+        done.append(trial(*args))
+        return done[-1]
+
+    trainer._bench.trial = watched
+    return done
+
+
 def test_every_rung_brings_the_training_to_twice_the_steps():
     assert rungs.survivor_rungs(8, 30, 120) == [(8, 30), (4, 30), (2, 60)]
     assert rungs.survivor_rungs(4, 30, 120) == [(4, 30), (2, 30)]
@@ -87,15 +101,7 @@ def test_a_longer_training_sees_other_rows(tmp_path):
 def test_a_search_that_was_killed_repeats_no_trial(tmp_path):
     def run(folder, stop_after=None):
         trainer = make_trainer(folder, make(), keywords={"selection_dataset": make_rows(16, seed=2)}, **RUN)
-        trial, done = trainer._bench.trial, []
-
-        def watched(*args):
-            if len(done) == stop_after:
-                raise KeyboardInterrupt
-            done.append(trial(*args))
-            return done[-1]
-
-        trainer._bench.trial = watched
+        done = stop_trials(trainer, stop_after)
         if stop_after is None:
             trainer.train()
         else:
@@ -159,15 +165,8 @@ def test_a_killed_search_of_other_rungs_begins_anew(tmp_path):
     def run(folder, trial_steps, stop_after=None):
         changes = {**RUN, "trial_steps": trial_steps, "num_levels": 1}
         trainer = make_trainer(folder, make(), keywords={"selection_dataset": make_rows(16, seed=2)}, **changes)
-        trial, done = trainer._bench.trial, []
-
-        def watched(*args):
-            if len(done) == stop_after:
-                raise KeyboardInterrupt
-            done.append(trial(*args))
-            return done[-1]
-
-        trainer._bench.trial, trainer._bench.fingerprint = watched, lambda level: "the same"
+        done = stop_trials(trainer, stop_after)
+        trainer._bench.fingerprint = lambda level: "the same"
         if stop_after is None:
             trainer.train()
             return weights_of(trainer.model), len(done)
