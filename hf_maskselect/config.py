@@ -109,8 +109,8 @@ class PruningConfig(TrainingArguments):
             trained, and then the run from the winner's; `"early"` gives every candidate one trial and averages its
             last evaluations (the paper's EMEP).
         trial_steps (`int`, *optional*): optimizer steps of the first rung (of the whole trial for `"early"`). Defaults
-            to a third of the level: shorter trials rank masks at random (for `"survivors"`: an eighth; for `"early"`:
-            one epoch, at most the level).
+            to a third of the level: shorter trials rank masks at random (for `"survivors"`: an eighth, and at least 40
+            or half the level; for `"early"`: one epoch, at most the level).
         trial_batch_size (`int`, *optional*): rows of one trial step. Defaults to those of a training step over all
             devices, so that the choice does not depend on their number; one device runs a trial alone, so with many
             of them fewer rows are cheaper (`hf-maskselect plan` tells the cost).

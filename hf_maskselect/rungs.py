@@ -7,6 +7,8 @@ from .config import PruningConfig
 from .level_search import Candidate
 from .masking.schedule import LevelPlan
 
+SHORTEST_TRIAL = 40  # of survivors, where the level allows it: shorter ones order good masks the wrong way round
+
 
 def halving_rungs(candidates: int, first_steps: int, longest: int) -> list[tuple[int, int]]:
     """(candidates, steps) of each rung: the better half goes on with twice the steps, until two have met or trials
@@ -41,8 +43,9 @@ def search_rungs(config: PruningConfig, plan: LevelPlan, level: int, epoch: int)
     if config.selection == "early":
         return [(config.num_candidates, config.trial_steps or min(epoch, plan.length(level)))]
     if config.selection == "survivors":
-        first = config.trial_steps or -(-plan.length(level) // 8)
-        return survivor_rungs(config.num_candidates, first, max(plan.length(level) // 2, first))
+        length = plan.length(level)
+        first = config.trial_steps or max(-(-length // 8), min(SHORTEST_TRIAL, -(-length // 2)))
+        return survivor_rungs(config.num_candidates, first, max(length // 2, first))
     first = config.trial_steps or -(-plan.length(level) // 3)
     return halving_rungs(config.num_candidates, first, max(plan.length(level), first))
 

@@ -21,7 +21,7 @@ METHODS = {
     "random": {**SEARCH, "level_eval_steps": 2},
     "pdp": {"method": "pdp", "num_levels": None, "frozen_steps": 3, "num_candidates": 2, "trial_steps": 2},
     "gumbel": {"method": "gumbel", "num_levels": None, "frozen_steps": 0},
-    "survivors": {**SEARCH, "selection": "survivors", "max_steps": 24, "apart": True},
+    "survivors": {**SEARCH, "selection": "survivors", "max_steps": 24},
 }
 APART = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -64,7 +64,8 @@ def launch_unwatched(folder, runs, limit):
 def test_two_ranks_are_one_run(tmp_path):
     """2 x 8 rows a step are 1 x 8 accumulated twice, and 1 x 16: the search to the bit, where the micro-batches are
     the same, the training but for the order of one sum."""
-    two = launch(tmp_path / "two", 2, METHODS)
+    apart = {"survivors": {**METHODS["survivors"], "apart": True}}
+    two = launch(tmp_path / "two", 2, METHODS | apart)
     accumulated = {name: {**changes, "gradient_accumulation_steps": 2} for name, changes in METHODS.items()}
     large = {"large": {**METHODS["random"], "per_device_train_batch_size": 16}}
     one = launch(tmp_path / "one", 1, accumulated | large)
@@ -186,7 +187,7 @@ def test_a_rank_that_goes_wrong_stops_the_other(tmp_path, fault, there, elsewher
 @pytest.mark.slow
 def test_survivors_of_a_failed_run_go_on_where_they_are(tmp_path):
     """Each rank has a folder of its own; one fails in the second rung, and started again they end as if none had."""
-    changes = METHODS["survivors"]
+    changes = {**METHODS["survivors"], "apart": True}
     whole = launch(tmp_path / "whole", 2, {"run": changes})["run"]
     first, second = launch_unwatched(tmp_path / "failed", {"run": {**changes, "fault": "raise"}}, limit=120)
     assert "rank 1 failed: ArithmeticError: a trial went wrong" in first[1] and second[0] != 0
