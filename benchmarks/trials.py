@@ -162,9 +162,8 @@ def main() -> None:
 
 def run(job: Job, model, config, options: argparse.Namespace, folder: Path) -> None:
     """Make the curves that are missing."""
-    lengths = [len(ids) for ids in job.selection["input_ids"]]
-    by_length = sorted(range(len(lengths)), key=lambda row: lengths[row])  # little padding
-    parts = [job.selection.select(by_length[0::2]), job.selection.select(by_length[1::2])]
+    rows = range(len(job.selection))  # which are in the order of their lengths
+    parts = [job.selection.select(rows[0::2]), job.selection.select(rows[1::2])]
     trainer = PruningTrainer(
         load_model(options.dense, job.task, model),
         config,
