@@ -5,11 +5,11 @@
         --data_dir DATA
 
 Every flag it does not know goes to `run_glue.py`; `--own_flags mrpc:max_steps=200,dense_epochs=8 0.99:num_levels=8`
-gives one task, target or method its own, and `--variants hot:method=taylor,num_candidates=1,learning_rate=4e-4` makes
-methods of your own (add `--evaluate_held_out` to choose between them). All methods of a task and seed start from the
-same dense model, distil from it, train on the same rows for the same number of steps (a method named `...-total` for
-so many less that its search is paid from the same steps), and choose only on rows held out of train; the validation
-split is read once, when a cell is finished.
+gives one task, target or method (also `dense`) its own, and `--variants hot:method=taylor,num_candidates=1,
+learning_rate=4e-4` (in one word) makes methods of your own (add `--evaluate_held_out` to choose between them). All
+methods of a task and seed start from the same dense model, distil from it, train on the same rows for the same number
+of steps (a method named `...-total` for so many less that its search is paid from the same steps), and choose only on
+rows held out of train; the validation split is read once, when a cell is finished.
 
 Every cell is a folder with `cell.json` (what it was made by, and its results) and `command.txt`, which makes it again.
 Finished cells are not run again, so the table grows over several sittings; one made with other flags is refused.
@@ -93,7 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--recipe", help="recipe file that the flags override")
     parser.add_argument(
-        "--own_flags", nargs="*", default=[], help="key:flag=value,... for a task, target or method that needs others"
+        "--own_flags",
+        nargs="*",
+        default=[],
+        help="key:flag=value,... for a task, target or method (dense, too) that needs others",
     )
     parser.add_argument(
         "--variants", nargs="*", default=[], help="name:flag=value,... methods of your own, beside --methods"
@@ -107,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if taken := variants.keys() & METHODS.keys():
             raise ValueError(f"--variants {taken.pop()} is the name of a method: choose another")
         methods |= variants
-        keys = [*options.tasks, *options.targets, *(name for method in methods for name in names_of(method))]
+        keys = [*options.tasks, *options.targets, "dense", *(name for method in methods for name in names_of(method))]
         own = merged(parse_own_flags(text, keys) for text in options.own_flags)
     except ValueError as error:
         parser.error(str(error))
@@ -138,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for cell, given, told in bar:
         dense = dataclasses.replace(cell, target=None, method="dense")
         if dense not in checked:  # what all others start from must have been made with these flags too
-            run_dense(options.output_dir, dense, dense.flags(flags, own))
+            run_dense(options.output_dir, dense, dense.flags(flags, own))  # it alone writes no `cell.json`
             checked.add(dense)
         bar.set_postfix_str(str(cell))
         if cell != dense:
@@ -191,6 +194,9 @@ def run_dense(output_dir: Path, cell: Cell, flags: list[str]) -> None:
     folder = cell.folder(output_dir)
     data, model, config = parse_arguments([*flags, *common_flags(cell), "--output_dir", str(folder.parent)])
     fine_tune_dense(prepare(data, model, config), model, config)
+    recipe = ["--recipe", flags[0], *flags[1:]] if flags and not flags[0].startswith("--") else flags
+    which = ["--methods", "dense", "--tasks", cell.task, "--seeds", str(cell.seed), "--output_dir", str(output_dir)]
+    write_command(folder, "compare.py", [*which, *recipe])
 
 
 def run_cell(output_dir: Path, cell: Cell, flags: list[str], told: dict) -> None:
@@ -200,14 +206,19 @@ def run_cell(output_dir: Path, cell: Cell, flags: list[str], told: dict) -> None
     given = [*flags, *common_flags(cell), *start]
     if cell.method.endswith(TOTAL):
         given += ["--max_steps", str(affordable_steps(given))]
-    threads = f"OMP_NUM_THREADS={torch.get_num_threads()} "  # sums depend on it
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / COMMAND).write_text(f"{threads}python glue_scripts/run_glue.py {shlex.join(given)}\n")
+    write_command(folder, "run_glue.py", given)
     began = time.monotonic()
     results = run(*parse_arguments(given))
     results["cell_seconds"] = round(time.monotonic() - began, 1)
     with replacing(folder / CELL) as temporary:  # last: with it the cell is finished
         temporary.write_text(json.dumps({"told": told, "results": results}, indent=1, sort_keys=True))
+
+
+def write_command(folder: Path, script: str, flags: Sequence[str]) -> None:
+    """Write down how to make a cell again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    threads = f"OMP_NUM_THREADS={torch.get_num_threads()}"  # sums depend on it
+    (folder / COMMAND).write_text(f"{threads} python glue_scripts/{script} {shlex.join(flags)}\n")
 
 
 def affordable_steps(flags: Sequence[str]) -> int:

@@ -208,6 +208,17 @@ def test_a_cell_is_made_again_by_its_command(tmp_path, start, data_dir, monkeypa
     run_glue.main()
     found = json.loads((tmp_path / "again" / "all_results.json").read_text())
     assert all(found[key] == paid[key] for key in ("eval_loss", "eval_accuracy", "train_loss", "train_steps"))
+    dense = tmp_path / "sst2" / "42" / "dense"
+    _, _, script, *again = shlex.split((dense / "command.txt").read_text())
+    again[again.index("--output_dir") + 1] = str(tmp_path / "again")
+    assert script == "glue_scripts/compare.py"
+    compare.main(again)
+    found = (tmp_path / "again" / "sst2" / "42" / "dense" / "all_results.json").read_text()
+    told = [
+        {k: v for k, v in json.loads(text).items() if k in ("eval_loss", "eval_accuracy")}
+        for text in (found, (dense / "all_results.json").read_text())
+    ]
+    assert told[0] == told[1] and len(told[0]) == 2
 
 
 def test_a_recipe_is_chosen_on_held_out_rows(tmp_path, start, data_dir):
@@ -231,7 +242,8 @@ def test_flags_of_one_task_target_or_method():
             compare.parse_own_flags(text, keys)
     with pytest.raises(ValueError, match="must begin with one of rte, 2:4, pdp"):
         compare.parse_own_flags("mrpc:max_steps=9", keys)
-    own = {key: ["--x", key] for key in keys}
+    own = {key: ["--x", key] for key in [*keys, "dense"]}
+    assert compare.Cell("rte", 1, None, "dense").flags(["--y"], own) == ["--y", "--x", "rte", "--x", "dense"]
     cell = compare.Cell("rte", 1, "2:4", "pdp")
     assert cell.flags(["--y"], own) == ["--y", "--pattern", "2:4", "--x", "rte", "--x", "2:4", "--x", "pdp"]
 
