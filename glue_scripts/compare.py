@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
+from transformers import set_seed
 
 from arguments import parse_arguments, read_recipe
 from hf_maskselect.cost import Workload, search_cost
@@ -192,6 +193,7 @@ def common_flags(cell: Cell) -> list[str]:
 def run_dense(output_dir: Path, cell: Cell, flags: list[str]) -> None:
     """Fine-tune the dense model of a task and seed; of a finished one see that it was made by the same recipe."""
     folder = cell.folder(output_dir)
+    set_seed(cell.seed)  # the head is drawn: whatever else this process has run
     data, model, config = parse_arguments([*flags, *common_flags(cell), "--output_dir", str(folder.parent)])
     fine_tune_dense(prepare(data, model, config), model, config)
     recipe = ["--recipe", flags[0], *flags[1:]] if flags and not flags[0].startswith("--") else flags
