@@ -13,6 +13,7 @@ rows held out of train; the validation split is read once, when a cell is finish
 
 Every cell is a folder with `cell.json` (what it was made by, and its results) and `command.txt`, which makes it again.
 Finished cells are not run again, so the table grows over several sittings; one made with other flags is refused.
+Several processes may share an output folder if no two run the same task and seed; `--only_table` shows what is there.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--variants", nargs="*", default=[], help="name:flag=value,... methods of your own, beside --methods"
     )
+    parser.add_argument("--only_table", action="store_true", help="run nothing, show what is finished")
     options, flags = parser.parse_known_args(arguments)
     recipe = read_recipe(Path(options.recipe)) if options.recipe else {}
     flags = [options.recipe, *flags] if options.recipe else flags
@@ -137,6 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{cell.folder(options.output_dir)} was made with other flags ({made['told']}): delete it, or choose "
                 "another output_dir"
             )
+    if options.only_table:
+        missing = []
     checked, failed = set(), []
     bar = tqdm(missing, desc="cells", unit="cell", initial=len(cells) - len(missing), total=len(cells))
     for cell, given, told in bar:

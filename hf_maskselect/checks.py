@@ -115,10 +115,11 @@ def check_soft(config: PruningConfig) -> None:
             raise ValueError(f"{name}={value} must be a share below 1 or a whole number of steps")
     if not 0 < config.soft_ramp <= 1:
         raise ValueError(f"soft_ramp={config.soft_ramp} must lie in (0, 1]: it is a share of the soft phase")
-    usual = {"pdp_tau": 1e-4, "gumbel_tau": 1, "gumbel_learning_rate": 0.05, "gumbel_scale_learning_rate": 1e-3}
+    usual = {"pdp_tau": 1e-4, "gumbel_tau": 1, "gumbel_learning_rate": 0.5, "gumbel_scale_learning_rate": 1e-3}
     for name, value in usual.items():
-        if getattr(config, name) <= 0:
-            raise ValueError(f"{name}={getattr(config, name)} must be positive, such as {value:g}")
+        given = getattr(config, name)
+        if given is not None and given <= 0:
+            raise ValueError(f"{name}={given} must be positive, such as {value:g}")
     for known in fields(config):
         of = "soft methods" if known.name == "soft_ramp" else known.name.partition("_")[0]
         meant = config.soft if of == "soft methods" else config.method == of
@@ -165,6 +166,8 @@ def resolve_gumbel(config: PruningConfig) -> None:
         "gumbel_initial_logit": 0.0 if new else 3.0,
         "gumbel_prior": 0.0 if new else 1.0,
         "gumbel_signed_constant": new,
+        "gumbel_learning_rate": 0.05 if new else 0.5,
+        "gumbel_train_rest": not new,
     }
     for name, value in resolved.items():
         if getattr(config, name) is None:

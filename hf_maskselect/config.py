@@ -75,7 +75,7 @@ class PruningConfig(TrainingArguments):
     Args:
         gumbel_tau (`float`, defaults to 1): temperature of the straight-through gradient.
         gumbel_untrained (`bool`, defaults to `False`): the paper's setting, weights at their initialisation; changes
-            the defaults of the next four fields.
+            defaults below ("untrained").
         gumbel_budget (`bool`, *optional*): share the kept weights out by an exact budget that follows the ramp, and
             end in the best logits; else keep where the logit is >= 0 and let the sparsity emerge (leave `sparsity`
             unset then). Defaults to `True`, untrained to `False` (the paper).
@@ -86,12 +86,12 @@ class PruningConfig(TrainingArguments):
         gumbel_signed_constant (`bool`, *optional*): replace each weight by its sign times its matrix's standard
             deviation before training. Defaults to `False`, untrained to `True` (the paper).
         gumbel_rescale (`bool`, defaults to `True`): Smart Rescale, one learned scale a matrix, folded in at the end.
-        gumbel_learning_rate (`float`, defaults to 0.05): of the logits, in an optimizer group of their own that
-            follows `lr_scheduler_type`; for Adam. The paper's 50 belongs to plain SGD.
+        gumbel_learning_rate (`float`, *optional*): of the logits, in an optimizer group of their own that follows
+            `lr_scheduler_type`; for Adam. Defaults to 0.5, untrained to 0.05. The paper's 50 belongs to plain SGD.
         gumbel_scale_learning_rate (`float`, defaults to 1e-3): of the scales.
-        gumbel_train_rest (`bool`, defaults to `False`): also train biases, norms and embeddings of the body in the
-            soft phase; the head (what lies outside `base_model`) always trains. In the warm-up and under the frozen
-            mask everything trains.
+        gumbel_train_rest (`bool`, *optional*): also train biases, norms and embeddings of the body in the soft
+            phase. Defaults to `True`, untrained to `False` (the paper). The head (what lies outside `base_model`)
+            always trains; in the warm-up and under the frozen mask everything does.
 
     > Which candidate
 
@@ -102,7 +102,7 @@ class PruningConfig(TrainingArguments):
             is votes around magnitude per layer; or a list of `criterion:scope[:votes]`, such as `"taylor:global"`.
         criterion (`str`, *optional*): of candidate 0: `"magnitude"`, `"fisher"` or `"taylor"`. Defaults to `"taylor"`
             for `"random"` (to `"magnitude"` with the paper's proposals).
-        criterion_batches (`int`, defaults to 256): gradient samples a level for fisher and taylor.
+        criterion_batches (`int`, defaults to 64): gradient samples a level for fisher and taylor.
         criterion_batch_size (`int`, defaults to 8): rows of one gradient sample.
         selection (`str`, defaults to `"halving"`): `"halving"` drops the worse half after each rung and doubles the
             steps, each trial from the same start; in `"survivors"` every candidate goes on from the weights it has
@@ -198,10 +198,12 @@ class PruningConfig(TrainingArguments):
         default=None, metadata={"help": "Weights become sign times standard deviation (untrained: true)."}
     )
     gumbel_rescale: bool = field(default=True, metadata={"help": "Smart Rescale: one learned scale a matrix."})
-    gumbel_learning_rate: float = field(default=0.05, metadata={"help": "Learning rate of the logits."})
+    gumbel_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the logits (0.5; untrained 0.05)."}
+    )
     gumbel_scale_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the scales."})
-    gumbel_train_rest: bool = field(
-        default=False, metadata={"help": "Also train biases, norms and embeddings of the body."}
+    gumbel_train_rest: bool | None = field(
+        default=None, metadata={"help": "Also train biases, norms and embeddings of the body (untrained: false)."}
     )
 
     num_candidates: int | None = field(default=None, metadata={"help": "Masks tried at each level (4 for random)."})
@@ -209,7 +211,7 @@ class PruningConfig(TrainingArguments):
         default_factory=lambda: ["mixed"], metadata={"help": "mixed, paper, or a list of criterion:scope[:votes]."}
     )
     criterion: str | None = field(default=None, metadata={"help": "Of candidate 0: magnitude, fisher or taylor."})
-    criterion_batches: int = field(default=256, metadata={"help": "Gradient samples a level for fisher and taylor."})
+    criterion_batches: int = field(default=64, metadata={"help": "Gradient samples a level for fisher and taylor."})
     criterion_batch_size: int = field(default=8, metadata={"help": "Rows of one gradient sample."})
     selection: str = field(default="halving", metadata={"help": "halving, survivors or early.", "choices": SELECTIONS})
     trial_steps: int | None = field(default=None, metadata={"help": "Steps of the first rung (a third of the level)."})

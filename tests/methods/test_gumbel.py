@@ -89,6 +89,12 @@ def test_the_budget_is_met_exactly_and_the_model_is_plain(tmp_path, family):
     assert same(weights_of(AutoModelForSequenceClassification.from_pretrained(tmp_path)), weights_of(trainer.model))
 
 
+def test_an_untrained_body_has_the_papers_defaults(tmp_path):
+    pretrained, untrained = (make_trainer(tmp_path, **given).args for given in (GUMBEL, PAPER))
+    assert (pretrained.gumbel_learning_rate, untrained.gumbel_learning_rate) == (0.5, 0.05)
+    assert (pretrained.gumbel_train_rest, untrained.gumbel_train_rest) == (True, False)
+
+
 def test_the_sparsity_emerges_and_is_written_as_it_came_out(tmp_path):
     trainer = make_trainer(tmp_path, **PAPER, gumbel_learning_rate=5.0)
     trainer.train()
@@ -224,6 +230,7 @@ def test_candidates_are_samples_tried_when_the_mask_hardens(tmp_path):
         ),
         ({"num_candidates": 2}, "num_candidates=2 needs steps under the hard mask"),
         ({"gumbel_learning_rate": -1.0}, "gumbel_learning_rate=-1.0 must be positive"),
+        ({"gumbel_learning_rate": 0.0}, "gumbel_learning_rate=0.0 must be positive"),
     ],
 )
 def test_what_has_no_meaning_is_refused(tmp_path, changes, message):
