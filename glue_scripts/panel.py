@@ -37,6 +37,11 @@ class Group:
         """Standard deviation over seeds; None of one seed."""
         return statistics.stdev(self.scores) if len(self.scores) > 1 else None
 
+    @property
+    def text(self) -> str:
+        """Mean, and the deviation if there is one."""
+        return f"{self.mean:.1f}" + ("" if self.spread is None else f" ± {self.spread:.1f}")
+
     def average(self, key: str) -> float:
         """Mean of one of the results."""
         return statistics.mean(result[key] for result in self.results)
@@ -112,17 +117,30 @@ def make_table(groups: Groups, tasks: Sequence[str], targets: Sequence[str], met
 
 
 def make_summary(groups: Groups, tasks: Sequence[str], targets: Sequence[str], methods: Sequence[str]) -> str:
-    """Markdown, methods by targets: the mean over all tasks, and what that is of the dense mean. A method that lacks a
-    task has no mean."""
-    lines = ["| mean of " + ", ".join(tasks) + " | " + " | ".join(targets) + " |"]
-    lines.append("| --- |" + " ---: |" * len(targets))
+    """Markdown, targets and methods by tasks: mean and standard deviation, the mean over all tasks and what that is of
+    dense (`-` while a task is missing), and the steps of training and of search that a task took on average."""
+    lines = ["| target | method | " + " | ".join(tasks) + " | mean | of dense | steps + search |"]
+    lines.append("| --- | --- |" + " ---: |" * (len(tasks) + 3))
     dense = panel_mean(groups, tasks, None, "dense")
-    if dense is not None:
-        lines.append("| dense | " + " | ".join([f"{dense:.1f}"] * len(targets)) + " |")
-    for method in methods:
-        means = [panel_mean(groups, tasks, target, method) for target in targets]
-        cells = ["-" if m is None or not dense else f"{m:.1f} ({100 * m / dense:.1f} %)" for m in means]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    for target, method in [(None, "dense"), *((target, method) for target in targets for method in methods)]:
+        found = [groups.get((task, target, method)) for task in tasks]
+        known = [group for group in found if group is not None]
+        if not known:
+            continue
+        mean, steps = panel_mean(groups, tasks, target, method), "-"
+        if target is not None:
+            parts = [
+                statistics.mean(group.average(key) for group in known)
+                for key in ("train_steps", "search_step_equivalents")
+            ]
+            steps = " + ".join(f"{part:.0f}" for part in parts)
+        row = [target or "-", method, *("-" if group is None else group.text for group in found)]
+        row += [
+            "-" if mean is None else f"{mean:.1f}",
+            f"{100 * mean / dense:.1f} %" if mean and dense else "-",
+            steps,
+        ]
+        lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 

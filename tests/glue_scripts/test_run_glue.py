@@ -252,14 +252,20 @@ def test_flags_of_one_task_target_or_method():
 
 
 def test_the_panel_mean_needs_every_task():
+    cost = {"train_steps": 30, "search_step_equivalents": 10.4}
     groups = {("cola", None, "dense"): panel.Group([50.0], [{}]), ("sst2", None, "dense"): panel.Group([90.0], [{}])}
     groups |= {
-        ("cola", "0.99", "a"): panel.Group([40.0, 44.0], [{}, {}]),
-        ("sst2", "0.99", "a"): panel.Group([77.0], [{}]),
+        ("cola", "0.99", "a"): panel.Group([40.0, 44.0], [cost, cost]),
+        ("sst2", "0.99", "a"): panel.Group([77.0], [cost | {"train_steps": 50}]),
     }
-    groups |= {("cola", "0.99", "b"): panel.Group([40.0], [{}])}
-    table = panel.make_summary(groups, ["cola", "sst2"], ["0.99"], ["a", "b"]).splitlines()
-    assert table[2:] == ["| dense | 70.0 |", "| a | 59.5 (85.0 %) |", "| b | - |"]
+    groups |= {("cola", "0.99", "b"): panel.Group([40.0], [cost])}
+    table = panel.make_summary(groups, ["cola", "sst2"], ["0.99", "2:4"], ["a", "b"]).splitlines()
+    assert table[0] == "| target | method | cola | sst2 | mean | of dense | steps + search |"
+    assert table[2:] == [
+        "| - | dense | 50.0 | 90.0 | 70.0 | 100.0 % | - |",
+        "| 0.99 | a | 42.0 ± 2.8 | 77.0 | 59.5 | 85.0 % | 40 + 10 |",
+        "| 0.99 | b | 40.0 | - | - | - | 30 + 10 |",
+    ]
 
 
 def test_a_recipe_is_overridden_by_flags(tmp_path):
