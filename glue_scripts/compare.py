@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for method in methods
     ]
     missing = []
-    for cell in cells:
+    for cell in [] if options.only_table else cells:
         made = read_cell(cell.folder(options.output_dir), cell.method)
         given = [*cell.flags(flags, own), *methods.get(cell.method, [])]
         told = {"recipe": recipe, "flags": given[1:] if options.recipe else given}
@@ -139,10 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{cell.folder(options.output_dir)} was made with other flags ({made['told']}): delete it, or choose "
                 "another output_dir"
             )
-    if options.only_table:
-        missing = []
     checked, failed = set(), []
-    bar = tqdm(missing, desc="cells", unit="cell", initial=len(cells) - len(missing), total=len(cells))
+    done = len(cells) - len(missing)
+    bar = tqdm(missing, desc="cells", unit="cell", initial=done, total=len(cells), disable=options.only_table)
     for cell, given, told in bar:
         dense = dataclasses.replace(cell, target=None, method="dense")
         if dense not in checked:  # what all others start from must have been made with these flags too

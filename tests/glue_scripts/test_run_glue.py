@@ -185,7 +185,7 @@ def test_compare_runs_what_is_missing_and_prints_one_table(tmp_path, start, data
     flags += ["--targets", "2:4"]
     monkeypatch.setattr(compare, "run_cell", lambda *given: pytest.fail("a finished cell was run again"))
     compare.main(flags)
-    compare.main([*flags, "--targets", "0.99", "2:4", "--only_table"])
+    compare.main([*flags, "--targets", "0.99", "2:4", "--only_table", "--learning_rate", "1"])
     rows = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()[2:]]
     assert [row[2] for row in rows] == ["dense", *methods] and {row[1] for row in rows} == {"-", "2:4"}
     with pytest.raises(ValueError, match=r"dense was made by .*'epochs': 1.* and not by .*'epochs': 2"):
