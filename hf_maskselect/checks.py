@@ -105,8 +105,6 @@ def check_types(config: PruningConfig) -> None:
 
 
 def check_soft(config: PruningConfig) -> None:
-    if config.pruning_warmup_steps is None:
-        config.pruning_warmup_steps = 0.16 if config.method == "pdp" else 0
     if config.frozen_steps is None:
         config.frozen_steps = 0.2 if config.soft and not config.gumbel_untrained else 0
     for name in ("pruning_warmup_steps", "frozen_steps"):

@@ -52,8 +52,8 @@ class PruningConfig(TrainingArguments):
         keep_zeros (`bool`, defaults to `True`): weights that are zero in the model a run starts from stay zero, so
             that a pruned model is fine-tuned with its zeros kept, or pruned further. `False` for a model with matrices
             that are zero at their initialisation.
-        pruning_warmup_steps (`float`, *optional*): dense optimizer steps before the first cut; below 1 a share of
-            all. Defaults to 0, and to 0.16 for `"pdp"` (16 of the paper's 100 epochs).
+        pruning_warmup_steps (`float`, defaults to 0): dense optimizer steps before the first cut; below 1 a share of
+            all. The paper of `"pdp"` has 0.16 (16 of 100 epochs): for a model that is not fine-tuned yet.
         lr_rewind (`bool`, defaults to `True`): restart `lr_scheduler_type` (with `warmup_steps`) at every level.
         level_eval_steps (`int`, defaults to 0): if positive, score the model on the selection split every so many
             steps and at each level's end go on from the level's best weights.
@@ -173,8 +173,8 @@ class PruningConfig(TrainingArguments):
     last_level_weight: float = field(
         default=2.0, metadata={"help": "Length of the last level in lengths of the others."}
     )
-    pruning_warmup_steps: float | None = field(
-        default=None, metadata={"help": "Dense steps before the first cut; < 1: a share (0; pdp 0.16)."}
+    pruning_warmup_steps: float = field(
+        default=0, metadata={"help": "Dense steps before the first cut; < 1: a share."}
     )
     lr_rewind: bool = field(default=True, metadata={"help": "Restart the learning-rate schedule at every level."})
     level_eval_steps: int = field(

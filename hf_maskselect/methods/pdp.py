@@ -1,8 +1,9 @@
 """PDP: "Parameter-free Differentiable Pruning is All You Need" (Cho, Adya, Naik; NeurIPS 2023; arXiv 2305.11203).
 
-Every weight trains, through `w sigmoid((w^2 - t^2) / tau)`; there is nothing else to train. After a dense warm-up one
-ranking of all prunable weights fixes how many each matrix will lose; the counts rise linearly, and t lies half-way
-between the largest magnitude that falls and the smallest that stays, taken anew from the weights at every step.
+Every weight trains, through `w sigmoid((w^2 - t^2) / tau)`; there is nothing else to train. How many weights
+each matrix will lose is fixed when the soft phase begins (in the paper by one ranking of all, after a dense warm-up);
+the counts rise linearly, and t lies half-way between the largest magnitude that falls and the smallest that stays,
+taken anew from the weights at every step.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Pdp(SoftMasks):
     """Soft masks without parameters.
 
     Args:
-        pattern: `Unstructured` (its scope decides the ranking that fixes the counts; the paper's is "global", and its
+        pattern: `Unstructured` (its scope decides the ranking that fixes the counts; with "global", the paper's, the
             floor is the cap that leaves no matrix empty), `NM` (t inside each group, rising from 0) or `Channel` (one
             mask value a row, from its norm).
         sparsity: the target.
