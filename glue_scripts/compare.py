@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for cell, given, told in bar:
         dense = dataclasses.replace(cell, target=None, method="dense")
         if dense not in checked:  # what all others start from must have been made with these flags too
-            run_dense(options.output_dir, dense, dense.flags(flags, own))  # it alone writes no `cell.json`
+            run_dense(options.output_dir, dense, dense.flags(flags, own))
             checked.add(dense)
         bar.set_postfix_str(str(cell))
         if cell != dense:
@@ -198,10 +198,11 @@ def run_dense(output_dir: Path, cell: Cell, flags: list[str]) -> None:
     folder = cell.folder(output_dir)
     set_seed(cell.seed)  # the head is drawn: whatever else this process has run
     data, model, config = parse_arguments([*flags, *common_flags(cell), "--output_dir", str(folder.parent)])
+    if read_cell(folder, cell.method) is None:  # the command of a finished one is the one that made it
+        recipe = ["--recipe", flags[0], *flags[1:]] if flags and not flags[0].startswith("--") else flags
+        which = ["--methods", "dense", "--tasks", cell.task, "--seeds", str(cell.seed)]
+        write_command(folder, "compare.py", [*which, "--output_dir", str(output_dir), *recipe])
     fine_tune_dense(prepare(data, model, config), model, config)
-    recipe = ["--recipe", flags[0], *flags[1:]] if flags and not flags[0].startswith("--") else flags
-    which = ["--methods", "dense", "--tasks", cell.task, "--seeds", str(cell.seed), "--output_dir", str(output_dir)]
-    write_command(folder, "compare.py", [*which, *recipe])
 
 
 def run_cell(output_dir: Path, cell: Cell, flags: list[str], told: dict) -> None:

@@ -222,6 +222,9 @@ def test_a_cell_is_made_again_by_its_command(tmp_path, start, data_dir, monkeypa
         for text in (found, (dense / "all_results.json").read_text())
     ]
     assert told[0] == told[1] and len(told[0]) == 2
+    command = (dense / "command.txt").read_text()
+    compare.main([*flags, "--methods", "magnitude", "--per_device_eval_batch_size", "7"])  # takes it as it is
+    assert (dense / "command.txt").read_text() == command
 
 
 def test_a_recipe_is_chosen_on_held_out_rows(tmp_path, start, data_dir):
