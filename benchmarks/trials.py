@@ -38,6 +38,7 @@ from hf_maskselect.trials import Trial, TrialBench
 from run_glue import Job, load_model, prepare, set_seed
 
 MARKS = (5, 10, 20, 40, 80, 160)
+SPARSER = (2, 4, 8)  # scores on every so manieth row, beside those on all
 FRESH_SEED = 1000
 POOL = [
     Proposal("taylor", "balanced"),
@@ -93,11 +94,19 @@ class Scribe(TrialBench):
         )
         if logits.shape[1] == 1:
             loss = mse_loss(logits[:, 0], labels.float())
-            teacher = mse_loss(logits, taught)
         else:
-            loss, teacher = cross_entropy(logits, labels), cross_entropy(logits, taught.softmax(1))
+            loss = cross_entropy(logits, labels)
+        teacher = self._disagreement(logits, taught)
         metrics = self._trainer.compute_metrics(EvalPrediction(logits.numpy(), labels.numpy()))
-        return {"loss": float(loss), "teacher": float(teacher), "metric": -metrics[self._metric]}
+        found = {"loss": float(loss), "teacher": teacher, "metric": -metrics[self._metric]}
+        if part == 0:
+            for every in SPARSER:
+                found[f"teacher, 1/{every} of the rows"] = self._disagreement(logits[::every], taught[::every])
+        return found
+
+    @staticmethod
+    def _disagreement(logits: torch.Tensor, taught: torch.Tensor) -> float:
+        return float(mse_loss(logits, taught) if logits.shape[1] == 1 else cross_entropy(logits, taught.softmax(1)))
 
     @torch.no_grad()
     def _logits(self, model: PreTrainedModel, part: Dataset) -> torch.Tensor:

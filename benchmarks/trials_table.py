@@ -131,6 +131,10 @@ def _print_correlations(seeds: list[list[Curve]], fresh: dict[str, list[Curve]])
         if len(seeds) > 1:
             unpaired = [f"{_unpaired(seeds, mark, measure, chosen):.2f}" for mark in marks]
             print(f"| {name} | {measure} | unpaired | " + " | ".join(unpaired) + " |")
+        if measure == "teacher":
+            for fewer in sorted({key for seed in seeds for key in seed[0]["scores"][marks[0]]} - set(measures)):
+                found = [f"{correlation_at(seeds, mark, measure, chosen, fewer):.2f}" for mark in marks]
+                print(f"| {name} | {fewer} | paired | " + " | ".join(found) + " |")
     for kind, curves in sorted(fresh.items(), key=lambda item: int(item[0].partition("-")[2])):
         if len(curves) == len(everything):
             cells = []
@@ -146,12 +150,17 @@ def _print_correlations(seeds: list[list[Curve]], fresh: dict[str, list[Curve]])
     print("\n")
 
 
-def correlation_at(seeds: list[list[Curve]], mark: str, measure: str, chosen: Sequence[int]) -> float:
-    """Of the score after `mark` steps with the end under other seeds, among the masks `chosen`; mean over seeds."""
-    found = []
+def correlation_at(
+    seeds: list[list[Curve]], mark: str, measure: str, chosen: Sequence[int], scored_by: str | None = None
+) -> float:
+    """Of the score after `mark` steps with the end under other seeds, among the masks `chosen`; mean over seeds (over
+    those that were also scored by `scored_by`, where it is not `measure`)."""
+    found, scored_by = [], scored_by or measure
     for own, seed in enumerate(seeds):
+        if scored_by not in seed[0]["scores"][mark]:
+            continue
         final = _final(_others(seeds, own), measure)
-        found.append(_correlation([seed[i]["scores"][mark][measure] for i in chosen], [final[i] for i in chosen]))
+        found.append(_correlation([seed[i]["scores"][mark][scored_by] for i in chosen], [final[i] for i in chosen]))
     return statistics.mean(found)
 
 

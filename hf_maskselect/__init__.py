@@ -11,6 +11,7 @@ from .masking.scores import WeightStats
 from .masking.targets import prunable_weights
 from .packing import PackReport, load_pruned, pack, unpack
 from .permutation import PermutationReport, permute_channels
+from .refitting import Refit, refit
 from .report import SparsityReport, sparsity_report
 from .trainer import PruningTrainer
 
@@ -26,6 +27,7 @@ __all__ = [
     "PruningConfig",
     "PruningState",
     "PruningTrainer",
+    "Refit",
     "SparsityReport",
     "WeightStats",
     "export_onnx",
@@ -36,6 +38,7 @@ __all__ = [
     "pack",
     "permute_channels",
     "prunable_weights",
+    "refit",
     "sparsity_report",
     "unpack",
     "verify",

@@ -35,6 +35,7 @@ WHOLE_NUMBERS = (
     "trial_batch_size",
     "level_eval_steps",
     "max_selection_samples",
+    "refit_rows",
 )
 BOOLEANS = (
     "lr_rewind",
@@ -81,6 +82,7 @@ def check_pruning(config: PruningConfig) -> None:
     check_candidates(config)
     check_scope(config)
     check_sparsity_and_levels(config)
+    check_refit(config)
     check_ranges(config)
 
 
@@ -292,8 +294,19 @@ def check_sparsity_and_levels(config: PruningConfig) -> None:
     config.num_levels = len(config.levels)
 
 
+def check_refit(config: PruningConfig) -> None:
+    if config.soft and config.refit_rows:
+        raise ValueError(
+            f"refit_rows={config.refit_rows} has no meaning with method={config.method!r}, whose weights are trained "
+            "as they are cut: leave it unset"
+        )
+    if config.refit_rows is None:  # magnitude is the plain baseline, and the paper's proposals stay the paper's
+        config.refit_rows = 0 if config.soft or config.criterion == "magnitude" else 256
+
+
 def check_ranges(config: PruningConfig) -> None:
     for name, low in (
+        ("refit_rows", 0),
         ("criterion_batches", 0),
         ("criterion_batch_size", 1),
         ("level_eval_steps", 0),

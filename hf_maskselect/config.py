@@ -135,6 +135,13 @@ class PruningConfig(TrainingArguments):
             attention, which it switches on.
         distill_temperature (`float`, defaults to 1), hard_label_weight (`float`, defaults to 0).
 
+    > After each cut (hard masks)
+
+    Args:
+        refit_rows (`int`, *optional*): train rows on which every cut matrix is fitted to what it computed before, by
+            least squares over the weights it keeps, before training goes on (see [`refit`]). Costs as much as training
+            on twice as many rows. Defaults to 256, and to 0 (off) where `criterion` is magnitude, the plain baseline.
+
     > Storage
 
     Args:
@@ -235,6 +242,10 @@ class PruningConfig(TrainingArguments):
     distill_attention: float = field(default=0.0, metadata={"help": "Weight of the attention-map loss."})
     distill_temperature: float = field(default=1.0, metadata={"help": "Temperature of the soft labels."})
     hard_label_weight: float = field(default=0.0, metadata={"help": "Weight of the label loss beside the teacher's."})
+
+    refit_rows: int | None = field(
+        default=None, metadata={"help": "Train rows that cut matrices are fitted on (256; magnitude 0)."}
+    )
 
     pack_on_save: bool = field(default=False, metadata={"help": "Also write the packed file beside a saved model."})
 

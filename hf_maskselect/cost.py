@@ -19,7 +19,7 @@ from .masking.targets import prunable_weights
 from .report import text_table
 from .rungs import search_rungs
 from .selection import statistics_needed
-from .trials import EARLY_EVALUATIONS
+from .trials import EARLY_EVALUATIONS, REFIT_COST
 
 Rungs = list[tuple[int, int]]
 
@@ -68,6 +68,13 @@ class Workload:
         needed = bool(statistics_needed(self.config, CRITERIA))
         return self.config.criterion_batches * self.config.criterion_batch_size * needed
 
+    @property
+    def refitted(self) -> float:
+        """Rows of training that one refit takes as long as."""
+        return REFIT_COST * min(
+            self.config.refit_rows, self.train_rows - self.held_out * self.config.needs_selection_split
+        )
+
     def rungs(self, ranks: int) -> list[Rungs]:
         """Of every level."""
         epoch = max(1, (self.train_rows - self.held_out) // self.trial_rows(ranks))
@@ -79,12 +86,12 @@ class Workload:
 class Cost:
     """What the model says of one number of ranks.
 
-    compute: of all searches, in training steps (a forward pass is a third of one), summed over ranks; statistics,
-    which every rank computes for itself, count once. time: of all searches, in times of the training. busy: share of
-    the ranks' time in trials that is spent on trials. training_bytes, search_bytes: largest memory of a rank for
-    weights, gradients, AdamW's moments and hard masks in fp32 (activations come on top). sent: by a rank in one
-    search; gathered: of all ranks' messages. trained: bytes that a rank sends in one training step (a ring all-reduce
-    of the gradients).
+    compute: of all searches, in training steps (a forward pass is a third of one), summed over ranks; statistics and
+    the refit of the chosen mask, which every rank computes for itself, count once. time: of all searches, in times of
+    the training. busy: share of the ranks' time in trials that is spent on trials. training_bytes, search_bytes:
+    largest memory of a rank for weights, gradients, AdamW's moments and hard masks in fp32 (activations come on top).
+    sent: by a rank in one search, with the weights that one of them shares; gathered: of all ranks' messages.
+    trained: bytes that a rank sends in one training step (a ring all-reduce of the gradients).
     """
 
     ranks: int
@@ -126,30 +133,34 @@ def search_cost(work: Workload, ranks: int) -> Cost:
     """
     levels, trial_rows = work.rungs(ranks), work.trial_rows(ranks)
     marks = EARLY_EVALUATIONS if work.config.selection == "early" else 1
-    statistics = work.samples * len(levels)
+    survive = work.config.selection == "survivors"
+    once = work.samples * len(levels)  # what every rank does for itself
+    once += work.refitted * sum(not (rungs and survive) for rungs in levels)
     trials = longest = 0.0  # in rows, forward and backward
     for rungs in levels:
-        for count, steps in rungs:
+        for rung, (count, steps) in enumerate(rungs):
             trial = steps * trial_rows + min(marks, steps) * work.held_out / 3
+            trial += work.refitted if rung == 0 or not survive else 0
             trials += count * trial
             longest += math.ceil(count / ranks) * trial
     if longest and work.teaches:
         trials += work.held_out / 3
         longest += work.held_out / 3
-    sent = max(exchanged(rungs, ranks) for rungs in levels) if ranks > 1 else 0
     weights = 4 * work.parameters
-    if sent and longest and work.config.selection == "survivors":
-        sent += weights  # the winner's, to all
+    messages = max(exchanged(rungs, ranks) for rungs in levels) if ranks > 1 else 0
+    shared = 0  # by one rank, to all: what the winner has trained, or how the chosen matrices were fitted
+    if ranks > 1:
+        shared = weights if longest and survive else 4 * work.prunable * bool(work.config.refit_rows)
     training = 4 * weights + 4 * work.prunable + (weights if ranks > 1 else 0)  # the buckets of the all-reduce
     return Cost(
         ranks,
-        (trials + statistics) / (work.rows * ranks),
-        (longest + statistics) / (work.config.max_steps * work.rows),
+        (trials + once) / (work.rows * ranks),
+        (longest + once) / (work.config.max_steps * work.rows),
         trials / (longest * ranks) if longest else 1.0,
         training,
         training + (3 * weights if longest else 0),  # a copy of the weights, and the moments of a trial
-        sent,
-        sent * ranks,
+        messages + shared,
+        messages * ranks + shared,
         round(2 * weights * (ranks - 1) / ranks),
     )
 

@@ -70,6 +70,11 @@ def _check_fsdp(args: PruningConfig, trainer: Trainer, score_fn: ScoreFn | None)
             f"set it to 1, {ddp}, where the ranks share the trials",
         ),
         (
+            args.refit_rows,
+            f"refit_rows={args.refit_rows} needs whole matrices",
+            f"set it to 0, {ddp}",
+        ),
+        (
             args.level_eval_steps,
             f"level_eval_steps={args.level_eval_steps} keeps whole weights",
             f"set it to 0, {ddp}",

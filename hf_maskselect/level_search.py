@@ -35,7 +35,8 @@ class Candidate:
 @dataclass
 class LevelSearch:
     """What one search did. step_equivalents: the whole cost, of all ranks together, in steps of the training (by rows,
-    a forward pass counted as a third); seconds: by the clock."""
+    a forward pass counted as a third); seconds: by the clock; cut_error, refit_error: of the matrices' outputs under
+    the chosen masks, before and after they were fitted, as shares of their variance (mean; None where none was)."""
 
     level: int
     sparsity: float
@@ -43,6 +44,8 @@ class LevelSearch:
     candidates: list[Candidate]
     step_equivalents: float = 0.0
     seconds: float = 0.0
+    cut_error: float | None = None
+    refit_error: float | None = None
 
     def metrics(self) -> dict[str, float]:
         """The `search_*` values that are logged."""
@@ -52,6 +55,8 @@ class LevelSearch:
             "search_step_equivalents": self.step_equivalents,
             "search_seconds": self.seconds,
         }
+        if self.refit_error is not None:
+            logged |= {"cut_error": self.cut_error, "refit_error": self.refit_error}
         if last:
             chosen = next(c for c in self.candidates if c.chosen)
             logged |= {

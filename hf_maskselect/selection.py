@@ -29,6 +29,7 @@ from .masking.scores import Criterion, GradientStats, StoredStats
 from .methods.hard import HardMasks
 from .proposals import Proposal, gradient_needs, key_seed, proposal_pool, propose
 from .ranks import Ranks, deal, deal_to_holders
+from .refitting import Refit
 from .rungs import search_rungs, survivors
 from .survivors import Survivors
 from .trials import EARLY_EVALUATIONS, Trial, TrialBench
@@ -118,6 +119,8 @@ class MaskSearch:
             masks = self._load(chosen)
             if chosen.steps and self._config.selection == "survivors":
                 self._adopt(chosen)
+            elif self._config.refit_rows:
+                self._cut(masks, done)
         self._ranks.agree(masks.digests, f"the masks of level {level + 1}")
         done.seconds = round(time.monotonic() - start, 2)
         self.history.append(done)
@@ -135,6 +138,21 @@ class MaskSearch:
         weights = self._together(lambda: survivors.load(digest) if ranks.rank == source else None)
         self._bench.put(ranks.share(weights, source))
         self.adopted = chosen.scores[-1]
+
+    def _cut(self, masks: MaskSet, search: LevelSearch) -> None:
+        """Prune the model by the chosen masks and refit what they keep; all ranks get the weights of the first."""
+        bench, method = self._bench, self._method
+
+        def cut() -> Refit:
+            before = {name: weight.detach().clone() for name, weight in method.weights.items()}
+            method.set_masks(masks)
+            return bench.refit(before, search.level)
+
+        done = self._together(cut)
+        bench.put(self._ranks.share(bench.refitted(done) if self._ranks.rank == 0 else None, 0))
+        if done.fitted:
+            search.cut_error, search.refit_error = done.mean_cut, done.mean_fitted
+        search.step_equivalents += bench.steps_of_refit()
 
     def _together(self, work: Callable[[], T]) -> T:
         """This rank's result of what every rank does; an error of one stops all. With sharded weights the work is a
@@ -260,7 +278,8 @@ class MaskSearch:
                     candidate.scores.append(scores[candidate.index])
                     candidate.steps += steps
                     trained = steps * bench.rows_per_step() / bench.rows_of_training()
-                    search.step_equivalents += trained + marks * bench.steps_of_score()
+                    refitted = bench.steps_of_refit() if before == 0 else 0.0
+                    search.step_equivalents += refitted + trained + marks * bench.steps_of_score()
         if not any(len(done.candidates) > 1 for done in self.history):  # the first race
             search.step_equivalents += bench.steps_of_teaching()
         min(racing, key=lambda c: c.rank).chosen = True

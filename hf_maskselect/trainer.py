@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -230,8 +230,12 @@ class PruningTrainer(HubTrainer):
 
     # -- training ----------------------------------------------------------------------------------------------------
 
+    def own_inputs(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Those of the model, without what is for the teacher alone."""
+        return {name: value for name, value in inputs.items() if name not in self._teacher_only}
+
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        own = {name: value for name, value in inputs.items() if name not in self._teacher_only}
+        own = self.own_inputs(inputs)
         if self._distiller is None or not model.training:
             return super().compute_loss(model, own, return_outputs, num_items_in_batch)
         asked = {**own, **self._distiller.student_kwargs}
@@ -250,9 +254,8 @@ class PruningTrainer(HubTrainer):
         Without soft labels it is the label loss."""
         if soft_labels is None:
             return self.compute_loss(self.model, inputs)
-        own = {name: value for name, value in inputs.items() if name not in self._teacher_only}
         with self.accelerator.autocast():
-            return self._distiller.disagreement(inputs, self.model(**own), soft_labels)
+            return self._distiller.disagreement(inputs, self.model(**self.own_inputs(inputs)), soft_labels)
 
     def _clip_grad_norm(self, model):
         self._method.before_clipping()

@@ -25,10 +25,12 @@ from .masking.maskset import MaskSet
 from .masking.scores import GradientStats
 from .methods.hard import HardMasks
 from .proposals import key_seed
+from .refitting import Refit, refit
 
 EARLY_EVALUATIONS = 20  # of one "early" trial; its score is the mean of the last ten (arXiv 2310.13183)
 EARLY_MEAN = 10
 TRIAL_WARMUP = 0.1
+REFIT_COST = 2  # rows of training that one row of a refit takes as long as
 MOST_SOFT_LABELS = 1 << 24  # numbers of the teacher that are kept to score with
 # What says where a run writes, what it resumes from and how far it got, and nothing about what it computes.
 _ANY = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "hub_token", "push_to_hub_token")
@@ -185,6 +187,29 @@ class TrialBench:
                     stats.sample(trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs)))
         return stats
 
+    def refit(self, before: Mapping[str, torch.Tensor], level: int) -> Refit:
+        """Fit what the masks in force have left to what it computed with the weights `before`, by name."""
+        trainer, args = self._trainer, self._trainer.args
+        order = torch.Generator().manual_seed(key_seed(args.seed, "refit", level))
+        rows = torch.randperm(len(trainer.train_dataset), generator=order)[: args.refit_rows].tolist()
+        with self.random_state(), _deterministic(args.device):
+            set_seed(key_seed(args.seed, "refit", level) % 2**32)  # for a collator that draws
+            (inputs,) = self._loader(trainer.train_dataset, len(rows), rows)
+            inputs = trainer.own_inputs(trainer._prepare_inputs(inputs))
+            trainer.model.eval()
+            return refit(trainer.model, self._method.weights, before, inputs)
+
+    def refitted(self, done: Refit) -> dict[str, torch.Tensor]:
+        """The parameters that a refit has changed, as they are now."""
+        layers = {name.removesuffix("weight") for name in done.fitted}
+        named = self._trainer.model.named_parameters()
+        return {name: tensor.detach() for name, tensor in named if name.rpartition(".")[0] + "." in layers}
+
+    def steps_of_refit(self) -> float:
+        """Cost of one `refit` in training steps."""
+        rows = min(self._trainer.args.refit_rows, len(self._trainer.train_dataset))
+        return REFIT_COST * rows / self.rows_of_training()
+
     def trial(
         self,
         load_masks: Callable[[], MaskSet],
@@ -203,6 +228,8 @@ class TrialBench:
         if load_start is not None:
             self.put(load_start())
         method.set_masks(load_masks())  # a loader, so that nobody keeps the boolean masks while the trial runs
+        if args.refit_rows and load_start is None:
+            self.refit(self._saved, level)
         order = (level, trial.before) if trial.before else (level,)  # a shuffled training goes on with other rows
         set_seed(key_seed(args.seed, "trial", *order) % 2**32)
         optimizer = trainer.new_optimizer(trial.learning_rate)

@@ -40,6 +40,7 @@ NM = {"pattern": "2:4", "sparsity": None, "num_levels": None}
         (fsdp(cpu_offload=CPUOffloadPolicy()), {}, "cpu_offload"),
         (fsdp(activation_checkpointing=True), {}, "gradient_checkpointing=True"),
         (fsdp(), {"method": "random"}, "num_candidates=4 .* set it to 1, or use DistributedDataParallel"),
+        (fsdp(), {"method": "taylor"}, "refit_rows=256 needs whole matrices: set it to 0, or use DistributedData"),
         (fsdp(), {"level_eval_steps": 2}, "level_eval_steps"),
         (fsdp(), {**NM, "permute_channels": True}, "hf_maskselect.permute_channels"),
         (fsdp(), {"method": "gumbel", "num_levels": None}, "'pdp' with an N:M pattern"),
@@ -58,11 +59,11 @@ def test_what_is_not_supported_is_refused(tmp_path, trainer, changes, expected):
 
 def test_a_user_score_is_refused_on_rows_of_one_rank(tmp_path):
     with pytest.raises(ValueError, match="score_fn"):
-        check_engine(make_config(tmp_path, method="random", num_candidates=1), fsdp(), lambda *_: None)
+        check_engine(make_config(tmp_path, method="random", num_candidates=1, refit_rows=0), fsdp(), lambda *_: None)
 
 
 def test_what_is_supported_passes(tmp_path):
-    for changes in ({}, {"method": "random", "num_candidates": 1}, {**PDP, **NM}, NM):
+    for changes in ({}, {"method": "random", "num_candidates": 1, "refit_rows": 0}, {**PDP, **NM}, NM):
         check_engine(make_config(tmp_path, **changes), fsdp(), None)
     check_engine(make_config(tmp_path, method="random"), engine(), None)
 

@@ -154,7 +154,10 @@ def test_the_table_says_why(tmp_path):
         rows = 4 * 8 / 8  # gradient samples in steps of eight rows
         trained = sum(c["steps"] for c in level["candidates"])
         scored = sum(len(c["scores"]) for c in level["candidates"]) * len(trainer.selection_dataset) / 24
-        assert level["step_equivalents"] == pytest.approx(rows + trained + scored)
+        trials = sum(len(c["scores"]) for c in level["candidates"])
+        refitted = (trials + 1) * 2 * len(trainer.train_dataset) / 8  # fewer rows than refit_rows
+        assert level["step_equivalents"] == pytest.approx(rows + trained + scored + refitted)
+        assert 0 < level["refit_error"] < level["cut_error"]
     summary = trainer.search_summary()
     assert summary["search_cost_ratio"] == pytest.approx(summary["search_step_equivalents"] / 12, abs=1e-2)
     assert [e["search_level"] for e in trainer.state.log_history if "search_level" in e] == [1, 2]

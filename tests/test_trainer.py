@@ -99,7 +99,8 @@ def test_moments_of_newly_dead_weights_are_cleared(tmp_path):
 
 
 @pytest.mark.parametrize("with_teacher", [False, True])
-def test_the_trajectory_does_not_depend_on_accumulation(tmp_path, with_teacher):
+@pytest.mark.parametrize(("refit_rows", "close"), [(0, 1e-5), (64, 2e-4)])  # least squares magnify what rounding left
+def test_the_trajectory_does_not_depend_on_accumulation(tmp_path, with_teacher, refit_rows, close):
     runs = []
     for size, accumulation in ((16, 1), (8, 2), (4, 4)):
         model = make()
@@ -109,14 +110,15 @@ def test_the_trajectory_does_not_depend_on_accumulation(tmp_path, with_teacher):
             method="taylor",
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulation,
+            refit_rows=refit_rows,
             keywords={"teacher": make(seed=3) if with_teacher else None},
         )
         trainer.train()
         runs.append((losses(trainer), masks_of(trainer).digest(), trainer.evaluate()["eval_loss"]))
     for run_losses, digest, loss in runs[1:]:
-        assert run_losses == pytest.approx(runs[0][0], abs=1e-5)
+        assert run_losses == pytest.approx(runs[0][0], abs=close)
         assert digest == runs[0][1]
-        assert loss == pytest.approx(runs[0][2], abs=1e-5)
+        assert loss == pytest.approx(runs[0][2], abs=close)
 
 
 def test_dense_warmup_is_the_plain_trainer(tmp_path):

@@ -18,12 +18,21 @@ from hf_maskselect.checkpoint import verify
 SCRIPT, RANKS = Path(__file__).with_name("fsdp_ranks.py"), 3
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}  # leaves parameters gathered, which must not matter
 SAVED = {"save_strategy": "steps", "save_steps": 3}
+CUT = {"refit_rows": 0}
 ONE_LEVEL = {"pattern": "2:4", "sparsity": None, "num_levels": None}
 SOFT = {"pdp_tau": 1e-3, "frozen_steps": 3, "pruning_warmup_steps": 2, "gradient_accumulation_steps": 2}
 RUNS = {
     "magnitude": {**EVALUATED, **SAVED},
-    "taylor": {"method": "taylor", "scope": "global", "fsdp": {"reshard_after_forward": True}},
-    "2:4": {**ONE_LEVEL, "method": "fisher", "load_best_model_at_end": True, **EVALUATED, **SAVED, "save_steps": 4},
+    "taylor": {**CUT, "method": "taylor", "scope": "global", "fsdp": {"reshard_after_forward": True}},
+    "2:4": {
+        **CUT,
+        **ONE_LEVEL,
+        "method": "fisher",
+        "load_best_model_at_end": True,
+        **EVALUATED,
+        **SAVED,
+        "save_steps": 4,
+    },
     "pdp": {**ONE_LEVEL, "method": "pdp", **SOFT, **EVALUATED, **SAVED},
 }
 

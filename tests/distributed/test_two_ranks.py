@@ -16,12 +16,13 @@ from hf_maskselect import PruningState
 from hf_maskselect.cost import Workload, exchanged, search_cost
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
-SEARCH = {"method": "random", "num_candidates": 4, "trial_steps": 2}
+SEARCH = {"method": "random", "num_candidates": 4, "trial_steps": 2, "refit_rows": 0}
 METHODS = {
     "random": {**SEARCH, "level_eval_steps": 2},
     "pdp": {"method": "pdp", "num_levels": None, "frozen_steps": 3, "num_candidates": 2, "trial_steps": 2},
     "gumbel": {"method": "gumbel", "num_levels": None, "frozen_steps": 0},
     "survivors": {**SEARCH, "selection": "survivors", "max_steps": 24},
+    "refit": {**SEARCH, "refit_rows": 32},
 }
 APART = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 

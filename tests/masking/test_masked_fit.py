@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from hf_maskselect.masking import least_squares
+from hf_maskselect.masking.least_squares import fit_masked
+
+
+def problem(seed=0, rows=200, inputs=24, outputs=10):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, inputs, generator=generator, dtype=torch.float64) @ torch.randn(
+        inputs, inputs, generator=generator, dtype=torch.float64
+    )
+    missing = torch.randn(rows, outputs, generator=generator, dtype=torch.float64)
+    keep = (torch.rand(outputs, inputs, generator=generator) > 0.6).double()
+    return x, missing, keep
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_is_the_solution_of_every_output_alone(monkeypatch, seed):
+    monkeypatch.setattr(least_squares, "ITERATIONS", 100)
+    x, missing, keep = problem(seed)
+    gram, cross = x.T @ x, missing.T @ x
+    delta = fit_masked(gram, cross, keep)
+    assert torch.equal(delta * (1 - keep), torch.zeros_like(delta))
+    ridge = least_squares.RIDGE * gram.diagonal().mean()
+    for row, kept in zip(range(len(keep)), keep.bool(), strict=True):
+        system = gram[kept][:, kept] + ridge * torch.eye(int(kept.sum()), dtype=torch.float64)
+        assert torch.allclose(delta[row, kept], torch.linalg.solve(system, cross[row, kept]), atol=1e-9)
+
+
+def test_few_iterations_are_close_to_many(monkeypatch):
+    x, missing, keep = problem(rows=2000, inputs=64)
+    gram, cross = x.T @ x, missing.T @ x
+    few = fit_masked(gram, cross, keep)
+    monkeypatch.setattr(least_squares, "ITERATIONS", 200)
+    many = fit_masked(gram, cross, keep)
+
+    def error(delta):
+        return (missing - x @ delta.T).square().sum()
+
+    assert error(few) <= 1.01 * error(many) < error(torch.zeros_like(few))
+
+
+def test_nothing_to_fit_changes_nothing():
+    x, missing, keep = problem()
+    x[:, 0] = 0  # an input that never varies
+    keep[1] = 0  # an output that keeps nothing
+    delta = fit_masked(x.T @ x, missing.T @ x, keep)
+    assert torch.isfinite(delta).all()
+    assert not delta[:, 0].any() and not delta[1].any()
+    assert not fit_masked(x.T @ x, torch.zeros_like(delta), keep).any()
+    assert not fit_masked(torch.zeros(24, 24).double(), torch.zeros_like(delta), keep).any()

@@ -1,0 +1,203 @@
+import pytest
+import torch
+from tiny import FAMILIES, make, make_config, make_rows, make_trainer, same, weights_of
+from transformers import GPT2Config, GPT2ForSequenceClassification, ResNetConfig, ResNetForImageClassification
+
+from hf_maskselect.masking.targets import prunable_weights
+from hf_maskselect.refitting import refit
+
+
+def batch(count=96, length=8):
+    rows = make_rows(count, length)
+    return {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "attention_mask")}
+
+
+def cut(model, share=0.5, seed=0):
+    """Zero a random share of every prunable weight; returns the weights and what they were."""
+    weights, generator = prunable_weights(model), torch.Generator().manual_seed(seed)
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    with torch.no_grad():
+        for weight in weights.values():
+            weight.mul_(torch.rand(weight.shape, generator=generator) > share)
+    return weights, before
+
+
+def zeros(weights):
+    return {name: weight == 0 for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_fitted_and_stays_as_sparse(family):
+    model = make(family).eval()
+    inputs = batch()
+    dense = model(**inputs).logits
+    weights, before = cut(model)
+    off, dead, rest = (model(**inputs).logits - dense).norm(), zeros(weights), weights_of(model)
+    done = refit(model, weights, before, inputs)
+    assert all(torch.equal(weight == 0, dead[name]) for name, weight in weights.items())
+    left = set(weights) - set(done.fitted)
+    if family == "Albert":  # its layers are used at every depth
+        assert not done.fitted and same(weights_of(model), rest)
+        return
+    # DeBERTa's projections of positions read no rows
+    assert not left or (family == "DebertaV2" and all("query" in name or "key" in name for name in left))
+    assert all(done.fitted[name] < done.cut[name] for name in done.fitted)
+    assert (model(**inputs).logits - dense).norm() < off
+    changed = {name for name, tensor in weights_of(model).items() if not torch.equal(tensor, rest[name])}
+    layers = {name.removesuffix("weight") for name in done.fitted}
+    assert changed <= {f"{layer}{kind}" for layer in layers for kind in ("weight", "bias")}
+    assert set(done.fitted) <= changed
+
+
+def test_nothing_cut_is_nothing_to_fit():
+    model = make().eval()
+    weights, before = cut(model, share=0.0)
+    refit(model, weights, before, batch())
+    assert all(torch.allclose(weight, before[name], atol=1e-5) for name, weight in weights.items())
+
+
+def test_what_others_can_make_good_is_made_good():
+    """Two inputs are the same: one of them is cut, the other takes its share."""
+    model = make().eval()
+    intermediate, output = (
+        model.bert.encoder.layer[1].get_submodule(n) for n in ("intermediate.dense", "output.dense")
+    )
+    with torch.no_grad():
+        intermediate.weight[1], intermediate.bias[1] = intermediate.weight[0], intermediate.bias[0]
+    weights, inputs = prunable_weights(model), batch()
+    dense = model(**inputs).logits
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    with torch.no_grad():
+        output.weight[:, 1] = 0
+    assert not torch.allclose(model(**inputs).logits, dense, atol=1e-2)
+    done = refit(model, weights, before, inputs)
+    assert done.fitted["bert.encoder.layer.1.output.dense.weight"] < 1e-3
+    assert torch.allclose(model(**inputs).logits, dense, atol=2e-2)
+
+
+def test_padding_has_no_say():
+    rows = batch(64, 8)
+    rows["attention_mask"][::2, 6:] = 0
+    other = {**rows, "input_ids": torch.where(rows["attention_mask"].bool(), rows["input_ids"], 5)}
+    fitted = []
+    for inputs in (rows, other):
+        model = make().eval()
+        refit(model, *cut(model), inputs)
+        fitted.append(weights_of(model))
+    assert all(torch.allclose(fitted[0][name], fitted[1][name], atol=1e-4) for name in fitted[0])
+
+
+def test_frozen_parameters_stay():
+    model = make().eval()
+    for name, parameter in model.named_parameters():
+        if "layer.0" in name or name.endswith("bias"):
+            parameter.requires_grad_(False)
+    weights, before = cut(model)
+    start = weights_of(model)
+    done = refit(model, weights, before, batch())
+    assert set(done.fitted) == {name for name in weights if "layer.1" in name}
+    changed = {name for name, tensor in weights_of(model).items() if not torch.equal(tensor, start[name])}
+    assert changed == set(done.fitted)
+    assert all(done.fitted[name] < done.cut[name] for name in done.fitted)
+
+
+def test_transposed_layers_are_fitted_and_convolutions_are_left():
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2, pad_token_id=0)
+    gpt = GPT2ForSequenceClassification(config).eval()
+    weights, before = cut(gpt)
+    done = refit(gpt, weights, before, batch())
+    assert set(done.fitted) == set(weights)
+    assert all(done.fitted[name] < done.cut[name] for name in weights)
+    net = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])).eval()
+    weights, before = cut(net)
+    start = weights_of(net)
+    assert not refit(net, weights, before, {"pixel_values": torch.randn(4, 3, 32, 32)}).fitted
+    assert same(weights_of(net), start)
+
+
+def test_long_rows_are_fewer(monkeypatch):
+    monkeypatch.setattr("hf_maskselect.refitting.MOST_POSITIONS", 8 * 16)
+    fitted = []
+    for count in (16, 96):
+        model = make().eval()
+        refit(model, *cut(model), batch(count))
+        fitted.append(weights_of(model))
+    assert same(*fitted)
+
+
+def test_modules_are_left_as_they_were():
+    model = make().eval()
+    dense = model.bert.encoder.layer[0].output.dense
+    own = dense.forward
+    dense.forward = lambda values: own(values)  # as wrappers have it
+    wrapped = dense.forward
+    refit(model, *cut(model), batch())
+    assert dense.forward is wrapped
+    assert "forward" not in vars(model.bert.encoder.layer[1].output.dense)
+
+
+def test_half_precision_is_fitted():
+    model = make().eval().to(torch.bfloat16)
+    done = refit(model, *cut(model), batch())
+    assert all(done.fitted[name] < done.cut[name] for name in done.fitted)
+    assert all(weight.dtype == torch.bfloat16 for weight in model.parameters())
+
+
+# -- in a run --------------------------------------------------------------------------------------------------------
+
+
+def test_the_defaults(tmp_path):
+    rows = {
+        method: make_config(tmp_path, method=method, **changes).refit_rows
+        for method, changes in (
+            ("magnitude", {}),
+            ("taylor", {}),
+            ("fisher", {}),
+            ("random", {}),
+            ("pdp", {"num_levels": None}),
+            ("gumbel", {"num_levels": None}),
+        )
+    }
+    assert rows == {"magnitude": 0, "taylor": 256, "fisher": 256, "random": 256, "pdp": 0, "gumbel": 0}
+    assert make_config(tmp_path, method="random", proposals=["paper"]).refit_rows == 0
+    assert make_config(tmp_path, refit_rows=32).refit_rows == 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"refit_rows": -1}, "refit_rows=-1"),
+        ({"refit_rows": 1.5}, "whole number"),
+        ({"method": "pdp", "num_levels": None, "refit_rows": 8}, "no meaning with method='pdp'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tmp_path, changes, expected):
+    with pytest.raises(ValueError, match=expected):
+        make_config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("selection", ["halving", "survivors"])
+def test_a_search_tries_what_the_run_goes_on_from(tmp_path, selection, monkeypatch):
+    """The fit of the winner's trial is the fit of the run, to the bit; survivors are not fitted again."""
+    trainer = make_trainer(tmp_path, method="random", num_levels=1, selection=selection, refit_rows=32)
+    fitted = {}
+    fit = trainer._bench.refit
+
+    def written_down(before, level):
+        done = fit(before, level)
+        fitted.setdefault(trainer._method.masks.digest(), []).append(weights_of(trainer.model))
+        return done
+
+    monkeypatch.setattr(trainer._bench, "refit", written_down)
+    trainer.train()
+    chosen = next(c for c in trainer._search.history[0].candidates if c.chosen)
+    found = fitted[chosen.digest]
+    assert len(found) == (len(chosen.scores) + 1 if selection == "halving" else 1)
+    assert all(same(found[0], other) for other in found)
+    assert len(fitted) == len(trainer._search.history[0].candidates)
+
+
+def test_a_run_without_it_cuts_alone(tmp_path):
+    trainer = make_trainer(tmp_path, method="taylor", refit_rows=0)
+    trainer.train()
+    assert all(search.refit_error is None for search in trainer._search.history)
