@@ -194,6 +194,7 @@ def run(job: Job, model, config, options: argparse.Namespace, folder: Path) -> N
     norms = input_norms(trainer)
     criteria = {**CRITERIA, "activation": Criterion(lambda n, w, _: w.detach().abs().float() * norms[n], (), 5.0)}
     before, weights = trainer._method.masks, trainer._method.weights
+    before_cut = {name: weight.detach().clone() for name, weight in weights.items()}
     masks: list[MaskSet] = [
         propose(
             proposal,
@@ -214,6 +215,8 @@ def run(job: Job, model, config, options: argparse.Namespace, folder: Path) -> N
             bench.seen = []
             bench.restore()
             trainer._method.set_masks(masks[index])
+            if config.refit_rows:
+                bench.refit(before_cut, seed)
             bench.score()
             bench.trial(lambda index=index: masks[index], trial, seed, tqdm(disable=True))
             told = {

@@ -139,8 +139,9 @@ class PruningConfig(TrainingArguments):
 
     Args:
         refit_rows (`int`, *optional*): train rows on which every cut matrix is fitted to what it computed before, by
-            least squares over the weights it keeps, before training goes on (see [`refit`]). Costs as much as training
-            on twice as many rows. Defaults to 256, and to 0 (off) where `criterion` is magnitude, the plain baseline.
+            least squares over the weights it keeps, before training goes on (see [`refit`]); at most so many as have
+            16,384 tokens. Costs as much as training on twice as many rows. Defaults to 256, and to 0 (off) where
+            `criterion` is magnitude, the plain baseline.
 
     > Storage
 

@@ -158,7 +158,8 @@ def search_cost(work: Workload, ranks: int) -> Cost:
         (longest + once) / (work.config.max_steps * work.rows),
         trials / (longest * ranks) if longest else 1.0,
         training,
-        training + (3 * weights if longest else 0),  # a copy of the weights, and the moments of a trial
+        # A copy of the weights, and the moments of a trial; or what the matrices were before the cut.
+        training + (3 * weights if longest else 4 * work.prunable if work.config.refit_rows else 0),
         messages + shared,
         messages * ranks + shared,
         round(2 * weights * (ranks - 1) / ranks),

@@ -9,9 +9,10 @@ at what the uncut model computes from its own inputs, so that errors are made go
 from __future__ import annotations
 
 import contextlib
-import statistics
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -21,27 +22,30 @@ from transformers.trainer_pt_utils import find_batch_size
 from .masking.least_squares import fit_masked
 from .masking.targets import transposed_weights
 
-Forward = Callable[[Tensor], Tensor]
-MOST_POSITIONS = 1 << 14  # tokens of the batch, padding too: they pass the model at once, twice
+Forward = Callable[..., Tensor]
+
+
+class _Enough(Exception):
+    """The last matrix is fitted: what the model would do with its output is of no use."""
 
 
 @dataclass
 class Refit:
-    """What a refit did. cut, fitted: by name of the weight, the error of the matrix's output, right after the cut and
-    after the fit, as a share of the variance that it should have."""
+    """What a refit did. cut, fitted: by name of the weight, the squared error of the matrix's output before and after
+    its fit, as a share of the variance that it should have; its input comes from matrices fitted before it."""
 
     cut: dict[str, float] = field(default_factory=dict)
     fitted: dict[str, float] = field(default_factory=dict)
 
     @property
     def mean_cut(self) -> float:
-        """Mean over matrices."""
-        return statistics.mean(self.cut.values())
+        """Mean over matrices, NaN where none was fitted."""
+        return fmean(self.cut.values()) if self.cut else math.nan
 
     @property
     def mean_fitted(self) -> float:
         """Likewise."""
-        return statistics.mean(self.fitted.values())
+        return fmean(self.fitted.values()) if self.fitted else math.nan
 
 
 @torch.no_grad()
@@ -51,59 +55,110 @@ def refit(
     before: Mapping[str, Tensor],
     inputs: Mapping[str, object],
 ) -> Refit:
-    """Fit the weights that are not zero, and their biases, in place; in one forward pass.
+    """Fit the weights that are not zero, and their biases, in place; in one forward pass, in float32 at least.
 
     The batch goes through the model twice side by side: its first half sees the uncut matrices, its second half the
     cut ones, each of which is fitted the moment its input is known. All other modules treat the rows of a batch alike.
 
-    Fitted are linear layers (also `Conv1D`) whose weight takes a gradient and that are used once in a forward pass, on
-    one input for every row; convolutions and layers shared between depths (ALBERT) stay as they were cut.
+    Fitted are the matrices of `fittable`; the others stay as they were cut, and so does one for which there are too
+    few positions, or whose fit is no better than the cut (or not finite).
 
     Args:
         model: in eval mode, not wrapped.
         weights: those that were cut, by name.
         before: their values before the cut, by name; may hold more.
-        inputs: keyword arguments of one forward pass, of which so many rows are used that their `input_ids` are no
-            more than `MOST_POSITIONS`. Positions where `attention_mask` is 0 are not fitted to.
+        inputs: keyword arguments of one forward pass. Positions where `attention_mask` is 0 are not fitted to, where
+            it has a place for every position of a matrix's input.
+
+    Raises:
+        ValueError: the model is in training mode.
     """
+    if model.training:
+        raise ValueError("refit needs a model in eval mode, else it would be fitted to dropout: call model.eval()")
+    calls = fittable(model, weights, inputs)
+    if not calls:
+        return Refit()
     modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in weights}
-    fits = {name for name, weight in weights.items() if weight.requires_grad and weight.dim() == 2}
-    fits &= _used_once(model, {name: modules[name] for name in fits}, _of_rows(inputs, lambda rows: rows[:2]))
-    if "input_ids" in inputs:
-        most = max(1, MOST_POSITIONS // inputs["input_ids"].shape[1])
-        inputs = _of_rows(inputs, lambda rows: rows[:most])
     transposed, real = transposed_weights(model), inputs.get("attention_mask")
-    done, rows = Refit(), find_batch_size(inputs)
+    done, rows, last = Refit(), find_batch_size(inputs), list(calls)[-1]
 
     def forward_of(name: str) -> Forward:
-        weight, bias, old = weights[name], modules[name].bias, before[name]
-        weight, old = (weight.T, old.T) if name in transposed else (weight, old)  # views
+        module, original, weight = modules[name], modules[name].forward, weights[name]
+        old = before[name].to(weight.dtype)
+        if name in transposed:
+            old, weight = old.T, weight.T  # views
 
-        def forward(values: Tensor) -> Tensor:
-            wanted = linear(values[:rows], old, bias)
-            x, y = _positions(values[rows:], real), _positions(wanted, real)
-            done.cut[name], done.fitted[name] = _fit(weight, bias, x, y)
-            return torch.cat([wanted, linear(values[rows:], weight, bias)])
+        def halves(values: Tensor) -> Tensor:
+            """Of a matrix that is not fitted: uncut for the first half, cut for the second."""
+            if len(values) % 2:  # no input of rows, such as DeBERTa's embeddings of distances: cut for both
+                return original(values)
+            kept = weights[name].data
+            weights[name].data = before[name].to(kept)
+            first = original(values[: len(values) // 2])
+            weights[name].data = kept
+            return torch.cat([first, original(values[len(values) // 2 :])])
+
+        def forward(*given: Tensor, **named: Tensor) -> Tensor:
+            (values,) = (*given, *named.values())
+            with torch.autocast(values.device.type, enabled=False):  # which would keep a copy of the unfitted weight
+                values = values.to(weight.dtype)
+                if len(values) != 2 * rows * calls.get(name, 0):
+                    return halves(values)
+                own = values[len(values) // 2 :]
+                wanted = linear(values[: len(values) // 2], old, module.bias)
+                errors = _fit(weight, module.bias, _positions(own, real), _positions(wanted, real))
+                if errors is not None:
+                    done.cut[name], done.fitted[name] = errors
+                if name == last:
+                    raise _Enough
+                return torch.cat([wanted, linear(own, weight, module.bias)])
 
         return forward
 
-    with _replaced({modules[name]: forward_of(name) for name in fits}):
+    with _replaced({modules[name]: forward_of(name) for name in weights}), contextlib.suppress(_Enough):
         model(**_of_rows(inputs, lambda rows: torch.cat([rows, rows])))
     return done
 
 
-def _of_rows(inputs: Mapping[str, object], change: Callable[[Tensor], Tensor]) -> dict[str, object]:
-    """The same inputs of other rows; what has no rows stays as it is."""
-    rows = find_batch_size(inputs)
-    has = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape[:1] == (rows,)}
-    return {name: change(value) if name in has else value for name, value in inputs.items()}
+@torch.no_grad()
+def fittable(model: nn.Module, weights: Mapping[str, nn.Parameter], inputs: Mapping[str, object]) -> dict[str, int]:
+    """Which matrices can be fitted, in the order of a forward pass: name -> rows of its input for one of `inputs`.
+
+    Those of linear layers (also `Conv1D`) whose weight takes a gradient and that are used once, on an input that is
+    the rows of the batch one after the other. Convolutions, layers shared between depths (ALBERT) and projections
+    that other things than rows pass as well (DeBERTa's of distances) are not among them.
+
+    Args:
+        model, weights, inputs: as in `refit`; one row of the inputs goes through the model, twice.
+    """
+    found: dict[str, int] = {}
+    used: dict[str, int] = {}
+
+    def forward_of(name: str, original: Forward) -> Forward:
+        def forward(*given: Tensor, **named: Tensor) -> Tensor:
+            (values,) = (*given, *named.values())
+            used[name] = used.get(name, 0) + 1
+            half = len(values) // 2
+            if values.dim() > 1 and len(values) == 2 * half and torch.allclose(values[:half], values[half:]):
+                found[name] = half
+            return original(*given, **named)
+
+        return forward
+
+    modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in weights}
+    asked = {name for name, weight in weights.items() if weight.requires_grad and weight.dim() == 2}
+    with _replaced({modules[name]: forward_of(name, modules[name].forward) for name in asked}):
+        model(**_of_rows(inputs, lambda rows: torch.cat([rows[:1], rows[:1]])))
+    return {name: half for name, half in found.items() if used[name] == 1}
 
 
-def _fit(weight: Tensor, bias: Tensor | None, x: Tensor, y: Tensor) -> tuple[float, float]:
+def _fit(weight: Tensor, bias: Tensor | None, x: Tensor, y: Tensor) -> tuple[float, float] | None:
     """Change `weight` where it is not zero, and `bias`, so that they map `x` `(positions, in)` to `y` `(positions,
-    out)`; returns the error before and after, as shares of the variance of `y`."""
-    variance = (y - y.mean(0)).square().sum().clamp_min(torch.finfo(y.dtype).tiny)
+    out)`; returns the error before and after, as shares of the variance of `y`, or None where they are left alone."""
     now = weight.to(x.dtype)
+    if len(x) < 2 * int(torch.count_nonzero(now, 1).max()):  # it would fit these positions alone
+        return None
+    variance = (y - y.mean(0)).square().sum()
     missing = y - linear(x, now, None if bias is None else bias.to(x.dtype))
     cut, fits_bias = missing.square().sum(), bias is not None and bias.requires_grad
     if fits_bias:  # it takes up the means, whatever the weights are
@@ -112,28 +167,12 @@ def _fit(weight: Tensor, bias: Tensor | None, x: Tensor, y: Tensor) -> tuple[flo
     gram, cross = x.T @ x, missing.T @ x
     delta = fit_masked(gram, cross, (now != 0).to(x.dtype))
     fitted = missing.square().sum() - 2 * (delta * cross).sum() + ((delta @ gram) * delta).sum()
+    if not (variance > 0 and torch.isfinite(delta).all() and fitted <= cut):
+        return None
     weight.add_(delta)
     if fits_bias:
         bias.add_(shift - delta @ middle)
-    return float(cut / variance), float(fitted / variance)
-
-
-def _used_once(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, object]) -> set[str]:
-    """Names of the modules that a forward pass calls once, with one input for every row."""
-    rows, calls = find_batch_size(inputs), dict.fromkeys(modules, 0)
-
-    def forward_of(name: str) -> Forward:
-        original = modules[name].forward
-
-        def forward(values: Tensor) -> Tensor:
-            calls[name] += 1 if len(values) == rows and values.dim() > 1 else 2
-            return original(values)
-
-        return forward
-
-    with _replaced({module: forward_of(name) for name, module in modules.items()}):
-        model(**inputs)
-    return {name for name, count in calls.items() if count == 1}
+    return float(cut / variance), max(float(fitted / variance), 0.0)
 
 
 @contextlib.contextmanager
@@ -151,8 +190,15 @@ def _replaced(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
                 module.forward = own
 
 
+def _of_rows(inputs: Mapping[str, object], change: Callable[[Tensor], Tensor]) -> dict[str, object]:
+    """The same inputs of other rows; what has no rows stays as it is."""
+    rows = find_batch_size(inputs)
+    has = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape[:1] == (rows,)}
+    return {name: change(value) if name in has else value for name, value in inputs.items()}
+
+
 def _positions(values: Tensor, real: Tensor | None) -> Tensor:
     """`(rows, positions, features)` -> `(those that are no padding, features)`, in float32 at least."""
-    if real is not None and real.shape == values.shape[:-1]:
-        values = values[real.bool()]
-    return values.flatten(0, -2).to(torch.promote_types(values.dtype, torch.float32))
+    features = values.shape[-1]
+    values = values.reshape(-1, features).to(torch.promote_types(values.dtype, torch.float32))
+    return values[real.flatten().bool()] if real is not None and real.numel() == len(values) else values

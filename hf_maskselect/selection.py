@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from .config import PruningConfig
 from .files import replacing
@@ -35,6 +36,7 @@ from .survivors import Survivors
 from .trials import EARLY_EVALUATIONS, Trial, TrialBench
 
 T = TypeVar("T")
+logger = logging.get_logger(__name__)
 _FOLDER = "_search-"  # of the masks that wait; and a random ending
 _STATS = "statistics.safetensors"
 
@@ -117,19 +119,19 @@ class MaskSearch:
             chosen = next(c for c in done.candidates if c.chosen)
             self._together(lambda: self._hold([chosen], done))
             masks = self._load(chosen)
-            if chosen.steps and self._config.selection == "survivors":
-                self._adopt(chosen)
-            elif self._config.refit_rows:
+            adopts = chosen.steps > 0 and self._config.selection == "survivors"
+            if not (adopts and self._adopt(chosen)) and self._config.refit_rows:
                 self._cut(masks, done)
         self._ranks.agree(masks.digests, f"the masks of level {level + 1}")
         done.seconds = round(time.monotonic() - start, 2)
         self.history.append(done)
         return masks
 
-    def _adopt(self, chosen: Candidate) -> None:
-        """The run goes on from the weights that the winner has trained, unless even these have diverged."""
+    def _adopt(self, chosen: Candidate) -> bool:
+        """The run goes on from the weights that the winner has trained, unless even these have diverged; whether it
+        does."""
         if math.isnan(chosen.scores[-1]):
-            return
+            return False
         survivors, ranks, digest = self._survivors, self._ranks, chosen.digest
         trained = ranks.together(lambda: max(survivors.scores(digest), default=0))
         if chosen.steps not in trained:
@@ -138,6 +140,7 @@ class MaskSearch:
         weights = self._together(lambda: survivors.load(digest) if ranks.rank == source else None)
         self._bench.put(ranks.share(weights, source))
         self.adopted = chosen.scores[-1]
+        return True
 
     def _cut(self, masks: MaskSet, search: LevelSearch) -> None:
         """Prune the model by the chosen masks and refit what they keep; all ranks get the weights of the first."""
@@ -152,7 +155,13 @@ class MaskSearch:
         bench.put(self._ranks.share(bench.refitted(done) if self._ranks.rank == 0 else None, 0))
         if done.fitted:
             search.cut_error, search.refit_error = done.mean_cut, done.mean_fitted
-        search.step_equivalents += bench.steps_of_refit()
+        search.step_equivalents += bench.steps_of_refit(search.level)
+        if left := len(method.weights) - len(done.fitted):
+            logger.warning_once(
+                f"{left} of {len(method.weights)} matrices stay as they are cut and are not fitted anew (refit_rows): "
+                "only linear layers that are used once on every row are, on twice as many tokens as they keep weights "
+                "an output"
+            )
 
     def _together(self, work: Callable[[], T]) -> T:
         """This rank's result of what every rank does; an error of one stops all. With sharded weights the work is a
@@ -253,6 +262,7 @@ class MaskSearch:
         early = config.selection == "early"
         rate = config.trial_learning_rate or config.learning_rate * (4 if early else 1)
         rungs = self.rungs(plan, search.level)
+        fit = bench.steps_of_refit(search.level) if config.refit_rows else 0.0
         # Duplicates have left the pool, so a rung may have fewer candidates than planned.
         work = sum(min(count, len(racing)) * steps for count, steps in rungs)
         bar = tqdm(
@@ -278,7 +288,7 @@ class MaskSearch:
                     candidate.scores.append(scores[candidate.index])
                     candidate.steps += steps
                     trained = steps * bench.rows_per_step() / bench.rows_of_training()
-                    refitted = bench.steps_of_refit() if before == 0 else 0.0
+                    refitted = fit if before == 0 else 0.0
                     search.step_equivalents += refitted + trained + marks * bench.steps_of_score()
         if not any(len(done.candidates) > 1 for done in self.history):  # the first race
             search.step_equivalents += bench.steps_of_teaching()

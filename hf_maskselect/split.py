@@ -33,10 +33,10 @@ def selection_rows(
         )
     elif args.needs_selection_split and len(selection) == 0:
         raise ValueError("selection_dataset is empty: give it rows to choose on, or leave it out to hold out a split")
-    if (args.searches or args.criterion != "magnitude") and not has_length(train):
+    if (args.searches or args.criterion != "magnitude" or args.refit_rows) and not has_length(train):
         raise ValueError(
-            "train_dataset has no length, but trials and gradient samples draw random rows: pass a map-style dataset, "
-            "or use method='magnitude'"
+            "train_dataset has no length, but trials, gradient samples and refits draw random rows: pass a map-style "
+            "dataset, or use method='magnitude' with refit_rows=0"
         )
     return train, selection
 

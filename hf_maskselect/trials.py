@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import inspect
 import json
 import random
 import tempfile
@@ -25,12 +26,13 @@ from .masking.maskset import MaskSet
 from .masking.scores import GradientStats
 from .methods.hard import HardMasks
 from .proposals import key_seed
-from .refitting import Refit, refit
+from .refitting import Refit, fittable, refit
 
 EARLY_EVALUATIONS = 20  # of one "early" trial; its score is the mean of the last ten (arXiv 2310.13183)
 EARLY_MEAN = 10
 TRIAL_WARMUP = 0.1
 REFIT_COST = 2  # rows of training that one row of a refit takes as long as
+MOST_POSITIONS = 1 << 14  # tokens of a refit, padding too, all of which pass the model at once, twice
 MOST_SOFT_LABELS = 1 << 24  # numbers of the teacher that are kept to score with
 # What says where a run writes, what it resumes from and how far it got, and nothing about what it computes.
 _ANY = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "hub_token", "push_to_hub_token")
@@ -189,15 +191,32 @@ class TrialBench:
 
     def refit(self, before: Mapping[str, torch.Tensor], level: int) -> Refit:
         """Fit what the masks in force have left to what it computed with the weights `before`, by name."""
+        with self.random_state(), _deterministic(self.device):
+            inputs = self._refit_inputs(level)
+            self._trainer.model.eval()
+            return refit(self._trainer.model, self._method.weights, before, inputs)
+
+    def _refit_inputs(self, level: int) -> dict[str, object]:
+        """One batch of `refit_rows` train rows, without labels; fewer where these have more than `MOST_POSITIONS`
+        tokens. To be called inside `random_state`."""
         trainer, args = self._trainer, self._trainer.args
         order = torch.Generator().manual_seed(key_seed(args.seed, "refit", level))
         rows = torch.randperm(len(trainer.train_dataset), generator=order)[: args.refit_rows].tolist()
-        with self.random_state(), _deterministic(args.device):
-            set_seed(key_seed(args.seed, "refit", level) % 2**32)  # for a collator that draws
-            (inputs,) = self._loader(trainer.train_dataset, len(rows), rows)
-            inputs = trainer.own_inputs(trainer._prepare_inputs(inputs))
-            trainer.model.eval()
-            return refit(trainer.model, self._method.weights, before, inputs)
+        set_seed(key_seed(args.seed, "refit", level) % 2**32)  # for a collator that draws
+        (inputs,) = self._loader(trainer.train_dataset, len(rows), rows)
+        if "input_ids" in inputs and inputs["input_ids"].numel() > MOST_POSITIONS:
+            fewer = max(1, MOST_POSITIONS * len(rows) // inputs["input_ids"].numel())
+            (inputs,) = self._loader(trainer.train_dataset, fewer, rows[:fewer])
+        inputs = trainer.own_inputs(trainer._prepare_inputs(inputs))
+        return inputs if self._wants_labels() else {n: v for n, v in inputs.items() if n not in trainer.label_names}
+
+    def _wants_labels(self) -> bool:
+        """Whether the model's forward pass needs labels: as an argument, or to make a decoder's inputs from them."""
+        model, labels = self._trainer.model, self._trainer.label_names
+        takes = inspect.signature(model.forward).parameters
+        if any(takes[name].default is inspect.Parameter.empty for name in labels if name in takes):
+            return True
+        return isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder
 
     def refitted(self, done: Refit) -> dict[str, torch.Tensor]:
         """The parameters that a refit has changed, as they are now."""
@@ -205,10 +224,13 @@ class TrialBench:
         named = self._trainer.model.named_parameters()
         return {name: tensor.detach() for name, tensor in named if name.rpartition(".")[0] + "." in layers}
 
-    def steps_of_refit(self) -> float:
-        """Cost of one `refit` in training steps."""
-        rows = min(self._trainer.args.refit_rows, len(self._trainer.train_dataset))
-        return REFIT_COST * rows / self.rows_of_training()
+    def steps_of_refit(self, level: int) -> float:
+        """Cost of one `refit` in training steps; 0 where nothing can be fitted."""
+        with self.random_state():
+            inputs = self._refit_inputs(level)
+            self._trainer.model.eval()
+            fits = fittable(self._trainer.model, self._method.weights, inputs)
+        return REFIT_COST * find_batch_size(inputs) / self.rows_of_training() if fits else 0.0
 
     def trial(
         self,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 ITERATIONS = 16
-RIDGE = 1e-2  # in mean diagonals of the Gram matrix
+RIDGE = 1e-2  # of each input's own square, so that one large input does not hold all others
 
 
 @torch.no_grad()
@@ -27,8 +27,8 @@ def fit_masked(gram: Tensor, cross: Tensor, keep: Tensor) -> Tensor:
     Returns:
         `(out, in)`, zero where `keep` is.
     """
-    gram = gram + torch.diag_embed((RIDGE * gram.diagonal().mean()).expand(len(gram)))
-    # A column that never varies has no say: 0 instead of a division by 0.
+    gram = gram + torch.diag(RIDGE * gram.diagonal())
+    # An input that is always 0 has no say: 0 instead of a division by 0.
     precondition = keep * torch.where(gram.diagonal() > 0, 1 / gram.diagonal(), 0)
     delta, left = torch.zeros_like(cross), cross * keep
     step = left * precondition

@@ -45,6 +45,16 @@ def break_something(trainer, fault):
             weight.grad.abs_().add_(1)
         take(self, weight)
 
+    fit = trainer._bench.refit
+
+    def crooked(*args):
+        done = fit(*args)
+        for weight in trainer._method.weights.values():
+            weight.data.mul_(1.01)
+        return done
+
+    if fault == "refit":
+        trainer._bench.refit = crooked
     if fault == "statistics":
         GradientStats._take = other
     trainer._bench.trial = faulty
