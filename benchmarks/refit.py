@@ -19,7 +19,7 @@ from common import TokenRows, alternate, encoder, machine, spread
 from torch import Tensor
 
 from hf_maskselect import prunable_weights, refit
-from hf_maskselect.masking.least_squares import RIDGE, fit_masked
+from hf_maskselect.masking.least_squares import fit_masked, ridge
 from hf_maskselect.report import text_table
 from hf_maskselect.trials import REFIT_COST
 
@@ -70,7 +70,7 @@ def beside_training(args) -> None:
 
 def direct(gram: Tensor, cross: Tensor, keep: Tensor) -> Tensor:
     """What `fit_masked` approaches: every output has a system of its own."""
-    gram = gram + torch.diag(RIDGE * gram.diagonal())
+    gram = gram + ridge(gram) * torch.eye(len(gram))
     counts, delta = keep.sum(1).long(), torch.zeros_like(cross)
     order = counts.argsort()
     block = max(1, BLOCK // int(counts.max()) ** 2)

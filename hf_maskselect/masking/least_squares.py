@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 ITERATIONS = 16
-RIDGE = 1e-2  # of each input's own square, so that one large input does not hold all others
+RIDGE = 1e-2
 
 
 @torch.no_grad()
@@ -14,10 +14,13 @@ def fit_masked(gram: Tensor, cross: Tensor, keep: Tensor) -> Tensor:
     """What to add to the kept weights of a matrix so that its outputs miss as little as possible.
 
     Minimizes for every output the squared error of `x @ delta.T` against what is missing, plus a ridge that holds the
-    weights near where they are, over the entries that `keep` allows. All outputs share one Gram matrix and differ in
-    their support, so that a direct solver would factorize one matrix for each of them; conjugate gradients with a
-    diagonal preconditioner, projected on the support, need one product with the Gram matrix an iteration for all
-    together, whatever the density.
+    weights near where they are, over the entries that `keep` allows. The ridge is one number for all inputs: in units
+    of each input's own size, inputs that hardly vary would get weights so large that dropout tears the model apart.
+    Its unit is the squared mean of the inputs' sizes, which a single large input moves little.
+
+    All outputs share one Gram matrix and differ in their support, so that a direct solver would factorize one matrix
+    for each of them; conjugate gradients with a diagonal preconditioner, projected on the support, need one product
+    with the Gram matrix an iteration for all together, whatever the density.
 
     Args:
         gram: `x.T @ x`, `(in, in)`, floating.
@@ -27,7 +30,7 @@ def fit_masked(gram: Tensor, cross: Tensor, keep: Tensor) -> Tensor:
     Returns:
         `(out, in)`, zero where `keep` is.
     """
-    gram = gram + torch.diag(RIDGE * gram.diagonal())
+    gram = gram + ridge(gram) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     # An input that is always 0 has no say: 0 instead of a division by 0.
     precondition = keep * torch.where(gram.diagonal() > 0, 1 / gram.diagonal(), 0)
     delta, left = torch.zeros_like(cross), cross * keep
@@ -42,6 +45,11 @@ def fit_masked(gram: Tensor, cross: Tensor, keep: Tensor) -> Tensor:
         before, size = size, (left * scaled).sum(1, keepdim=True)
         step = scaled.addcmul_(step, _ratio(size, before))
     return delta
+
+
+def ridge(gram: Tensor) -> Tensor:
+    """The ridge of a fit with this Gram matrix, a scalar."""
+    return RIDGE * gram.diagonal().sqrt().mean().square()
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_maskselect.masking import least_squares
-from hf_maskselect.masking.least_squares import fit_masked
+from hf_maskselect.masking.least_squares import fit_masked, ridge
 
 
 def problem(seed=0, rows=200, inputs=24, outputs=10):
@@ -23,7 +23,7 @@ def test_it_is_the_solution_of_every_output_alone(monkeypatch, seed):
     delta = fit_masked(gram, cross, keep)
     assert torch.equal(delta * (1 - keep), torch.zeros_like(delta))
     for row, kept in zip(range(len(keep)), keep.bool(), strict=True):
-        system = gram[kept][:, kept] + least_squares.RIDGE * torch.diag(gram.diagonal()[kept])
+        system = gram[kept][:, kept] + ridge(gram) * torch.eye(int(kept.sum()), dtype=torch.float64)
         assert torch.allclose(delta[row, kept], torch.linalg.solve(system, cross[row, kept]), atol=1e-9)
 
 
@@ -38,6 +38,20 @@ def test_few_iterations_are_close_to_many(monkeypatch):
         return (missing - x @ delta.T).square().sum()
 
     assert error(few) <= 1.01 * error(many) < error(torch.zeros_like(few))
+
+
+def test_inputs_that_hardly_vary_get_no_large_weights():
+    """And one large input does not hold the others."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 32, generator=generator, dtype=torch.float64)
+    missing = x @ torch.randn(32, 8, generator=generator, dtype=torch.float64)
+    missing += torch.randn(500, 8, generator=generator, dtype=torch.float64)
+    x[:, 0] *= 1e-4
+    x[:, 1] *= 100
+    delta = fit_masked(x.T @ x, missing.T @ x, torch.ones(8, 32, dtype=torch.float64))
+    assert delta[:, 0].abs().max() < 0.1
+    left = (missing - x @ delta.T)[:, :].var(0).mean() - 1
+    assert left < 0.25 * (missing.var(0).mean() - 1)
 
 
 def test_nothing_to_fit_changes_nothing():
