@@ -116,7 +116,7 @@ def measure(args, method: str) -> dict:
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         model = encoder(args.vocab_size)
-        searched = {"num_candidates": args.candidates, "trial_steps": 2, "criterion_batches": 4}
+        searched = {"num_candidates": args.candidates, "trial_steps": 2, "criterion_batches": 4, "refit_rows": 0}
         config = PruningConfig(
             output_dir=folder,
             method=method,

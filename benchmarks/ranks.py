@@ -39,6 +39,7 @@ def settings(args, folder: str, ranks: int) -> PruningConfig:
         num_candidates=args.candidates,
         criterion_batches=args.criterion_batches,
         trial_steps=args.trial_steps,
+        refit_rows=0,  # its tables are older
         max_steps=3 * args.trial_steps,
         per_device_train_batch_size=args.batch,
         gradient_accumulation_steps=2 // ranks,
