@@ -122,8 +122,11 @@ def test_a_search_that_was_killed_repeats_no_trial(tmp_path):
         assert scores == [[c.scores for c in s.candidates] for s in whole._search.history]
 
 
-def test_weights_that_diverged_are_not_taken_over(tmp_path):
-    trainer = make_trainer(tmp_path, keywords={"selection_dataset": make_rows(16, seed=2)}, **RUN)
+@pytest.mark.parametrize("refit_rows", [0, 32])
+def test_weights_that_diverged_are_not_taken_over(tmp_path, refit_rows):
+    """The run goes on from its own, cut and fitted as without trials."""
+    keywords = {"selection_dataset": make_rows(16, seed=2)}
+    trainer = make_trainer(tmp_path, keywords=keywords, **RUN, refit_rows=refit_rows)
     trial, put = trainer._bench.trial, []
 
     def diverging(*args):
@@ -141,7 +144,8 @@ def test_weights_that_diverged_are_not_taken_over(tmp_path):
 
     trainer._search.choose = watched_choose
     trainer.train()
-    assert put == [True, True] and all(s.candidates[0].chosen for s in trainer._search.history)
+    assert put == [not refit_rows] * 2 and all(s.candidates[0].chosen for s in trainer._search.history)
+    assert all((s.refit_error is not None) == bool(refit_rows) for s in trainer._search.history)
 
 
 def test_a_level_never_ends_worse_than_the_weights_it_took_over(tmp_path):
