@@ -38,7 +38,7 @@ from hf_maskselect.trials import Trial, TrialBench
 from run_glue import Job, load_model, prepare, set_seed
 
 MARKS = (5, 10, 20, 40, 80, 160)
-SPARSER = (2, 4, 8)  # scores on every so manieth row, beside those on all
+ROW_STRIDES = (2, 4, 8)  # also scored on every 2nd, 4th and 8th row
 FRESH_SEED = 1000
 POOL = [
     Proposal("taylor", "balanced"),
@@ -100,7 +100,7 @@ class Scribe(TrialBench):
         metrics = self._trainer.compute_metrics(EvalPrediction(logits.numpy(), labels.numpy()))
         found = {"loss": float(loss), "teacher": teacher, "metric": -metrics[self._metric]}
         if part == 0:
-            for every in SPARSER:
+            for every in ROW_STRIDES:
                 found[f"teacher, 1/{every} of the rows"] = self._disagreement(logits[::every], taught[::every])
         return found
 

@@ -70,7 +70,7 @@ class Workload:
 
     @property
     def refitted(self) -> float:
-        """Rows of training that one refit takes as long as."""
+        """Rows of training that one refit takes as long as, at most: of long rows fewer are taken."""
         return REFIT_COST * min(
             self.config.refit_rows, self.train_rows - self.held_out * self.config.needs_selection_split
         )

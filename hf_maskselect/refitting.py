@@ -93,9 +93,11 @@ def refit(
             if len(values) % 2:  # no input of rows, such as DeBERTa's embeddings of distances: cut for both
                 return original(values)
             kept = weights[name].data
-            weights[name].data = before[name].to(kept)
-            first = original(values[: len(values) // 2])
-            weights[name].data = kept
+            try:
+                weights[name].data = before[name].to(kept)
+                first = original(values[: len(values) // 2])
+            finally:
+                weights[name].data = kept
             return torch.cat([first, original(values[len(values) // 2 :])])
 
         def forward(*given: Tensor, **named: Tensor) -> Tensor:

@@ -156,11 +156,11 @@ class MaskSearch:
         if done.fitted:
             search.cut_error, search.refit_error = done.mean_cut, done.mean_fitted
         search.step_equivalents += bench.steps_of_refit(search.level)
-        if left := len(method.weights) - len(done.fitted):
+        left = len(method.weights) - len(done.fitted)
+        if left and self._ranks.rank == 0:
             logger.warning_once(
-                f"{left} of {len(method.weights)} matrices stay as they are cut and are not fitted anew (refit_rows): "
-                "only linear layers that are used once on every row are, on twice as many tokens as they keep weights "
-                "an output"
+                f"{left} of {len(method.weights)} matrices stay as they were cut: refit_rows fits linear layers that "
+                "are used once a pass, see at least twice as many tokens as an output keeps weights, and become better"
             )
 
     def _together(self, work: Callable[[], T]) -> T:
@@ -262,7 +262,7 @@ class MaskSearch:
         early = config.selection == "early"
         rate = config.trial_learning_rate or config.learning_rate * (4 if early else 1)
         rungs = self.rungs(plan, search.level)
-        fit = bench.steps_of_refit(search.level) if config.refit_rows else 0.0
+        steps_of_fit = bench.steps_of_refit(search.level) if config.refit_rows else 0.0
         # Duplicates have left the pool, so a rung may have fewer candidates than planned.
         work = sum(min(count, len(racing)) * steps for count, steps in rungs)
         bar = tqdm(
@@ -288,7 +288,7 @@ class MaskSearch:
                     candidate.scores.append(scores[candidate.index])
                     candidate.steps += steps
                     trained = steps * bench.rows_per_step() / bench.rows_of_training()
-                    refitted = fit if before == 0 else 0.0
+                    refitted = steps_of_fit if before == 0 else 0.0
                     search.step_equivalents += refitted + trained + marks * bench.steps_of_score()
         if not any(len(done.candidates) > 1 for done in self.history):  # the first race
             search.step_equivalents += bench.steps_of_teaching()

@@ -19,7 +19,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from .checkpoint import PruningState, load_method_state
-from .checks import check_packs, check_setting, check_shapes, check_start
 from .config import PruningConfig
 from .distillation import make_distiller
 from .engines import check_devices, check_engine
@@ -42,6 +41,7 @@ from .proposals import key_seed
 from .ranks import Ranks
 from .selection import MaskSearch
 from .split import selection_rows
+from .start_checks import check_packs, check_setting, check_shapes, check_start
 from .trials import TrialBench
 
 FORMAT_VERSION = 1  # of config.pruning

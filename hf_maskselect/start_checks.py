@@ -1,0 +1,71 @@
+"""What `PruningConfig` does not go with among the trainer's other arguments: refused before the run begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import transformers
+from torch import Tensor
+
+from .checks import SELECTION_LOSSES
+from .config import PruningConfig
+from .masking.maskset import MaskSet
+from .masking.scores import ScoreFn
+
+
+def check_setting(args: PruningConfig, score_fn: ScoreFn | None, compute_metrics) -> None:
+    """What the arguments of the trainer beside `args` do not go with."""
+    if args.searches and args.train_sampling_strategy == "batch_rebalance":
+        raise ValueError(
+            "train_sampling_strategy='batch_rebalance' makes batches for several devices, but a trial runs on "
+            "one: use 'group_by_length'"
+        )
+    rows, micro = args.trial_batch_size, args.per_device_train_batch_size
+    if rows is not None and rows > micro and rows % micro:
+        raise ValueError(
+            f"trial_batch_size={rows} is no multiple of per_device_train_batch_size={micro}, in pieces of which a "
+            f"device runs it: choose {rows // micro * micro} or {-(-rows // micro) * micro}"
+        )
+    if score_fn is not None and args.method != "random":
+        raise ValueError(
+            f"score_fn has no meaning with method={args.method!r}: use method='random' (num_candidates=1 for one mask)"
+        )
+    metric = args.selection_metric
+    by_metric = metric is not None and metric not in SELECTION_LOSSES
+    if args.needs_selection_split and by_metric and compute_metrics is None:
+        raise ValueError(f"selection_metric={metric!r} needs compute_metrics: pass it, or choose 'loss'")
+
+
+def check_shapes(args: PruningConfig, weights: Mapping[str, Tensor], transposed: set[str]) -> None:
+    """What the pattern does not go with among the model's prunable weights; transposed: names of those of Conv1D."""
+    for name, weight in weights.items():
+        args.mask_pattern.check(name, weight.shape)
+    if args.pattern != "unstructured" and (turned := sorted(transposed & weights.keys())):
+        raise ValueError(
+            f"pattern={args.pattern!r} does not fit {turned[0]}: Conv1D stores its weight transposed, so rows and "
+            "groups would run along the wrong axis; use pattern='unstructured', or leave it out with exclude_modules"
+        )
+
+
+def check_packs(args: PruningConfig, model) -> None:
+    """Packing needs a model that can be built from its configuration."""
+    if (
+        args.pack_on_save
+        and model is not None
+        and getattr(transformers, type(model).__name__, None) is not type(model)
+    ):
+        raise ValueError(
+            f"pack_on_save=True needs a model class of transformers, and {type(model).__name__} is none: leave it out"
+        )
+
+
+def check_start(args: PruningConfig, masks: MaskSet) -> None:
+    """Refuse a target below the zeros that the model has already: pruned weights do not return."""
+    if args.emergent or masks.kept == masks.total:
+        return
+    if masks.kept < args.mask_pattern.keeps([mask.shape for mask in masks.values()], args.sparsity):
+        raise ValueError(
+            f"sparsity={args.sparsity} is less than the {masks.sparsity():.6f} that the model has already, and pruned "
+            f"weights do not return: set sparsity={masks.sparsity()!r} to fine-tune it with its zeros kept, more to "
+            "prune further, or keep_zeros=False to let them return"
+        )
