@@ -191,15 +191,17 @@ def _print_choices(seeds: list[list[Curve]], pool: Sequence[Proposal]) -> None:
     print(
         f"Chosen by {score}; the chosen mask judged under the other orders, less is better. Levels of training spent:"
     )
-    print("survivors' training is part of the winner's level, any other trial is thrown away.\n")
+    print("survivors' training is part of the winner's level, any other trial is thrown away; fits are not in it.\n")
     print("| pool | way | levels spent | " + " | ".join(measures) + " |")
     print("| --- | --- | ---: |" + " ---: |" * len(measures))
     ways: dict[str, Callable[[list[Curve], list[int]], tuple[int, float]]] = {"the first": lambda s, g: (g[0], 1.0)}
-    for mark in marks[1:]:
+    for mark in marks:
         share = int(mark) / length
         ways[f"best after {mark}"] = lambda s, g, m=mark, x=share: (_best(s, g, m, score), len(g) * x + (x < 1))
     for rungs in (marks[-5:-2], marks[-4:-1]):  # three, each twice as long as the one before
-        ways["survivors after " + ", ".join(rungs)] = lambda s, g, r=rungs: _survivor(s, g, r, length, score)
+        told = ", ".join(rungs)
+        ways[f"halving after {told}"] = lambda s, g, r=rungs: _raced(s, g, r, length, score, anew=True)
+        ways[f"survivors after {told}"] = lambda s, g, r=rungs: _raced(s, g, r, length, score, anew=False)
     for (name, group), (way, choose) in itertools.product(groups.items(), ways.items()):
         chosen = [choose(seed, group) for seed in seeds]
         cells = []
@@ -213,15 +215,15 @@ def _best(seed: list[Curve], group: list[int], mark: str, measure: str) -> int:
     return min(group, key=lambda i: (seed[i]["scores"][mark][measure], i))
 
 
-def _survivor(
-    seed: list[Curve], group: list[int], marks: Sequence[str], length: int, measure: str
+def _raced(
+    seed: list[Curve], group: list[int], marks: Sequence[str], length: int, measure: str, anew: bool
 ) -> tuple[int, float]:
-    """The better half goes on from its weights after every mark, the first mask always among it, and the best after
-    the last to the end of the level; (winner, levels of training spent)."""
+    """The better half goes on after every mark, from the start (anew) or from its weights, the first mask always
+    among it; then the best after the last trains through the level; (winner, levels of training spent)."""
     spent, before, racing = 0.0, 0, group
     for mark in marks:
         spent += len(racing) * (int(mark) - before) / length
-        before = int(mark)
+        before = 0 if anew else int(mark)
         ranked = sorted(racing, key=lambda i: (seed[i]["scores"][mark][measure], i))
         racing = ranked[: max(2, (len(racing) + 1) // 2)]
         if group[0] not in racing:
