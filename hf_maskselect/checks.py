@@ -310,7 +310,16 @@ def check_ranges(config: PruningConfig) -> None:
         value = getattr(config, name)
         if value is None or value < low:
             raise ValueError(f"{name}={value} must be a whole number and at least {low}")
-    for name in ("trial_steps", "trial_batch_size", "trial_learning_rate", "last_level_weight"):
+    if config.trial_steps is not None and config.trial_steps < 0:
+        raise ValueError(
+            f"trial_steps={config.trial_steps} must be at least 0, which compares masks as they are fitted"
+        )
+    if config.trial_steps == 0 and not (config.refit_rows and config.selection == "halving"):
+        raise ValueError(
+            "trial_steps=0 compares masks as they are fitted, without any training: it needs refit_rows, which is "
+            f"{config.refit_rows}, and selection='halving', which is {config.selection!r}"
+        )
+    for name in ("trial_batch_size", "trial_learning_rate", "last_level_weight"):
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise ValueError(f"{name}={value} must be positive")

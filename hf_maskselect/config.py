@@ -110,7 +110,8 @@ class PruningConfig(TrainingArguments):
             last evaluations (the paper's EMEP).
         trial_steps (`int`, *optional*): optimizer steps of the first rung (of the whole trial for `"early"`). Defaults
             to a third of the level: shorter trials rank masks at random (for `"survivors"`: an eighth, and at least 40
-            or half the level; for `"early"`: one epoch, at most the level).
+            or half the level; for `"early"`: one epoch, at most the level). 0 compares masks as they are fitted,
+            before any training, for a fit and a score a candidate (needs `refit_rows` and `"halving"`).
         trial_batch_size (`int`, *optional*): rows of one trial step. Defaults to those of a training step over all
             devices, so that the choice does not depend on their number; one device runs a trial alone, so with many
             of them fewer rows are cheaper (`hf-maskselect plan` tells the cost).

@@ -17,7 +17,7 @@ from .level_search import Candidate
 from .masking.scores import CRITERIA
 from .masking.targets import prunable_weights
 from .report import text_table
-from .rungs import search_rungs
+from .rungs import rungs_text, search_rungs
 from .selection import statistics_needed
 from .trials import EARLY_EVALUATIONS, REFIT_COST
 
@@ -139,7 +139,7 @@ def search_cost(work: Workload, ranks: int) -> Cost:
     trials = longest = 0.0  # in rows, forward and backward
     for rungs in levels:
         for rung, (count, steps) in enumerate(rungs):
-            trial = steps * trial_rows + min(marks, steps) * work.held_out / 3
+            trial = steps * trial_rows + min(marks, max(steps, 1)) * work.held_out / 3
             trial += work.refitted if rung == 0 or not survive else 0
             trials += count * trial
             longest += math.ceil(count / ranks) * trial
@@ -202,7 +202,7 @@ def cost_text(work: Workload, ranks: Sequence[int]) -> str:
     lines = [f"{work.parameters:,} parameters, {work.prunable:,} prunable; {work.config.max_steps} training steps"]
     lines += [
         f"trials (count x steps) on {count} rank(s): "
-        + ", ".join(" + ".join(f"{n} x {steps}" for n, steps in rungs) or "none" for rungs in work.rungs(count))
+        + ", ".join(rungs_text(rungs) or "none" for rungs in work.rungs(count))
         for count in (ranks if work.config.selection == "early" else ranks[:1])
     ]
     lines += [text_table(header, rows), "memory of a rank with hard masks, without activations; fp32, AdamW"]

@@ -11,6 +11,7 @@ from transformers import get_scheduler
 from .config import PruningConfig
 from .masking.schedule import LevelPlan
 from .report import text_table
+from .rungs import rungs_text
 
 
 def rewound_rate(args: PruningConfig, plan: LevelPlan) -> Callable[[int], float]:
@@ -93,7 +94,7 @@ def plan_text(
                 f"{plan.levels[level]:.4f}" if level >= 0 else _rising(args) if args.soft else f"{start:.4g}",
                 f"{first}-{last - 1}",
                 f"{args.learning_rate:g}" if args.lr_rewind or first == 0 else "(one schedule)",
-                " + ".join(f"{count} x {steps}" for count, steps in trials) or "-",
+                rungs_text(trials) or "-",
                 sum(count * steps for count, steps in trials),
             ]
         )

@@ -3,6 +3,8 @@ halving, and halving that goes on from the trained weights)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .config import PruningConfig
 from .level_search import Candidate
 from .masking.schedule import LevelPlan
@@ -37,9 +39,14 @@ def survivor_rungs(candidates: int, first_steps: int, longest: int) -> list[tupl
 
 
 def search_rungs(config: PruningConfig, plan: LevelPlan, level: int, epoch: int) -> list[tuple[int, int]]:
-    """(candidates, steps) of each rung at a level; empty when nothing is chosen. epoch: its length in trial steps."""
+    """(candidates, steps) of each rung at a level; empty when nothing is chosen. epoch: its length in trial steps.
+
+    One rung of no steps where `trial_steps` is 0: the masks are compared as they are fitted.
+    """
     if not config.searches:
         return []
+    if config.trial_steps == 0:
+        return [(config.num_candidates, 0)]
     if config.selection == "early":
         return [(config.num_candidates, config.trial_steps or min(epoch, plan.length(level)))]
     if config.selection == "survivors":
@@ -48,6 +55,11 @@ def search_rungs(config: PruningConfig, plan: LevelPlan, level: int, epoch: int)
         return survivor_rungs(config.num_candidates, first, max(length // 2, first))
     first = config.trial_steps or -(-plan.length(level) // 3)
     return halving_rungs(config.num_candidates, first, max(plan.length(level), first))
+
+
+def rungs_text(rungs: Sequence[tuple[int, int]]) -> str:
+    """For people: `"4 x 40 + 2 x 80"`, `"4 x fit"` where masks are compared as they are fitted, `""` for none."""
+    return " + ".join(f"{count} x {steps or 'fit'}" for count, steps in rungs)
 
 
 def survivors(candidates: list[Candidate], count: int) -> list[Candidate]:

@@ -264,7 +264,7 @@ class MaskSearch:
         rungs = self.rungs(plan, search.level)
         steps_of_fit = bench.steps_of_refit(search.level) if config.refit_rows else 0.0
         # Duplicates have left the pool, so a rung may have fewer candidates than planned.
-        work = sum(min(count, len(racing)) * steps for count, steps in rungs)
+        work = sum(min(count, len(racing)) * max(steps, 1) for count, steps in rungs)
         bar = tqdm(
             total=work,
             desc=f"mask search, level {search.level + 1}/{len(plan.levels)}",
@@ -281,7 +281,7 @@ class MaskSearch:
             for count, steps in rungs:
                 if len(racing) > count:
                     racing = survivors(racing, count)
-                marks = min(EARLY_EVALUATIONS if early else 1, steps)
+                marks = min(EARLY_EVALUATIONS if early else 1, max(steps, 1))
                 before = 0 if self._survivors is None else racing[0].steps
                 scores = self._try_all(racing, search, Trial(steps, rate, marks, before), bar)
                 for candidate in racing:
@@ -306,7 +306,7 @@ class MaskSearch:
             told = ranks.together(lambda: {c.index: kept.scores(c.digest) for c in racing})
             known = {i: next((of[i][length] for of in told if length in of[i]), None) for i in by_index}
         scores = {index: score for index, score in known.items() if score is not None}
-        bar.update(trial.steps * len(scores))
+        bar.update(trial.ticks * len(scores))
         work = [index for index in by_index if index not in scores]
         if trial.before:  # who has its weights goes on with it
             able = {i: [rank for rank, of in enumerate(told) if max(of[i], default=0) == trial.before] for i in work}
@@ -339,7 +339,7 @@ class MaskSearch:
                 finished = [pair for pair in ranks.together(next_trial) if pair is not None]
                 scores |= dict(finished)
                 others = [index for index, _ in finished if index not in shares[ranks.rank]]
-                bar.update(trial.steps * len(others))
+                bar.update(trial.ticks * len(others))
                 found = {by_index[index].digest: score for index, score in finished}
                 if kept is None:
                     self._on_first(lambda found=found: journal.add(found, trial.steps))

@@ -47,8 +47,8 @@ _ANY += (
 
 @dataclass(frozen=True)
 class Trial:
-    """steps: optimizer steps; learning_rate: peak; evaluations: how often the model is scored on the way; before: how
-    many steps its weights have been trained already."""
+    """steps: optimizer steps, 0 to score a mask as it is fitted; learning_rate: peak; evaluations: how often the model
+    is scored on the way; before: how many steps its weights have been trained already."""
 
     steps: int
     learning_rate: float
@@ -59,6 +59,11 @@ class Trial:
     def marks(self) -> set[int]:
         """After which steps the model is scored: evenly spread, the last step among them."""
         return {round(self.steps * (i + 1) / self.evaluations) for i in range(self.evaluations)}
+
+    @property
+    def ticks(self) -> int:
+        """How far it takes a progress bar."""
+        return max(self.steps, 1)
 
 
 @contextlib.contextmanager
@@ -252,6 +257,9 @@ class TrialBench:
         method.set_masks(load_masks())  # a loader, so that nobody keeps the boolean masks while the trial runs
         if args.refit_rows and load_start is None:
             self.refit(self._saved, level)
+        if not steps:
+            progress.update()
+            return self.score()
         order = (level, trial.before) if trial.before else (level,)  # a shuffled training goes on with other rows
         set_seed(key_seed(args.seed, "trial", *order) % 2**32)
         optimizer = trainer.new_optimizer(trial.learning_rate)

@@ -23,6 +23,7 @@ SEARCH = {"method": "random", "num_candidates": 4, "trial_steps": 2}
         {"selection_metric": "teacher"},
         {"max_selection_samples": 3},
         {"selection": "survivors"},
+        {"trial_steps": 0},
     ],
     ids=[
         "halving",
@@ -34,6 +35,7 @@ SEARCH = {"method": "random", "num_candidates": 4, "trial_steps": 2}
         "teacher",
         "few rows",
         "survivors",
+        "as fitted",
     ],
 )
 def test_the_model_counts_what_a_run_counts(tmp_path, changes):

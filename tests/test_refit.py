@@ -306,6 +306,37 @@ def test_a_search_tries_what_the_run_goes_on_from(tmp_path, selection, monkeypat
     assert len(fitted) == len(trainer._search.history[0].candidates)
 
 
+def test_masks_are_compared_as_they_are_fitted(tmp_path, monkeypatch, capsys):
+    """trial_steps=0: one score each and no training; the run goes on from the best, to the bit."""
+    keywords = {"method": "random", "num_candidates": 3, "num_levels": 1, "refit_rows": 32, "trial_steps": 0}
+    trainer = make_trainer(tmp_path, **keywords)
+    assert trainer._search.rungs(trainer.args.plan(8), 0) == [(3, 0)]
+    scored, score = [], trainer._bench.score
+
+    def written_down():
+        scored.append((trainer._method.masks.digest(), weights_of(trainer.model), score()))
+        return scored[-1][-1]
+
+    cut = trainer._search._cut
+
+    def cut_and_kept(masks, search):
+        cut(masks, search)
+        found = {digest: weights for digest, weights, _ in scored}
+        assert same(weights_of(trainer.model), found[masks.digest()])
+
+    monkeypatch.setattr(trainer._bench, "score", written_down)
+    monkeypatch.setattr(trainer._search, "_cut", cut_and_kept)
+    trainer.train()
+    (search,) = trainer._search.history
+    assert "3 x fit" in capsys.readouterr().out
+    assert [candidate.steps for candidate in search.candidates] == [0] * 3
+    assert [candidate.scores for candidate in search.candidates] == [[value] for _, _, value in scored]
+    chosen = next(candidate for candidate in search.candidates if candidate.chosen)
+    assert chosen.scores[0] == min(value for _, _, value in scored)
+    held_out = len(trainer.selection_dataset)
+    assert search.step_equivalents == pytest.approx(4 + 4 * 2 * 32 / 8 + 3 * held_out / (3 * 8))
+
+
 def test_long_rows_are_fewer(tmp_path, monkeypatch):
     """As many as their tokens allow; the search counts those."""
     monkeypatch.setattr("hf_maskselect.trials.MOST_POSITIONS", 8 * 32)
