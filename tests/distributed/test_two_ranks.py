@@ -23,7 +23,7 @@ METHODS = {
     "gumbel": {"method": "gumbel", "num_levels": None, "frozen_steps": 0},
     "survivors": {**SEARCH, "selection": "survivors", "max_steps": 24},
     "refit": {**SEARCH, "refit_rows": 32},
-    "as fitted": {**SEARCH, "refit_rows": 32, "trial_steps": 0},
+    "fitted": {**SEARCH, "refit_rows": 32, "trial_steps": 0},
 }
 APART = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
