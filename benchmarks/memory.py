@@ -116,7 +116,8 @@ def measure(args, method: str) -> dict:
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         model = encoder(args.vocab_size)
-        searched = {"num_candidates": args.candidates, "trial_steps": 2, "criterion_batches": 4, "refit_rows": 0}
+        searched = {"num_candidates": args.candidates, "trial_steps": args.trial_steps, "criterion_batches": 4}
+        searched["refit_rows"] = 0 if args.trial_steps else 256
         config = PruningConfig(
             output_dir=folder,
             method=method,
@@ -162,6 +163,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=16, help="tokens in a row")
     parser.add_argument("--batch", type=int, default=8, help="rows of every batch: training, scoring, gradients")
     parser.add_argument("--candidates", type=int, default=4)
+    parser.add_argument("--trial-steps", type=int, default=2, help="0: candidates are fitted on 256 rows and scored")
     parser.add_argument("--vocab-size", type=int, help="cut the embedding, so that more of the model is prunable")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--top", type=int, default=9, help="origins to list for each peak")

@@ -78,6 +78,7 @@ def check_pruning(config: PruningConfig) -> None:
     check_scope(config)
     check_sparsity_and_levels(config)
     check_refit(config)
+    check_trials(config)
     check_ranges(config)
 
 
@@ -299,6 +300,29 @@ def check_refit(config: PruningConfig) -> None:
         config.refit_rows = 0 if config.soft or config.criterion == "magnitude" else 256
 
 
+def check_trials(config: PruningConfig) -> None:
+    if config.trial_steps is None and config.searches and config.refit_rows and config.selection == "halving":
+        config.trial_steps = 0
+    if config.trial_steps is not None and config.trial_steps < 0:
+        raise ValueError(
+            f"trial_steps={config.trial_steps} must be at least 0, which compares masks as they are fitted"
+        )
+    if config.trial_steps == 0 and not (config.refit_rows and config.selection == "halving"):
+        raise ValueError(
+            "trial_steps=0 compares masks as they are fitted, without any training: it needs refit_rows, which is "
+            f"{config.refit_rows}, and selection='halving', which is {config.selection!r}"
+        )
+    for name in ("trial_batch_size", "trial_learning_rate"):
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name}={value} must be positive")
+        if value is not None and config.trial_steps == 0:
+            raise ValueError(
+                f"{name}={value} has no meaning with trial_steps=0 (the default where cut matrices are fitted), which "
+                "trains no candidate: set trial_steps, such as a third of the shortest level's steps"
+            )
+
+
 def check_ranges(config: PruningConfig) -> None:
     for name, low in (
         ("refit_rows", 0),
@@ -310,19 +334,8 @@ def check_ranges(config: PruningConfig) -> None:
         value = getattr(config, name)
         if value is None or value < low:
             raise ValueError(f"{name}={value} must be a whole number and at least {low}")
-    if config.trial_steps is not None and config.trial_steps < 0:
-        raise ValueError(
-            f"trial_steps={config.trial_steps} must be at least 0, which compares masks as they are fitted"
-        )
-    if config.trial_steps == 0 and not (config.refit_rows and config.selection == "halving"):
-        raise ValueError(
-            "trial_steps=0 compares masks as they are fitted, without any training: it needs refit_rows, which is "
-            f"{config.refit_rows}, and selection='halving', which is {config.selection!r}"
-        )
-    for name in ("trial_batch_size", "trial_learning_rate", "last_level_weight"):
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"{name}={value} must be positive")
+    if config.last_level_weight <= 0:
+        raise ValueError(f"last_level_weight={config.last_level_weight} must be positive")
     if not config.sampling_ratios or min(config.sampling_ratios) <= 0:
         raise ValueError(f"sampling_ratios={config.sampling_ratios} must be positive numbers, such as [5e-5, 1e-4]")
     if not 0 < config.selection_fraction < 1:

@@ -20,8 +20,8 @@ class PruningConfig(TrainingArguments):
     > What to prune
 
     Args:
-        method (`str`, defaults to `"random"`): `"random"` draws several masks a level and keeps the best after short
-            trials (arXiv 2310.13183); `"magnitude"`, `"fisher"` and `"taylor"` use one deterministic mask of that
+        method (`str`, defaults to `"random"`): `"random"` draws several masks a level, tries each and keeps the best
+            (arXiv 2310.13183); `"magnitude"`, `"fisher"` and `"taylor"` use one deterministic mask of that
             criterion; `"pdp"` trains through soft masks that harden at the end (arXiv 2305.11203); `"gumbel"` learns a
             mask over frozen weights (arXiv 2202.12986).
         sparsity (`float`, *optional*): fraction of zeros over the prunable weights, in (0, 1), met to the exact count.
@@ -108,10 +108,11 @@ class PruningConfig(TrainingArguments):
             steps, each trial from the same start; in `"survivors"` every candidate goes on from the weights it has
             trained, and then the run from the winner's; `"early"` gives every candidate one trial and averages its
             last evaluations (the paper's EMEP).
-        trial_steps (`int`, *optional*): optimizer steps of the first rung (of the whole trial for `"early"`). Defaults
-            to a third of the level: shorter trials rank masks at random (for `"survivors"`: an eighth, and at least 40
-            or half the level; for `"early"`: one epoch, at most the level). 0 compares masks as they are fitted,
-            before any training, for a fit and a score a candidate (needs `refit_rows` and `"halving"`).
+        trial_steps (`int`, *optional*): optimizer steps of the first rung (of the whole trial for `"early"`). 0, the
+            default where matrices are fitted after a cut (`refit_rows`), compares masks as they are fitted, before any
+            training, for a fit and a score a candidate: that tells as much as a whole level. Else a third of the
+            level, since shorter trials rank masks at random (for `"survivors"`: an eighth, and at least 40 or half the
+            level; for `"early"`: one epoch, at most the level).
         trial_batch_size (`int`, *optional*): rows of one trial step. Defaults to those of a training step over all
             devices, so that the choice does not depend on their number; one device runs a trial alone, so with many
             of them fewer rows are cheaper (`hf-maskselect plan` tells the cost).
@@ -120,7 +121,7 @@ class PruningConfig(TrainingArguments):
         sampling_ratios (`list[float]`): draws per removed weight of votes, rotating over the candidates.
         selection_fraction (`float`, defaults to 0.1): share of the train split held out to choose on, where no
             `selection_dataset` is given and the run chooses anything.
-        max_selection_samples (`int`, defaults to 1000): at most so many rows are held out; every trial is scored on
+        max_selection_samples (`int`, defaults to 500): at most so many rows are held out; every trial is scored on
             all of them.
         selection_metric (`str`, *optional*): what a trial is scored by on the selection split: `"loss"` (the label
             loss), `"teacher"` (cross-entropy against the teacher's soft labels; both lower is better), or a key of
@@ -223,7 +224,9 @@ class PruningConfig(TrainingArguments):
     criterion_batches: int = field(default=64, metadata={"help": "Gradient samples a level for fisher and taylor."})
     criterion_batch_size: int = field(default=8, metadata={"help": "Rows of one gradient sample."})
     selection: str = field(default="halving", metadata={"help": "halving, survivors or early.", "choices": SELECTIONS})
-    trial_steps: int | None = field(default=None, metadata={"help": "Steps of the first rung (a third of the level)."})
+    trial_steps: int | None = field(
+        default=None, metadata={"help": "Steps of the first rung (0 where matrices are refitted, else a third)."}
+    )
     trial_batch_size: int | None = field(
         default=None, metadata={"help": "Rows of one trial step (those of a training step over all devices)."}
     )
@@ -234,7 +237,7 @@ class PruningConfig(TrainingArguments):
     selection_fraction: float = field(
         default=0.1, metadata={"help": "Share of the train split held out to choose on."}
     )
-    max_selection_samples: int = field(default=1000, metadata={"help": "At most so many rows are held out."})
+    max_selection_samples: int = field(default=500, metadata={"help": "At most so many rows are held out."})
     selection_metric: str | None = field(
         default=None, metadata={"help": "loss, teacher, or a key of compute_metrics (teacher where there is one)."}
     )

@@ -147,6 +147,7 @@ def search_cost(work: Workload, ranks: int) -> Cost:
         trials += work.held_out / 3
         longest += work.held_out / 3
     weights = 4 * work.parameters
+    copied = 3 if any(steps for rungs in levels for _, steps in rungs) else int(any(levels))
     messages = max(exchanged(rungs, ranks) for rungs in levels) if ranks > 1 else 0
     shared = 0  # by one rank, to all: what the winner has trained, or how the chosen matrices were fitted
     if ranks > 1:
@@ -158,8 +159,8 @@ def search_cost(work: Workload, ranks: int) -> Cost:
         (longest + once) / (work.config.max_steps * work.rows),
         trials / (longest * ranks) if longest else 1.0,
         training,
-        # A copy of the weights, and the moments of a trial; or what the matrices were before the cut.
-        training + (3 * weights if longest else 4 * work.prunable if work.config.refit_rows else 0),
+        # A copy of the weights, and the moments of a trial that trains; or what the matrices were before the cut.
+        training + (copied * weights or 4 * work.prunable * bool(work.config.refit_rows)),
         messages + shared,
         messages * ranks + shared,
         round(2 * weights * (ranks - 1) / ranks),
@@ -220,7 +221,7 @@ def _advice(work: Workload, cost: Cost) -> list[str]:
             f"{cost.ranks} ranks: {1 - cost.busy:.0%} of their time in trials is waiting; with "
             f"num_candidates={cost.ranks} the searches take {more.time:.2f} times the training's time"
         )
-    if cost.time > 10 and config.trial_batch_size is None and cost.ranks > 1:
+    if cost.time > 10 and config.trial_batch_size is None and config.trial_steps != 0 and cost.ranks > 1:
         less = search_cost(replace(work, config=_changed(config, trial_batch_size=work.rows)), cost.ranks)
         told.append(
             f"{cost.ranks} ranks: one device runs trials of {work.trial_rows(cost.ranks)} rows a step alone; with "

@@ -158,9 +158,12 @@ class MaskSearch:
         search.step_equivalents += bench.steps_of_refit(search.level)
         left = len(method.weights) - len(done.fitted)
         if left and self._ranks.rank == 0:
+            blind = len(search.candidates) > 1 and self._config.trial_steps == 0
             logger.warning_once(
                 f"{left} of {len(method.weights)} matrices stay as they were cut: refit_rows fits linear layers that "
                 "are used once a pass, see at least twice as many tokens as an output keeps weights, and become better"
+                + "; candidates that are not fitted are told apart by training them: set trial_steps"
+                * blind
             )
 
     def _together(self, work: Callable[[], T]) -> T:

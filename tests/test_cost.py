@@ -70,6 +70,12 @@ def test_more_ranks_wait_more_and_take_less_time(tmp_path):
     assert two.search_bytes - two.training_bytes == 3 * 4_000
 
 
+def test_masks_that_are_only_fitted_need_one_copy_of_the_weights(tmp_path):
+    config = make_config(tmp_path, method="random")
+    cost = search_cost(Workload(config, 1_000, 800, 0), 1)
+    assert config.trial_steps == 0 and cost.search_bytes - cost.training_bytes == 4_000
+
+
 def test_survivors_send_the_winners_weights(tmp_path):
     config = make_config(tmp_path, **SEARCH)
     plain = search_cost(Workload(config, 1_000_000, 800, 0), 2)
@@ -92,6 +98,10 @@ def test_what_is_sent_does_not_depend_on_the_model():
 def test_the_command_says_what_to_change(tmp_path, capsys):
     make(**{"vocab_size": FAMILIES["Bert"]["vocab_size"]}).save_pretrained(tmp_path)
     run = ["plan", str(tmp_path), "--max_steps", "600", "--num_candidates", "8", "--per_device_train_batch_size", "32"]
+    assert main([*run, "--ranks", "64"]) == 0
+    told = capsys.readouterr().out
+    assert "8 x fit" in told and "with num_candidates=64" in told and "trial_batch_size" not in told
+    run += ["--trial_steps", "40"]
     assert main([*run, "--ranks", "1", "64"]) == 0
     told = capsys.readouterr().out
     for expected in (

@@ -75,4 +75,4 @@ def test_one_process_with_two_devices_is_refused(tmp_path):
 
 def test_trial_batches_are_whole_micro_batches(tmp_path):
     with pytest.raises(ValueError, match="trial_batch_size=12 .* choose 8 or 16"):
-        make_trainer(tmp_path, method="random", trial_batch_size=12)
+        make_trainer(tmp_path, method="random", trial_steps=2, trial_batch_size=12)
