@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -151,7 +153,8 @@ def panel_mean(groups: Groups, tasks: Sequence[str], target: str | None, method:
 
 
 def draw(path: Path, groups: Groups, tasks: Sequence[str], targets: Sequence[str], methods: Sequence[str]) -> bool:
-    """Score against target, one panel a task, bars of one standard deviation; whether there was something to draw."""
+    """Score against target, bars of one standard deviation: one panel a task, and one of their mean for those methods
+    that have all of them; whether there was something to draw."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -160,28 +163,56 @@ def draw(path: Path, groups: Groups, tasks: Sequence[str], targets: Sequence[str
     shown = [task for task in tasks if any(key[0] == task and key[1] for key in groups)]
     if not shown:
         return False
-    figure = Figure(figsize=(3.1 * len(shown) + 1.6, 3.4), layout="constrained", dpi=150)
+    panels = [(f"{task}: {get_task(task).main_metric}", task) for task in shown]
+    if len(tasks) > 1 and panel_mean(groups, tasks, None, "dense") is not None:
+        panels.append((f"mean of {len(tasks)} tasks", None))
+    rows = math.ceil(len(panels) / 3)
+    columns = math.ceil(len(panels) / rows)
+    figure = Figure(figsize=(3.1 * columns + 1.6, 3.2 * rows), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
-    for axes, task in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        _draw_task(axes, task, groups, targets, methods)
+    places = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, (title, task) in itertools.zip_longest(places, panels, fillvalue=(None, None)):
+        if title is None:
+            axes.set_axis_off()
+            continue
+        points = {
+            (target, method): _point(groups, tasks if task is None else [task], target, method)
+            for target, method in [(None, "dense"), *itertools.product(targets, methods)]
+        }
+        _draw_points(axes, {key: point for key, point in points.items() if point is not None}, targets, methods)
+        axes.set_title(title, fontsize=9)
     handles = {label: h for a in figure.axes for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(path)
     return True
 
 
-def _draw_task(axes: Axes, task: str, groups: Groups, targets: Sequence[str], methods: Sequence[str]) -> None:
-    dense = groups.get((task, None, "dense"))
-    if dense is not None:
-        axes.axhline(dense.mean, color="#a8b0b9", linestyle="--", linewidth=1, label="dense")
+def _point(groups: Groups, tasks: Sequence[str], target: str | None, method: str) -> tuple[float, float] | None:
+    """(mean, standard deviation) over seeds: of one task, or of the mean of independent ones (0 where a task has one
+    seed, as nothing is known then); None while a task is missing."""
+    mean = panel_mean(groups, tasks, target, method)
+    if mean is None:
+        return None
+    spreads = [groups[task, target, method].spread for task in tasks]
+    return mean, 0.0 if None in spreads else math.hypot(*spreads) / len(spreads)
+
+
+def _draw_points(
+    axes: Axes,
+    points: dict[tuple[str | None, str], tuple[float, float]],
+    targets: Sequence[str],
+    methods: Sequence[str],
+) -> None:
+    if (None, "dense") in points:
+        axes.axhline(points[None, "dense"][0], color="#a8b0b9", linestyle="--", linewidth=1, label="dense")
     for place, method in enumerate(methods):
-        known = [(i, groups[task, t, method]) for i, t in enumerate(targets) if (task, t, method) in groups]
+        known = [(i, *points[target, method]) for i, target in enumerate(targets) if (target, method) in points]
         if known:
             shift = 0.5 * (place / max(len(methods) - 1, 1) - 0.5)  # side by side, so that bars do not hide each other
             axes.errorbar(
-                [i + shift for i, _ in known],
-                [group.mean for _, group in known],
-                [group.spread or 0 for _, group in known],
+                [i + shift for i, _, _ in known],
+                [mean for _, mean, _ in known],
+                [spread for _, _, spread in known],
                 color=COLOURS[place % len(COLOURS)],
                 marker="o",
                 markersize=4,
@@ -192,7 +223,6 @@ def _draw_task(axes: Axes, task: str, groups: Groups, targets: Sequence[str], me
             )
     axes.set_xticks(range(len(targets)), targets, fontsize=8)
     axes.set_xlim(-0.5, len(targets) - 0.5)
-    axes.set_title(f"{task}: {get_task(task).main_metric}", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", linewidth=0.4, alpha=0.5)

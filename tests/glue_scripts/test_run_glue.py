@@ -271,6 +271,14 @@ def test_the_panel_mean_needs_every_task():
     ]
 
 
+def test_the_spread_of_a_mean_is_that_of_independent_tasks():
+    groups = {("cola", "2:4", "a"): panel.Group([39.0, 41.0], []), ("sst2", "2:4", "a"): panel.Group([80.0, 82.0], [])}
+    groups |= {("rte", "2:4", "a"): panel.Group([50.0], [])}
+    assert panel._point(groups, ["cola", "sst2"], "2:4", "a") == pytest.approx((60.5, 1.0))  # sqrt(2 + 2) / 2
+    assert panel._point(groups, ["cola", "rte"], "2:4", "a") == (45.0, 0.0)  # one seed says nothing of a spread
+    assert panel._point(groups, ["cola", "mrpc"], "2:4", "a") is None
+
+
 def test_a_recipe_is_overridden_by_flags(tmp_path):
     json_text, yaml_text = '{"sparsity": 0.5, "method": "taylor"}', "sparsity: 0.5\nmethod: taylor\n"
     for name, text in (("r.json", json_text), ("r.yaml", yaml_text)):
