@@ -5,7 +5,7 @@ and by two gloo processes on a core each; in turns. The ideal is half the time. 
 step-equivalents, against `hf_maskselect.cost`.
 
     python benchmarks/ranks.py
-    python benchmarks/ranks.py --criterion-batches 256 --trial-steps 40 --length 32    # longer trials, all defaults
+    python benchmarks/ranks.py --criterion-batches 256 --trial-steps 40 --length 32    # longer trials
 """
 
 from __future__ import annotations

@@ -246,8 +246,8 @@ def affordable_steps(flags: Sequence[str]) -> int:
         except ValueError:  # the plan does not fit into so few steps, and into fewer still less
             break
     raise ValueError(
-        f"no run is so short that it and its search take {total} steps: raise max_steps, or lower num_candidates or "
-        "criterion_batches"
+        f"no run is so short that it and its search take {total} steps: raise max_steps, or lower num_candidates, "
+        "criterion_batches, refit_rows or max_selection_samples"
     )
 
 

@@ -164,7 +164,8 @@ def draw(path: Path, groups: Groups, tasks: Sequence[str], targets: Sequence[str
     if not shown:
         return False
     panels = [(f"{task}: {get_task(task).main_metric}", task) for task in shown]
-    if len(tasks) > 1 and panel_mean(groups, tasks, None, "dense") is not None:
+    means = [panel_mean(groups, tasks, target, method) for target, method in itertools.product(targets, methods)]
+    if len(tasks) > 1 and any(mean is not None for mean in means):
         panels.append((f"mean of {len(tasks)} tasks", None))
     rows = math.ceil(len(panels) / 3)
     columns = math.ceil(len(panels) / rows)
@@ -188,13 +189,13 @@ def draw(path: Path, groups: Groups, tasks: Sequence[str], targets: Sequence[str
 
 
 def _point(groups: Groups, tasks: Sequence[str], target: str | None, method: str) -> tuple[float, float] | None:
-    """(mean, standard deviation) over seeds: of one task, or of the mean of independent ones (0 where a task has one
-    seed, as nothing is known then); None while a task is missing."""
+    """(mean, standard deviation) over seeds: of one task, or of the mean of independent ones (NaN, which draws no bar,
+    where a task has one seed); None while a task is missing."""
     mean = panel_mean(groups, tasks, target, method)
     if mean is None:
         return None
     spreads = [groups[task, target, method].spread for task in tasks]
-    return mean, 0.0 if None in spreads else math.hypot(*spreads) / len(spreads)
+    return mean, math.nan if None in spreads else math.hypot(*spreads) / len(spreads)
 
 
 def _draw_points(

@@ -301,8 +301,6 @@ def check_refit(config: PruningConfig) -> None:
 
 
 def check_trials(config: PruningConfig) -> None:
-    if config.trial_steps is None and config.searches and config.refit_rows and config.selection == "halving":
-        config.trial_steps = 0
     if config.trial_steps is not None and config.trial_steps < 0:
         raise ValueError(
             f"trial_steps={config.trial_steps} must be at least 0, which compares masks as they are fitted"
@@ -310,7 +308,7 @@ def check_trials(config: PruningConfig) -> None:
     if config.trial_steps == 0 and not (config.refit_rows and config.selection == "halving"):
         raise ValueError(
             "trial_steps=0 compares masks as they are fitted, without any training: it needs refit_rows, which is "
-            f"{config.refit_rows}, and selection='halving', which is {config.selection!r}"
+            f"{config.refit_rows}, and selection='halving', which is {config.selection!r}; leave trial_steps unset"
         )
     for name in ("trial_batch_size", "trial_learning_rate"):
         value = getattr(config, name)
@@ -318,8 +316,7 @@ def check_trials(config: PruningConfig) -> None:
             raise ValueError(f"{name}={value} must be positive")
         if value is not None and config.trial_steps == 0:
             raise ValueError(
-                f"{name}={value} has no meaning with trial_steps=0 (the default where cut matrices are fitted), which "
-                "trains no candidate: set trial_steps, such as a third of the shortest level's steps"
+                f"{name}={value} has no meaning with trial_steps=0, which trains no candidate: leave trial_steps unset"
             )
 
 
@@ -334,8 +331,8 @@ def check_ranges(config: PruningConfig) -> None:
         value = getattr(config, name)
         if value is None or value < low:
             raise ValueError(f"{name}={value} must be a whole number and at least {low}")
-    if config.last_level_weight <= 0:
-        raise ValueError(f"last_level_weight={config.last_level_weight} must be positive")
+    if config.last_level_weight is None or config.last_level_weight <= 0:
+        raise ValueError(f"last_level_weight={config.last_level_weight} must be a positive number")
     if not config.sampling_ratios or min(config.sampling_ratios) <= 0:
         raise ValueError(f"sampling_ratios={config.sampling_ratios} must be positive numbers, such as [5e-5, 1e-4]")
     if not 0 < config.selection_fraction < 1:

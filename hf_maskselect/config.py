@@ -108,11 +108,12 @@ class PruningConfig(TrainingArguments):
             steps, each trial from the same start; in `"survivors"` every candidate goes on from the weights it has
             trained, and then the run from the winner's; `"early"` gives every candidate one trial and averages its
             last evaluations (the paper's EMEP).
-        trial_steps (`int`, *optional*): optimizer steps of the first rung (of the whole trial for `"early"`). 0, the
-            default where matrices are fitted after a cut (`refit_rows`), compares masks as they are fitted, before any
-            training, for a fit and a score a candidate: that tells as much as a whole level. Else a third of the
-            level, since shorter trials rank masks at random (for `"survivors"`: an eighth, and at least 40 or half the
-            level; for `"early"`: one epoch, at most the level).
+        trial_steps (`int`, *optional*): optimizer steps of the first rung (of the whole trial for `"early"`). 0
+            compares masks as they are fitted, before any training, for a fit and a score a candidate: that tells as
+            much as a whole level. It is the default for `"halving"` where matrices are fitted (`refit_rows`) and
+            neither of the next two fields is given. Else a third of the level, since shorter trials of masks that are
+            not fitted rank them at random (for `"survivors"`: an eighth, and at least 40 or half the level; for
+            `"early"`: one epoch, at most the level).
         trial_batch_size (`int`, *optional*): rows of one trial step. Defaults to those of a training step over all
             devices, so that the choice does not depend on their number; one device runs a trial alone, so with many
             of them fewer rows are cheaper (`hf-maskselect plan` tells the cost).
@@ -312,6 +313,14 @@ class PruningConfig(TrainingArguments):
     def searches(self) -> bool:
         """Whether a mask is chosen among several."""
         return self.num_candidates > 1
+
+    @property
+    def compares_fitted(self) -> bool:
+        """Whether masks are compared as they are fitted, before any training (wherever any matrix can be fitted)."""
+        if self.trial_steps is not None:
+            return self.trial_steps == 0
+        trains = self.trial_batch_size or self.trial_learning_rate
+        return self.searches and bool(self.refit_rows) and self.selection == "halving" and not trains
 
     @property
     def needs_selection_split(self) -> bool:

@@ -76,7 +76,7 @@ class Workload:
         )
 
     def rungs(self, ranks: int) -> list[Rungs]:
-        """Of every level."""
+        """Of every level, where matrices can be fitted: only a run sees whether (not ALBERT's)."""
         epoch = max(1, (self.train_rows - self.held_out) // self.trial_rows(ranks))
         plan = self.config.plan(self.config.max_steps)
         return [search_rungs(self.config, plan, level, epoch) for level in range(len(plan.levels))]
@@ -147,7 +147,12 @@ def search_cost(work: Workload, ranks: int) -> Cost:
         trials += work.held_out / 3
         longest += work.held_out / 3
     weights = 4 * work.parameters
+    needs = len(statistics_needed(work.config, CRITERIA)) if work.samples else 0
+    # While candidates are drawn there are no gradients, but statistics, one score and a matrix-wise ranking of it.
+    drawing = 4 * work.prunable * (needs + 2) - weights if needs else 0
+    # A copy of the weights, and the moments of a trial that trains; or what the matrices were before the cut.
     copied = 3 if any(steps for rungs in levels for _, steps in rungs) else int(any(levels))
+    trying = copied * weights or 4 * work.prunable * bool(work.config.refit_rows)
     messages = max(exchanged(rungs, ranks) for rungs in levels) if ranks > 1 else 0
     shared = 0  # by one rank, to all: what the winner has trained, or how the chosen matrices were fitted
     if ranks > 1:
@@ -159,8 +164,7 @@ def search_cost(work: Workload, ranks: int) -> Cost:
         (longest + once) / (work.config.max_steps * work.rows),
         trials / (longest * ranks) if longest else 1.0,
         training,
-        # A copy of the weights, and the moments of a trial that trains; or what the matrices were before the cut.
-        training + (copied * weights or 4 * work.prunable * bool(work.config.refit_rows)),
+        training + max(drawing, trying),
         messages + shared,
         messages * ranks + shared,
         round(2 * weights * (ranks - 1) / ranks),
@@ -221,7 +225,7 @@ def _advice(work: Workload, cost: Cost) -> list[str]:
             f"{cost.ranks} ranks: {1 - cost.busy:.0%} of their time in trials is waiting; with "
             f"num_candidates={cost.ranks} the searches take {more.time:.2f} times the training's time"
         )
-    if cost.time > 10 and config.trial_batch_size is None and config.trial_steps != 0 and cost.ranks > 1:
+    if cost.time > 10 and config.trial_batch_size is None and not config.compares_fitted and cost.ranks > 1:
         less = search_cost(replace(work, config=_changed(config, trial_batch_size=work.rows)), cost.ranks)
         told.append(
             f"{cost.ranks} ranks: one device runs trials of {work.trial_rows(cost.ranks)} rows a step alone; with "

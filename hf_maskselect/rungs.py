@@ -38,14 +38,18 @@ def survivor_rungs(candidates: int, first_steps: int, longest: int) -> list[tupl
     return [(count, after - before) for count, before, after in zip(counts, reached, reached[1:], strict=False)]
 
 
-def search_rungs(config: PruningConfig, plan: LevelPlan, level: int, epoch: int) -> list[tuple[int, int]]:
-    """(candidates, steps) of each rung at a level; empty when nothing is chosen. epoch: its length in trial steps.
+def search_rungs(
+    config: PruningConfig, plan: LevelPlan, level: int, epoch: int, fits: bool = True
+) -> list[tuple[int, int]]:
+    """(candidates, steps) of each rung at a level; empty when nothing is chosen. One rung of no steps where the masks
+    are compared as they are fitted.
 
-    One rung of no steps where `trial_steps` is 0: the masks are compared as they are fitted.
+    epoch: its length in trial steps. fits: whether any matrix can be fitted; if none can, masks that are not trained
+    could hardly be told apart, and are unless `trial_steps` is 0.
     """
     if not config.searches:
         return []
-    if config.trial_steps == 0:
+    if config.compares_fitted and (fits or config.trial_steps == 0):
         return [(config.num_candidates, 0)]
     if config.selection == "early":
         return [(config.num_candidates, config.trial_steps or min(epoch, plan.length(level)))]

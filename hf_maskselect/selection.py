@@ -66,9 +66,9 @@ class MaskSearch:
     """Chooses the masks of a level and writes down why.
 
     The candidates' masks wait on disk (packed, in a folder `_search-*` of `output_dir`), so that a search needs no
-    more memory than one copy of the trained weights and one trial optimizer. Of several ranks each draws and tries its
-    share; only digests and scores are exchanged (and the winner's weights, where survivors race), and a rank that
-    needs a mask which another one drew draws it again.
+    more memory than one copy of the trained weights and one trial optimizer, or the activations of a fit. Of several
+    ranks each draws and tries its share; only digests and scores are exchanged (and the winner's weights, where
+    survivors race), and a rank that needs a mask which another one drew draws it again.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class MaskSearch:
         self._survivors = Survivors(config.output_dir) if config.selection == "survivors" else None
         self.history: list[LevelSearch] = []
         self.adopted: float | None = None  # score of the weights that the last choice put into the model
+        self._fits: bool | None = None  # whether any matrix can be fitted, once it is known
         # Of the search at hand: where its masks wait, what it draws from, and which ranks have drawn which candidate.
         self._folder = Path()
         self._pool: list[Proposal] = []
@@ -98,7 +99,11 @@ class MaskSearch:
 
     def rungs(self, plan: LevelPlan, level: int) -> list[tuple[int, int]]:
         """`search_rungs` of this run."""
-        return search_rungs(self._config, plan, level, self._bench.steps_per_epoch() if self._config.searches else 1)
+        if not self._config.searches:
+            return []
+        if self._fits is None:
+            self._fits = self._config.compares_fitted and self._bench.steps_of_refit(level) > 0
+        return search_rungs(self._config, plan, level, self._bench.steps_per_epoch(), self._fits)
 
     def choose(self, level: int, plan: LevelPlan, step: int) -> MaskSet:
         """The masks of `level`, found from the model as it stands; all ranks must call it together.
@@ -158,12 +163,9 @@ class MaskSearch:
         search.step_equivalents += bench.steps_of_refit(search.level)
         left = len(method.weights) - len(done.fitted)
         if left and self._ranks.rank == 0:
-            blind = len(search.candidates) > 1 and self._config.trial_steps == 0
             logger.warning_once(
                 f"{left} of {len(method.weights)} matrices stay as they were cut: refit_rows fits linear layers that "
                 "are used once a pass, see at least twice as many tokens as an output keeps weights, and become better"
-                + "; candidates that are not fitted are told apart by training them: set trial_steps"
-                * blind
             )
 
     def _together(self, work: Callable[[], T]) -> T:

@@ -2,9 +2,9 @@
 
 The imports are paid once: every run is a fork of this process, which itself never computes a gradient. Events are
 counted, not timed, so that a kill falls at the same place on any machine: each optimizer step of the run ("train"),
-each of a trial ("trial"), and each operation on files ("save"), half of these with the file cut in two, as a write
-that was interrupted leaves it. (A checkpoint is written by two threads, so that a kill among its files may fall at a
-neighbour.)
+each of a trial and each of its scores ("trial"), and each operation on files ("save"), half of these with the file cut
+in two, as a write that was interrupted leaves it. (A checkpoint is written by two threads, so that a kill among its
+files may fall at a neighbour.)
 
     python killable.py FOLDER METHOD COUNT SEED
 """
@@ -39,6 +39,7 @@ SETTINGS = {
         "trial_steps": 2,
         "level_eval_steps": 2,
     },
+    "fitted": {"method": "random", "num_candidates": 4, "refit_rows": 32},
     "survivors": {
         "method": "random",
         "selection": "survivors",
@@ -70,7 +71,7 @@ class Events:
 
     def watch(self):
         """Put the counters in."""
-        step, trial = torch.optim.AdamW.step, TrialBench.trial
+        step, trial, score = torch.optim.AdamW.step, TrialBench.trial, TrialBench.score
 
         def watched_step(optimizer, *args, **kwargs):
             self.happen("trial" if self.in_trial else "train")
@@ -84,7 +85,12 @@ class Events:
                 self.in_trial = False
                 self.finished.append(self.counts["trial"])
 
-        torch.optim.AdamW.step, TrialBench.trial = watched_step, watched_trial
+        def watched_score(bench):
+            if self.in_trial:
+                self.happen("trial")
+            return score(bench)
+
+        torch.optim.AdamW.step, TrialBench.trial, TrialBench.score = watched_step, watched_trial, watched_score
         for module, name, path_at in (
             (os, "replace", 0),
             (os, "rename", 0),

@@ -49,19 +49,28 @@ def test_the_papers_proposals_bring_the_papers_criterion_and_scope(make):
     assert make(proposals="paper", criterion="fisher").criterion == "fisher"
 
 
-def test_masks_are_compared_as_they_are_fitted_where_they_are_fitted(make):
-    assert make().trial_steps == make(pattern="2:4").trial_steps == make(proposals="fisher:global").trial_steps == 0
-    for fields in (
-        {"refit_rows": 0},
-        {"proposals": "paper"},
-        {"criterion": "magnitude"},
-        {"selection": "survivors"},
-        {"selection": "early"},
-        {"method": "taylor"},
-        {"method": "pdp", "num_candidates": 2},
-    ):
-        assert make(**fields).trial_steps is None
-    assert make(trial_steps=3).trial_steps == 3
+TRAINS = [
+    {"refit_rows": 0},
+    {"proposals": "paper"},
+    {"criterion": "magnitude"},
+    {"selection": "survivors"},
+    {"selection": "early"},
+    {"trial_steps": 3},
+    {"trial_batch_size": 4},
+    {"trial_learning_rate": 1e-4},
+    {"method": "taylor"},
+    {"method": "pdp", "num_candidates": 2},
+]
+
+
+@pytest.mark.parametrize("fields", TRAINS, ids=str)
+def test_masks_are_compared_as_they_are_fitted_where_they_are_fitted(make, fields):
+    config = make()
+    assert config.compares_fitted and make(pattern="2:4").compares_fitted and make(trial_steps=0).compares_fitted
+    assert not make(**fields).compares_fitted
+    assert not dataclasses.replace(config, trial_steps=3).compares_fitted
+    config.refit_rows = 0  # as a hyper-parameter search sets fields
+    assert not config.compares_fitted
 
 
 def test_a_given_scope_and_floor_reach_the_pattern(make):
@@ -132,8 +141,9 @@ REFUSED = [
     ({"trial_steps": -1}, "=-1", "at least 0"),
     ({"trial_steps": 0, "refit_rows": 0}, "trial_steps=0", "needs refit_rows, which is 0"),
     ({"trial_steps": 0, "selection": "survivors"}, "trial_steps=0", "selection='halving'"),
-    ({"trial_learning_rate": 1e-4}, "=0.0001.*trial_steps=0", "set trial_steps"),
-    ({"trial_batch_size": 8}, "=8.*trial_steps=0", "set trial_steps"),
+    ({"trial_learning_rate": 1e-4, "trial_steps": 0}, "=0.0001.*trial_steps=0", "leave trial_steps unset"),
+    ({"trial_batch_size": 8, "trial_steps": 0}, "=8.*trial_steps=0", "leave trial_steps unset"),
+    ({"last_level_weight": None}, "=None", "positive number"),
     ({"trial_learning_rate": -1e-3}, "=-0.001", "positive"),
     ({"last_level_weight": 0}, "=0", "positive"),
     ({"level_eval_steps": -1}, "=-1", "at least 0"),

@@ -12,7 +12,9 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "count"), [("random", 24), ("survivors", 12), ("pdp", 6), ("gumbel", 6)])
+@pytest.mark.parametrize(
+    ("method", "count"), [("random", 24), ("fitted", 6), ("survivors", 12), ("pdp", 6), ("gumbel", 6)]
+)
 def test_a_killed_run_goes_on_to_the_bit(tmp_path, method, count):
     path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(

@@ -306,6 +306,24 @@ def test_a_search_tries_what_the_run_goes_on_from(tmp_path, selection, monkeypat
     assert len(fitted) == len(trainer._search.history[0].candidates)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "steps"),
+    [
+        ("Bert", {}, 0),
+        ("DebertaV2", {}, 0),  # some of its matrices are not fitted
+        ("Albert", {}, 4),  # none is: a third of the level
+        ("Albert", {"trial_steps": 0}, 0),
+        ("Bert", {"trial_learning_rate": 1e-3}, 4),
+    ],
+    ids=str,
+)
+def test_masks_that_cannot_be_fitted_are_trained_before_they_are_compared(tmp_path, family, changes, steps):
+    trainer = make_trainer(tmp_path, make(family), method="random", num_candidates=2, num_levels=1, **changes)
+    trainer.train()
+    (search,) = trainer._search.history
+    assert [candidate.steps for candidate in search.candidates] == [steps] * len(search.candidates)
+
+
 def test_masks_are_compared_as_they_are_fitted(tmp_path, monkeypatch, capsys):
     """trial_steps=0: one score each and no training; the run goes on from the best, to the bit."""
     keywords = {"method": "random", "num_candidates": 3, "num_levels": 1, "refit_rows": 32, "trial_steps": 0}
