@@ -109,6 +109,10 @@ def test_the_command_says_what_to_change(tmp_path, capsys):
     assert main([*run, "--ranks", "64"]) == 0
     told = capsys.readouterr().out
     assert "8 x fit" in told and "with num_candidates=64" in told
+    short = ["plan", str(tmp_path), "--max_steps", "4", "--num_levels", "1", "--num_candidates", "64", "--ranks", "2"]
+    for more, told_so in ([], False), (["--trial_steps", "1"], True):  # masks that are only fitted have no batches
+        assert main([*short, *more]) == 0
+        assert ("trial_batch_size=" in capsys.readouterr().out) == told_so
     run += ["--trial_steps", "40"]
     assert main([*run, "--ranks", "1", "64"]) == 0
     told = capsys.readouterr().out
