@@ -70,7 +70,9 @@ class LevelSearch:
     def table(self) -> str:
         """The candidates as text, one a line, best last score first."""
         rungs = max(len(c.scores) for c in self.candidates)
-        header = ["#", "proposal", "overlap", *(f"rung {i + 1}" for i in range(rungs)), "steps", ""]
+        trained = any(c.steps for c in self.candidates)
+        scores = [f"rung {i + 1}" if trained else "as fitted" for i in range(rungs)]
+        header = ["#", "proposal", "overlap", *scores, "steps", ""]
         ranked = sorted(self.candidates, key=lambda c: (-len(c.scores), c.scores[-1] if c.scores else 0, c.index))
         rows = [
             [c.index, c.proposal, f"{c.overlap:.3f}", *(f"{s:.4f}" for s in c.scores), *[""] * (rungs - len(c.scores))]

@@ -98,6 +98,7 @@ def plan_text(
                 sum(count * steps for count, steps in trials),
             ]
         )
+    compared = sum(count for trials in rungs for count, steps in trials if steps == 0)
     held = f"; masks are chosen on {held_out} rows held out" if held_out else ""
     fitted = f"; what a cut leaves is fitted anew on {args.refit_rows} rows" if args.refit_rows else ""
     begun = f", from a model at {start:.4f} whose zeros are kept" if start else ""
@@ -106,4 +107,5 @@ def plan_text(
         f"Pruning plan: method {args.method}, pattern {args.pattern}, target {target}{begun}{held}{fitted}\n"
         + text_table(["phase", "sparsity", "steps", "peak lr", "trials (count x steps)", "trial steps"], rows)
         + f"\n{plan.max_steps} training steps and {sum(row[-1] for row in rows)} trial steps"
+        + f"; {compared} masks are fitted and compared before they are trained" * bool(compared)
     )
