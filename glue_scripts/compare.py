@@ -14,6 +14,8 @@ rows held out of train; the validation split is read once, when a cell is finish
 Every cell is a folder with `cell.json` (what it was made by, and its results) and `command.txt`, which makes it again.
 Finished cells are not run again, so the table grows over several sittings; one made with other flags is refused.
 Several processes may share an output folder if no two run the same task and seed; `--only_table` shows what is there.
+`--records FILE` keeps what is known of every cell in one small file as well, so that the table goes on growing on a
+machine that does not have the folders: a dense model is then made again, and must be the same.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ from transformers import set_seed
 from arguments import parse_arguments, read_recipe
 from hf_maskselect.cost import Workload, search_cost
 from hf_maskselect.files import replacing
-from panel import CELL, read_cell, write_panel
+from panel import write_panel
+from records import CELL, COMMAND, Records, read_cell
 from run_glue import fine_tune_dense, prepare, run
 from tasks import get_task
 
@@ -55,7 +58,6 @@ METHODS = {
 }
 TOTAL = "-total"  # ending of a method whose search counts among its steps
 METHODS |= {name + TOTAL: METHODS[name] for name in ("fisher", "taylor", "random-paper", "random")}
-COMMAND = "command.txt"
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--variants", nargs="*", default=[], help="name:flag=value,... methods of your own, beside --methods"
     )
+    parser.add_argument("--records", type=Path, help="file of finished cells, beside those in output_dir")
     parser.add_argument("--only_table", action="store_true", help="run nothing, show what is finished")
     options, flags = parser.parse_known_args(arguments)
     recipe = read_recipe(Path(options.recipe)) if options.recipe else {}
@@ -127,9 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for target in options.targets
         for method in methods
     ]
-    missing = []
+    missing, records = [], Records(options.output_dir, options.records)
     for cell in [] if options.only_table else cells:
-        made = read_cell(cell.folder(options.output_dir), cell.method)
+        made = records.find(cell)
         given = [*cell.flags(flags, own), *methods.get(cell.method, [])]
         told = {"recipe": recipe, "flags": given[1:] if options.recipe else given}
         if made is None:
@@ -137,25 +140,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif cell.method != "dense" and made["told"] != told:
             parser.error(
                 f"{cell.folder(options.output_dir)} was made with other flags ({made['told']}): delete it, or choose "
-                "another output_dir"
+                "another output_dir and other --records"
             )
+        if made is not None:
+            records.add(cell)
     checked, failed = set(), []
     done = len(cells) - len(missing)
     bar = tqdm(missing, desc="cells", unit="cell", initial=done, total=len(cells), disable=options.only_table)
     for cell, given, told in bar:
         dense = dataclasses.replace(cell, target=None, method="dense")
         if dense not in checked:  # what all others start from must have been made with these flags too
-            run_dense(options.output_dir, dense, dense.flags(flags, own))
+            run_dense(options.output_dir, dense, dense.flags(flags, own), records)
             checked.add(dense)
         bar.set_postfix_str(str(cell))
         if cell != dense:
             try:
                 run_cell(options.output_dir, cell, given, told)
+                records.add(cell)
             except ValueError as error:
                 failed.append(f"{cell} is left out: {error}")
                 tqdm.write(failed[-1])
         gc.collect()
-    write_panel(options.output_dir, cells)
+    found = {cell: made["results"] for cell in cells if (made := records.find(cell)) is not None}
+    write_panel(options.output_dir, cells, found)
     if failed:
         sys.exit("\n".join(["", *failed]))
 
@@ -193,8 +200,12 @@ def common_flags(cell: Cell) -> list[str]:
     return ["--task_name", cell.task, "--seed", str(cell.seed), "--always_hold_out", "--save_strategy", "no"]
 
 
-def run_dense(output_dir: Path, cell: Cell, flags: list[str]) -> None:
-    """Fine-tune the dense model of a task and seed; of a finished one see that it was made by the same recipe."""
+def run_dense(output_dir: Path, cell: Cell, flags: list[str], records: Records) -> None:
+    """Fine-tune the dense model of a task and seed; of a finished one see that it was made by the same recipe.
+
+    Raises:
+        ValueError: it was not, or it is not the model that the cells in the records were made from.
+    """
     folder = cell.folder(output_dir)
     set_seed(cell.seed)  # the head is drawn: whatever else this process has run
     data, model, config = parse_arguments([*flags, *common_flags(cell), "--output_dir", str(folder.parent)])
@@ -203,6 +214,14 @@ def run_dense(output_dir: Path, cell: Cell, flags: list[str]) -> None:
         which = ["--methods", "dense", "--tasks", cell.task, "--seeds", str(cell.seed)]
         write_command(folder, "compare.py", [*which, "--output_dir", str(output_dir), *recipe])
     fine_tune_dense(prepare(data, model, config), model, config)
+    made, known = read_cell(folder, cell.method), records.find(cell)
+    if made["told"] != known["told"] or made["results"]["eval_loss"] != known["results"]["eval_loss"]:
+        raise ValueError(
+            f"{folder} has a loss of {made['results']['eval_loss']} ({made['told']}), the dense model of its cells in "
+            f"{records.path} {known['results']['eval_loss']} ({known['told']}): take the flags and the kind of "
+            "machine that made those, or other --records"
+        )
+    records.add(cell)
 
 
 def run_cell(output_dir: Path, cell: Cell, flags: list[str], told: dict) -> None:

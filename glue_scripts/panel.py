@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
     from compare import Cell
 
-CELL, TABLE, PICTURE = "cell.json", "table.md", "panel.png"
+TABLE, PICTURE = "table.md", "panel.png"
 COLOURS = ("#0b61a4", "#d1495b", "#3a7d44", "#8e5ea2", "#e08e0b", "#24292f", "#7f8c8d", "#00798c")
 
 
@@ -52,9 +51,11 @@ class Group:
 Groups = dict[tuple[str, str | None, str], Group]
 
 
-def write_panel(output_dir: Path, cells: Sequence[Cell]) -> None:
-    """Print and write the tables; draw the picture if matplotlib is there."""
-    groups = read_groups(output_dir, cells)
+def write_panel(output_dir: Path, cells: Sequence[Cell], found: Mapping[Cell, dict]) -> None:
+    """Print and write the tables of those of `cells` whose results are `found`; draw the picture if matplotlib is
+    there."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    groups = group_cells(found)
     tasks = list(dict.fromkeys(cell.task for cell in cells))
     targets = list(dict.fromkeys(cell.target for cell in cells if cell.target is not None))
     methods = list(dict.fromkeys(cell.method for cell in cells if cell.target is not None))
@@ -69,25 +70,14 @@ def write_panel(output_dir: Path, cells: Sequence[Cell]) -> None:
         print("\nNo picture: it needs matplotlib (pip install 'hf_maskselect[plots]') and a pruned cell")
 
 
-def read_cell(folder: Path, method: str) -> dict | None:
-    """`told` and `results` of a finished cell; None of one that is not. The dense model is `run_glue.py`'s."""
-    path = folder / ("all_results.json" if method == "dense" else CELL)
-    if not path.is_file():
-        return None
-    found = json.loads(path.read_text())
-    return {"told": {}, "results": found} if method == "dense" else found
-
-
-def read_groups(output_dir: Path, cells: Iterable[Cell]) -> Groups:
-    """What is finished, by task, target and method."""
-    found = defaultdict(list)
-    for cell in cells:
-        made = read_cell(cell.folder(output_dir), cell.method)
-        if made is not None:
-            found[cell.task, cell.target, cell.method].append(made["results"])
+def group_cells(found: Mapping[Cell, dict]) -> Groups:
+    """Results of finished cells by task, target and method."""
+    groups = defaultdict(list)
+    for cell, results in found.items():
+        groups[cell.task, cell.target, cell.method].append(results)
     return {
         key: Group([100 * result[f"eval_{get_task(key[0]).main_metric}"] for result in results], results)
-        for key, results in found.items()
+        for key, results in groups.items()
     }
 
 

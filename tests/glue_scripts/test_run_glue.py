@@ -18,6 +18,7 @@ import run_glue
 from arguments import parse_arguments
 from demo_data import demo_tokenizer, make_sentences
 from hf_maskselect import verify
+from records import read_cell
 
 SHORT = {
     "max_steps": 8,
@@ -202,7 +203,7 @@ def test_a_cell_is_made_again_by_its_command(tmp_path, start, data_dir, monkeypa
     flags += ["--model_name_or_path", start, "--data_dir", data_dir, "--max_steps", "60", "--criterion_batches", "4"]
     compare.main(flags)
     folder = tmp_path / "sst2" / "42" / "0.9375"
-    free, paid = (panel.read_cell(folder / n, n)["results"] for n in ("random", "random-total"))
+    free, paid = (read_cell(folder / n, n)["results"] for n in ("random", "random-total"))
     assert free["train_steps"] == 60 and 2 <= paid["train_steps"] < 60
     assert 40 < paid["train_steps"] + paid["search_step_equivalents"] <= 60
     threads, _, script, *again = shlex.split((folder / "random-total" / "command.txt").read_text())
@@ -226,6 +227,33 @@ def test_a_cell_is_made_again_by_its_command(tmp_path, start, data_dir, monkeypa
     command = (dense / "command.txt").read_text()
     compare.main([*flags, "--methods", "magnitude", "--per_device_eval_batch_size", "7"])  # takes it as it is
     assert (dense / "command.txt").read_text() == command
+
+
+def test_a_panel_goes_on_from_its_records_where_the_models_are_gone(tmp_path, start, data_dir, capsys, monkeypatch):
+    flags = ["--tasks", "sst2", "--model_name_or_path", start, "--data_dir", data_dir, *FLAGS]
+    flags += ["--records", str(tmp_path / "kept" / "cells.jsonl")]
+    monkeypatch.chdir(tmp_path)  # the dense model's recipe and the cells' flags name no folder
+    compare.main([*flags, "--output_dir", "a", "--methods", "magnitude"])
+    lines = (tmp_path / "kept" / "cells.jsonl").read_text().splitlines()
+    assert [json.loads(line)["method"] for line in lines] == ["dense", "magnitude"]
+    assert json.loads(lines[1])["command"] == (tmp_path / "a/sst2/42/0.9375/magnitude/command.txt").read_text().strip()
+    compare.main([*flags, "--output_dir", "b", "--methods", "magnitude", "pdp"])  # dense is made again, to the digit
+    text = (tmp_path / "kept" / "cells.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["method"] for line in lines] == ["dense", "magnitude", "pdp"]
+    assert not (tmp_path / "b" / "sst2" / "42" / "0.9375" / "magnitude").exists()
+    rows = [line.split(" | ") for line in (tmp_path / "b" / "table.md").read_text().splitlines()[2:]]
+    assert [row[2] for row in rows] == ["dense", "magnitude", "pdp"]
+    compare.main([*flags, "--output_dir", "c", "--methods", "magnitude", "pdp", "--only_table"])
+    assert (tmp_path / "c" / "table.md").read_text() == (tmp_path / "b" / "table.md").read_text()
+    with pytest.raises(SystemExit):
+        compare.main([*flags, "--output_dir", "c", "--methods", "magnitude", "--learning_rate", "1"])
+    assert "was made with other flags" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"dense has a loss of .*, the dense model of its cells in .*cells.jsonl"):
+        compare.main([*flags, "--output_dir", "d", "--methods", "gumbel", "--dense_epochs", "2"])
+    (tmp_path / "kept" / "cells.jsonl").write_text(text + '{"task": "sst2"}\n')
+    with pytest.raises(ValueError, match=r"line 4 of .*cells.jsonl is no finished cell \('seed'\): delete that line"):
+        compare.main([*flags, "--output_dir", "e", "--only_table"])
 
 
 def test_a_recipe_is_chosen_on_held_out_rows(tmp_path, start, data_dir):
