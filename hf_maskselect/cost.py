@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModel
 
+from .best_fit import FitErrors
 from .config import PruningConfig
 from .level_search import Candidate
 from .masking.scores import CRITERIA
@@ -135,7 +136,9 @@ def search_cost(work: Workload, ranks: int) -> Cost:
     marks = EARLY_EVALUATIONS if work.config.selection == "early" else 1
     survive = work.config.selection == "survivors"
     once = work.samples * len(levels)  # what every rank does for itself
-    once += work.refitted * sum(not (rungs and survive) for rungs in levels)
+    # The chosen mask is fitted where its candidate was not left as fitted, or as trained.
+    kept = [bool(rungs) and (survive or not any(steps for _, steps in rungs)) for rungs in levels]
+    once += work.refitted * kept.count(False)
     trials = longest = 0.0  # in rows, forward and backward
     for rungs in levels:
         for rung, (count, steps) in enumerate(rungs):
@@ -181,6 +184,8 @@ def exchanged(rungs: Rungs, ranks: int) -> int:
     objects: list[object] = [done, digest, (drawn, None), done, digest]
     if rungs:
         objects.append(done)  # the journal is open
+        if not any(steps for _, steps in rungs):
+            objects.append((FitErrors(0.9, 1 / 3, 99), None))  # of the winner's fit
     for count, _ in rungs:
         known = ({index: None for index in range(count)}, None)
         objects += [known, done, *[((count, 1 / 3), None), done] * math.ceil(count / ranks)]

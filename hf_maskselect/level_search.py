@@ -12,6 +12,11 @@ from .report import text_table
 SEARCH_FILE = "search.json"
 
 
+def rank_of(score: float, index: int) -> tuple[float, int]:
+    """Of a candidate: the lower, the better."""
+    return (math.inf if math.isnan(score) else score, index)
+
+
 @dataclass
 class Candidate:
     """One row of the table of candidates. overlap: share of its kept weights that the deterministic mask keeps too."""
@@ -27,9 +32,8 @@ class Candidate:
 
     @property
     def rank(self) -> tuple[float, int]:
-        """By last score, ties by index; a diverged trial (NaN) comes last."""
-        score = self.scores[-1]
-        return (math.inf if math.isnan(score) else score, self.index)
+        """By last score, ties by index; a diverged trial (NaN) comes last of all."""
+        return rank_of(self.scores[-1], self.index)
 
 
 @dataclass

@@ -20,6 +20,7 @@ from typing import TypeVar
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from .best_fit import BestFit, errors_of
 from .config import PruningConfig
 from .files import replacing
 from .journal import Journal
@@ -87,11 +88,13 @@ class MaskSearch:
         self.history: list[LevelSearch] = []
         self.adopted: float | None = None  # score of the weights that the last choice put into the model
         self._fits: bool | None = None  # whether any matrix can be fitted, once it is known
-        # Of the search at hand: where its masks wait, what it draws from, and which ranks have drawn which candidate.
+        # Of the search at hand: where its masks wait, what it draws from, which ranks have drawn which candidate, and
+        # the fit of the best one tried here.
         self._folder = Path()
         self._pool: list[Proposal] = []
         self._stats: StoredStats | None = None
         self._holders: dict[int, set[int]] = {}
+        self._best_fit = BestFit(self._folder)
 
     def needs(self) -> set[str]:
         """`statistics_needed` of this run."""
@@ -116,6 +119,7 @@ class MaskSearch:
         Path(self._config.output_dir).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=_FOLDER, dir=self._config.output_dir) as folder:
             self._folder = Path(folder)
+            self._best_fit = BestFit(self._folder)
             self._draw(done)
             if len(done.candidates) > 1:
                 self._race(done, plan)
@@ -126,7 +130,7 @@ class MaskSearch:
             masks = self._load(chosen)
             adopts = chosen.steps > 0 and self._config.selection == "survivors"
             if not (adopts and self._adopt(chosen)) and self._config.refit_rows:
-                self._cut(masks, done)
+                self._cut(chosen, masks, done)
         self._ranks.agree(masks.digests, f"the masks of level {level + 1}")
         done.seconds = round(time.monotonic() - start, 2)
         self.history.append(done)
@@ -147,21 +151,32 @@ class MaskSearch:
         self.adopted = chosen.scores[-1]
         return True
 
-    def _cut(self, masks: MaskSet, search: LevelSearch) -> None:
-        """Prune the model by the chosen masks and refit what they keep; all ranks get the weights of the first."""
-        bench, method = self._bench, self._method
+    def _cut(self, chosen: Candidate, masks: MaskSet, search: LevelSearch) -> None:
+        """Prune the model by the chosen masks and refit what they keep; all ranks get the weights of one. A candidate
+        that was compared as it was fitted is not fitted again, unless a search that was killed had done it."""
+        bench, method, ranks = self._bench, self._method, self._ranks
+        compared = bool(chosen.scores) and chosen.steps == 0
+        fits = ranks.together(lambda: self._best_fit.find(chosen.index)) if compared else [None]
+        source = next((rank for rank, fit in enumerate(fits) if fit is not None), None)
+        if source is None:
 
-        def cut() -> Refit:
-            before = {name: weight.detach().clone() for name, weight in method.weights.items()}
+            def cut() -> Refit:
+                before = {name: weight.detach().clone() for name, weight in method.weights.items()}
+                method.set_masks(masks)
+                return bench.refit(before, search.level)
+
+            done = self._together(cut)
+            bench.put(ranks.share(bench.refitted(done) if ranks.rank == 0 else None, 0))
+            errors = errors_of(done)
+        else:
             method.set_masks(masks)
-            return bench.refit(before, search.level)
-
-        done = self._together(cut)
-        bench.put(self._ranks.share(bench.refitted(done) if self._ranks.rank == 0 else None, 0))
-        if done.fitted:
-            search.cut_error, search.refit_error = done.mean_cut, done.mean_fitted
-        search.step_equivalents += bench.steps_of_refit(search.level)
-        left = len(method.weights) - len(done.fitted)
+            bench.put(ranks.share(self._best_fit.load() if ranks.rank == source else None, source))
+            errors = fits[source]
+        if errors.matrices:
+            search.cut_error, search.refit_error = errors.cut, errors.fitted
+        if not compared:
+            search.step_equivalents += bench.steps_of_refit(search.level)
+        left = len(method.weights) - errors.matrices
         if left and self._ranks.rank == 0:
             logger.warning_once(
                 f"{left} of {len(method.weights)} matrices stay as they were cut: refit_rows fits linear layers that "
@@ -337,6 +352,8 @@ class MaskSearch:
             if kept is not None:
                 so_far = kept.scores(candidate.digest) if trial.before else {}
                 kept.keep(candidate.digest, {**so_far, length: score}, bench.trained())
+            elif not trial.steps and bench.fit is not None:
+                self._best_fit.offer(candidate.index, score, bench.fit, bench.refitted(bench.fit))
             return candidate.index, score
 
         with bench.untouched():

@@ -102,6 +102,7 @@ class TrialBench:
         # The selection split must look the same whenever it is scored: a collator may draw.
         self._collator = copy.deepcopy(trainer.data_collator)
         self._soft_labels: list[torch.Tensor] = []  # of the batches of the selection split
+        self.fit: Refit | None = None  # of the last trial, if it began with one
         self._keeps_soft_labels = True
 
     @contextlib.contextmanager
@@ -252,11 +253,12 @@ class TrialBench:
         """
         trainer, args, method, steps = self._trainer, self._trainer.args, self._method, trial.steps
         self.restore()
+        self.fit = None
         if load_start is not None:
             self.put(load_start())
         method.set_masks(load_masks())  # a loader, so that nobody keeps the boolean masks while the trial runs
         if args.refit_rows and load_start is None:
-            self.refit(self._saved, level)
+            self.fit = self.refit(self._saved, level)
         if not steps:
             progress.update()
             return self.score()
