@@ -66,10 +66,11 @@ def statistics_needed(config: PruningConfig, criteria: Mapping[str, Criterion]) 
 class MaskSearch:
     """Chooses the masks of a level and writes down why.
 
-    The candidates' masks wait on disk (packed, in a folder `_search-*` of `output_dir`), so that a search needs no
-    more memory than one copy of the trained weights and one trial optimizer, or the activations of a fit. Of several
-    ranks each draws and tries its share; only digests and scores are exchanged (and the winner's weights, where
-    survivors race), and a rank that needs a mask which another one drew draws it again.
+    The candidates' masks wait on disk (packed, in a folder `_search-*` of `output_dir`; where masks are compared as
+    they are fitted, the weights of the best fit so far beside them), so that a search needs no more memory than one
+    copy of the trained weights and one trial optimizer, or the activations of a fit. Of several ranks each draws and
+    tries its share; only digests and scores are exchanged (and the winner's weights, where survivors race or matrices
+    are fitted), and a rank that needs a mask which another one drew draws it again.
     """
 
     def __init__(
