@@ -39,7 +39,7 @@ class BestFit:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "fit.safetensors"
-        self._rank = (math.inf, -1)
+        self._rank = (math.inf, math.inf)
 
     def offer(self, index: int, score: float, fit: Refit, weights: Mapping[str, Tensor]) -> None:
         """Keep the weights that the fit of candidate `index` has changed, if none so far scored better."""

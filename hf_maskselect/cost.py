@@ -17,9 +17,9 @@ from .config import PruningConfig
 from .level_search import Candidate
 from .masking.scores import CRITERIA
 from .masking.targets import prunable_weights
+from .pool import statistics_needed
 from .report import text_table
 from .rungs import rungs_text, search_rungs
-from .selection import statistics_needed
 from .trials import EARLY_EVALUATIONS, REFIT_COST
 
 Rungs = list[tuple[int, int]]
@@ -88,7 +88,8 @@ class Cost:
     """What the model says of one number of ranks.
 
     compute: of all searches, in training steps (a forward pass is a third of one), summed over ranks; statistics and
-    the refit of the chosen mask, which every rank computes for itself, count once. time: of all searches, in times of
+    (where its candidate was not left as fitted, or as trained) the refit of the chosen mask, which every rank computes
+    for itself, count once. time: of all searches, in times of
     the training. busy: share of the ranks' time in trials that is spent on trials. training_bytes, search_bytes:
     largest memory of a rank for weights, gradients, AdamW's moments and hard masks in fp32 (activations come on top).
     sent: by a rank in one search, with the weights that one of them shares; gathered: of all ranks' messages.

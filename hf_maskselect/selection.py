@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
@@ -29,7 +28,8 @@ from .masking.maskset import MaskSet
 from .masking.schedule import LevelPlan
 from .masking.scores import Criterion, GradientStats, StoredStats
 from .methods.hard import HardMasks
-from .proposals import Proposal, gradient_needs, key_seed, proposal_pool, propose
+from .pool import candidate_pool, statistics_needed
+from .proposals import Proposal, key_seed, propose
 from .ranks import Ranks, deal, deal_to_holders
 from .refitting import Refit
 from .rungs import search_rungs, survivors
@@ -40,27 +40,6 @@ T = TypeVar("T")
 logger = logging.get_logger(__name__)
 _FOLDER = "_search-"  # of the masks that wait; and a random ending
 _STATS = "statistics.safetensors"
-
-
-def candidate_pool(config: PruningConfig, criteria: Mapping[str, Criterion]) -> list[Proposal]:
-    """The proposals of every level; those of a soft method are its own mask and random neighbours."""
-    if config.soft:
-        others = itertools.islice(itertools.cycle(config.sampling_ratios), config.num_candidates - 1)
-        return [Proposal(config.method, config.scope), *(Proposal(config.method, config.scope, r) for r in others)]
-    return proposal_pool(
-        config.proposals,
-        "score_fn" if "score_fn" in criteria else config.criterion,
-        config.scope,
-        config.num_candidates,
-        config.sampling_ratios,
-        criteria,
-        layer_only=config.pattern != "unstructured",
-    )
-
-
-def statistics_needed(config: PruningConfig, criteria: Mapping[str, Criterion]) -> set[str]:
-    """Which gradient statistics the pool reads."""
-    return set() if config.soft else gradient_needs(candidate_pool(config, criteria), criteria)
 
 
 class MaskSearch:
@@ -154,7 +133,8 @@ class MaskSearch:
 
     def _cut(self, chosen: Candidate, masks: MaskSet, search: LevelSearch) -> None:
         """Prune the model by the chosen masks and refit what they keep; all ranks get the weights of one. A candidate
-        that was compared as it was fitted is not fitted again, unless a search that was killed had done it."""
+        that was compared as it was fitted is not fitted again, unless a search that was killed had done it: on rank 0,
+        whose fit is that of the rank which tried it, as their masks are, on devices of the same kind."""
         bench, method, ranks = self._bench, self._method, self._ranks
         compared = bool(chosen.scores) and chosen.steps == 0
         fits = ranks.together(lambda: self._best_fit.find(chosen.index)) if compared else [None]
@@ -171,7 +151,8 @@ class MaskSearch:
             errors = errors_of(done)
         else:
             method.set_masks(masks)
-            bench.put(ranks.share(self._best_fit.load() if ranks.rank == source else None, source))
+            weights = self._together(lambda: self._best_fit.load() if ranks.rank == source else None)
+            bench.put(ranks.share(weights, source))
             errors = fits[source]
         if errors.matrices:
             search.cut_error, search.refit_error = errors.cut, errors.fitted

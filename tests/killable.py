@@ -24,6 +24,7 @@ import transformers.modeling_utils
 from tiny import losses, make, make_trainer, weights_of
 from transformers.trainer_utils import get_last_checkpoint
 
+import hf_maskselect.best_fit
 import hf_maskselect.level_best
 import hf_maskselect.masking.maskset
 import hf_maskselect.packed_file
@@ -97,6 +98,7 @@ class Events:
             (torch, "save", 1),
             (transformers.modeling_utils, "safe_save_file", 1),
             (hf_maskselect.masking.maskset, "save_file", 1),
+            (hf_maskselect.best_fit, "save_file", 1),
             (hf_maskselect.level_best, "save_file", 1),
             (hf_maskselect.survivors, "save_file", 1),
         ):

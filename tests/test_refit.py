@@ -357,29 +357,6 @@ def test_masks_are_compared_as_they_are_fitted(tmp_path, monkeypatch, capsys):
     assert search.step_equivalents == pytest.approx(4 + 3 * 2 * 32 / 8 + 3 * held_out / (3 * 8))
 
 
-def test_the_winner_is_not_fitted_twice(tmp_path, monkeypatch):
-    """And where its fit is lost, as that of a killed search, a second one gives the same run at the same cost."""
-    keywords = {"method": "random", "num_candidates": 3, "num_levels": 2, "refit_rows": 32, "trial_steps": 0}
-    found = {}
-    for name in ("kept", "lost"):
-        trainer = make_trainer(tmp_path / name, **keywords)
-        fits, refit = [], trainer._bench.refit
-
-        def counted(*given, fits=fits, refit=refit):
-            fits.append(refit(*given))
-            return fits[-1]
-
-        monkeypatch.setattr(trainer._bench, "refit", counted)
-        if name == "lost":
-            monkeypatch.setattr("hf_maskselect.best_fit.BestFit.find", lambda *_: None)
-        trainer.train()
-        told = [(s.cut_error, s.refit_error, s.step_equivalents) for s in trainer._search.history]
-        found[name] = weights_of(trainer.model), told, len(fits)
-    candidates = sum(len(search.candidates) for search in trainer._search.history)
-    assert (found["kept"][2], found["lost"][2]) == (candidates, candidates + 2) and candidates > 4
-    assert same(found["kept"][0], found["lost"][0]) and found["kept"][1] == found["lost"][1]
-
-
 def test_long_rows_are_fewer(tmp_path, monkeypatch):
     """As many as their tokens allow; the search counts those."""
     monkeypatch.setattr("hf_maskselect.trials.MOST_POSITIONS", 8 * 32)

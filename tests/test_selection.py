@@ -12,9 +12,9 @@ from transformers import default_data_collator
 
 from hf_maskselect.level_search import Candidate, LevelSearch
 from hf_maskselect.masking.scores import CRITERIA
+from hf_maskselect.pool import candidate_pool
 from hf_maskselect.proposals import Proposal, propose
 from hf_maskselect.rungs import halving_rungs, survivors
-from hf_maskselect.selection import candidate_pool
 from hf_maskselect.trials import Trial
 
 PROPOSALS = [Proposal("magnitude", "layer"), Proposal("taylor", "global")]

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import make_config
+from tiny import make, make_config
 
-from hf_maskselect import PruningState
+from hf_maskselect import PruningState, prunable_weights
 from hf_maskselect.cost import Workload, exchanged, search_cost
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
@@ -24,6 +24,10 @@ METHODS = {
     "survivors": {**SEARCH, "selection": "survivors", "max_steps": 24},
     "refit": {**SEARCH, "refit_rows": 32},
     "fitted": {**SEARCH, "refit_rows": 32, "trial_steps": 0},
+}
+METHODS["fitted_elsewhere"] = METHODS["fitted"] | {  # rank 1 tries the winner of both levels
+    "num_candidates": 2,
+    "proposals": ["magnitude:layer", "magnitude:global"],
 }
 APART = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -88,6 +92,12 @@ def test_two_ranks_are_one_run(tmp_path):
         assert alone["scores"] == first["scores"] and alone["digests"] == first["digests"]
         assert all(max(map(len, level)) == 2 for level in first["scores"])  # two rungs
     assert min(two["survivors"][0]["sent"]) > two["survivors"][0]["bytes"] > 50_000  # the winner's weights
+    assert two["fitted_elsewhere"][0]["chosen"] == [1, 1]
+    model = make()
+    sizes = model.num_parameters(), sum(weight.numel() for weight in prunable_weights(model).values())
+    work = Workload(make_config(tmp_path, **METHODS["fitted"]), *sizes, 96)
+    # With its shapes and biases, of which the model knows nothing.
+    assert two["fitted"][0]["sent"] == pytest.approx([search_cost(work, 2).sent] * 2, rel=0.06)
     (large,) = one["large"]
     assert len(first["chosen"]) == 2 and all(len(level[0]) == 2 for level in first["scores"])  # two rungs
     # Digests, scores and names, as the cost model says: no mask, no weight.
