@@ -1,12 +1,12 @@
 """What does fitting cut matrices anew cost, in training, and against one factorization for each output?
 
-    python benchmarks/refit.py
+    python benchmarks/refit.py [--bf16]
 
 First: seconds of `refit` on `--rows` rows beside forward and backward of the same model over the same rows, in
-batches of 16 with a teacher's forward pass, as the training distils; the search counts a row of a refit as
-`REFIT_COST` rows of training. Second: `fit_masked` beside the direct way, which gathers for every output the part of
-the Gram matrix that it keeps and factorizes it (outputs in blocks of equal size, `torch.linalg.cholesky`), and how
-much of the error that the direct way leaves over it leaves.
+batches of 16 with a teacher's forward pass, as the training distils (with `--bf16` under autocast, which leaves the
+fit in fp32); the search counts a row of a refit as `REFIT_COST` rows of training. Second: `fit_masked` beside the
+direct way, which gathers for every output the part of the Gram matrix that it keeps and factorizes it (outputs in
+blocks of equal size, `torch.linalg.cholesky`), and how much of the error that the direct way leaves over it leaves.
 """
 
 from __future__ import annotations
@@ -53,9 +53,11 @@ def beside_training(args) -> None:
         def train(model=model, teacher=teacher, parts=parts) -> None:
             model.train()
             for inputs in parts:
-                with torch.no_grad():
-                    teacher(**inputs)
-                model(**inputs).loss.backward()
+                with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+                    with torch.no_grad():
+                        teacher(**inputs)
+                    loss = model(**inputs).loss
+                loss.backward()
                 model.zero_grad()
 
         def fit(model=model, weights=weights, before=before, whole=whole) -> None:
@@ -122,9 +124,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--bf16", action="store_true", help="train under autocast")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(machine("; fp32"))
+    print(machine("; bf16 autocast, fits in fp32" if args.bf16 else "; fp32"))
     beside_training(args)
     beside_factorizations(args)
 

@@ -15,7 +15,11 @@ Every cell is a folder with `cell.json` (what it was made by, and its results) a
 Finished cells are not run again, so the table grows over several sittings; one made with other flags is refused.
 Several processes may share an output folder if no two run the same task and seed; `--only_table` shows what is there.
 `--records FILE` keeps what is known of every cell in one small file as well, so that the table goes on growing on a
-machine that does not have the folders: a dense model is then made again, and must be the same.
+machine that does not have the folders: a dense model is then made again, and must be the same. (Cells are known by
+their flags: the paths of model and data must be the same everywhere, for which links in the working folder are good.)
+
+A search is counted in steps of fp32 training. Under `--bf16 True` these are shorter and its fits are not (see
+`benchmarks/refit.py`): what a cell took by the clock, `cell_seconds`, is in the table beside its steps.
 """
 
 from __future__ import annotations
@@ -24,14 +28,13 @@ import argparse
 import dataclasses
 import gc
 import json
-import shlex
+import math
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 from transformers import set_seed
 
@@ -39,8 +42,8 @@ from arguments import parse_arguments, read_recipe
 from hf_maskselect.cost import Workload, search_cost
 from hf_maskselect.files import replacing
 from panel import write_panel
-from records import CELL, COMMAND, Records, read_cell
-from run_glue import fine_tune_dense, prepare, run
+from records import CELL, Records, read_cell, write_origin
+from run_glue import dense_recipe, fine_tune_dense, prepare, run
 from tasks import get_task
 
 # Flags for the search and its levels are for the methods that have them.
@@ -130,36 +133,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for target in options.targets
         for method in methods
     ]
-    missing, records = [], Records(options.output_dir, options.records)
+    records = Records(options.output_dir, options.records, writes=not options.only_table)
+    work = []
     for cell in [] if options.only_table else cells:
         made = records.find(cell)
         given = [*cell.flags(flags, own), *methods.get(cell.method, [])]
         told = {"recipe": recipe, "flags": given[1:] if options.recipe else given}
-        if made is None:
-            missing.append((cell, given, told))
-        elif cell.method != "dense" and made["told"] != told:
+        if made is not None and cell.method != "dense" and made["told"] != told:
             parser.error(
-                f"{cell.folder(options.output_dir)} was made with other flags ({made['told']}): delete it, or choose "
-                "another output_dir and other --records"
+                f"{records.where(cell)} was made with other flags ({made['told']}): delete it, or choose another "
+                "output_dir and other --records"
             )
-        if made is not None:
-            records.add(cell)
+        if made is None or records.lacks(cell):
+            work.append((cell, given, told))
     checked, failed = set(), []
-    done = len(cells) - len(missing)
-    bar = tqdm(missing, desc="cells", unit="cell", initial=done, total=len(cells), disable=options.only_table)
+    done = len(cells) - len(work)
+    bar = tqdm(work, desc="cells", unit="cell", initial=done, total=len(cells), disable=options.only_table)
     for cell, given, told in bar:
         dense = dataclasses.replace(cell, target=None, method="dense")
         if dense not in checked:  # what all others start from must have been made with these flags too
             run_dense(options.output_dir, dense, dense.flags(flags, own), records)
             checked.add(dense)
         bar.set_postfix_str(str(cell))
-        if cell != dense:
-            try:
+        try:
+            if records.find(cell) is None:
                 run_cell(options.output_dir, cell, given, told)
-                records.add(cell)
-            except ValueError as error:
-                failed.append(f"{cell} is left out: {error}")
-                tqdm.write(failed[-1])
+            records.add(cell)
+        except ValueError as error:
+            failed.append(f"{cell} is left out: {error}")
+            tqdm.write(failed[-1])
         gc.collect()
     found = {cell: made["results"] for cell in cells if (made := records.find(cell)) is not None}
     write_panel(options.output_dir, cells, found)
@@ -209,18 +211,26 @@ def run_dense(output_dir: Path, cell: Cell, flags: list[str], records: Records) 
     folder = cell.folder(output_dir)
     set_seed(cell.seed)  # the head is drawn: whatever else this process has run
     data, model, config = parse_arguments([*flags, *common_flags(cell), "--output_dir", str(folder.parent)])
+    job, known = prepare(data, model, config), records.find(cell)
+    recipe = dense_recipe(job, model, config)
+    if known is not None and known["told"] != recipe:
+        raise ValueError(
+            f"{records.where(cell)} was made by {known['told']} and not by {recipe}: give the flags that made it, or "
+            "choose another output_dir and other --records"
+        )
     if read_cell(folder, cell.method) is None:  # the command of a finished one is the one that made it
         recipe = ["--recipe", flags[0], *flags[1:]] if flags and not flags[0].startswith("--") else flags
         which = ["--methods", "dense", "--tasks", cell.task, "--seeds", str(cell.seed)]
-        write_command(folder, "compare.py", [*which, "--output_dir", str(output_dir), *recipe])
-    fine_tune_dense(prepare(data, model, config), model, config)
-    made, known = read_cell(folder, cell.method), records.find(cell)
-    if made["told"] != known["told"] or made["results"]["eval_loss"] != known["results"]["eval_loss"]:
-        raise ValueError(
-            f"{folder} has a loss of {made['results']['eval_loss']} ({made['told']}), the dense model of its cells in "
-            f"{records.path} {known['results']['eval_loss']} ({known['told']}): take the flags and the kind of "
-            "machine that made those, or other --records"
-        )
+        write_origin(folder, "compare.py", [*which, "--output_dir", str(output_dir), *recipe], config.device)
+    fine_tune_dense(job, model, config)
+    if known is not None:
+        found, expected = (made["results"]["eval_loss"] for made in (read_cell(folder, cell.method), known))
+        if found != expected and not math.isnan(found + expected):
+            raise ValueError(
+                f"{folder} has an eval_loss of {found}, the dense model that made the cells in {records.path} of "
+                f"{expected}: go on with the number of threads and the kind of machine that made these (command and "
+                "made_with of its lines), or choose other --records"
+            )
     records.add(cell)
 
 
@@ -231,19 +241,13 @@ def run_cell(output_dir: Path, cell: Cell, flags: list[str], told: dict) -> None
     given = [*flags, *common_flags(cell), *start]
     if cell.method.endswith(TOTAL):
         given += ["--max_steps", str(affordable_steps(given))]
-    write_command(folder, "run_glue.py", given)
+    data, model, config = parse_arguments(given)
+    write_origin(folder, "run_glue.py", given, config.device)
     began = time.monotonic()
-    results = run(*parse_arguments(given))
+    results = run(data, model, config)
     results["cell_seconds"] = round(time.monotonic() - began, 1)
     with replacing(folder / CELL) as temporary:  # last: with it the cell is finished
         temporary.write_text(json.dumps({"told": told, "results": results}, indent=1, sort_keys=True))
-
-
-def write_command(folder: Path, script: str, flags: Sequence[str]) -> None:
-    """Write down how to make a cell again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    threads = f"OMP_NUM_THREADS={torch.get_num_threads()}"  # sums depend on it
-    (folder / COMMAND).write_text(f"{threads} python glue_scripts/{script} {shlex.join(flags)}\n")
 
 
 def affordable_steps(flags: Sequence[str]) -> int:

@@ -54,7 +54,7 @@ from tasks import GlueTask, get_task, load_task, tokenize
 @dataclass
 class Job:
     """Everything a run needs besides the pruning arguments. selection: rows held out of train, None if nothing is
-    chosen."""
+    chosen; max_length: where rows are cut, in tokens."""
 
     task: GlueTask
     tokenizer: PreTrainedTokenizerBase
@@ -63,6 +63,7 @@ class Job:
     evaluation: dict[str, Dataset]
     test: dict[str, Dataset]
     collator: object
+    max_length: int
 
     @property
     def trainer_arguments(self) -> dict:
@@ -116,6 +117,7 @@ def prepare(data: DataArguments, model: ModelArguments, config: PruningConfig) -
         evaluation,
         {split: tokens[split] for split in tokens if split.startswith("test")},
         DataCollatorWithPadding(tokenizer, **padding) if tokenizer.pad_token else default_data_collator,
+        length,
     )
 
 
@@ -153,18 +155,39 @@ def load_model(path: str, task: GlueTask, model: ModelArguments) -> PreTrainedMo
     )
 
 
-def fine_tune_dense(job: Job, model: ModelArguments, config: PruningConfig) -> str:
-    """Fine-tune the dense model into `output_dir/dense`; a finished one is used again. Returns the folder."""
-    folder = Path(config.output_dir) / "dense"
+SHAPING = (  # what else in `TrainingArguments` the dense model's weights depend on
+    "bf16",
+    "fp16",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "train_sampling_strategy",
+)
+
+
+def dense_recipe(job: Job, model: ModelArguments, config: PruningConfig) -> dict:
+    """What a dense model is made by, as its `recipe.json` has it."""
     recipe = {
         "task": job.task.name,
         "train_rows": len(job.train),
+        "max_length": job.max_length,
         "start": str(model.model_name_or_path),
         "epochs": model.dense_epochs,
         "learning_rate": model.dense_learning_rate,
         "seed": config.seed,
+        "rows_a_step": config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size,
         "evaluated": list(job.evaluation),
+        **{name: getattr(config, name) for name in SHAPING},
     }
+    return json.loads(json.dumps(recipe))  # names instead of enumerations
+
+
+def fine_tune_dense(job: Job, model: ModelArguments, config: PruningConfig) -> str:
+    """Fine-tune the dense model into `output_dir/dense`; a finished one is used again. Returns the folder."""
+    folder, recipe = Path(config.output_dir) / "dense", dense_recipe(job, model, config)
     if (folder / "all_results.json").is_file():
         made = json.loads((folder / "recipe.json").read_text())
         if made != recipe:
