@@ -23,7 +23,7 @@ import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy, mse_loss
 from tqdm.auto import tqdm
-from transformers import EvalPrediction, PreTrainedModel
+from transformers import EvalPrediction, PreTrainedModel, set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "glue_scripts"))
 
@@ -35,7 +35,7 @@ from hf_maskselect.masking.maskset import MaskSet
 from hf_maskselect.masking.scores import CRITERIA, Criterion
 from hf_maskselect.proposals import Proposal, propose
 from hf_maskselect.trials import Trial, TrialBench
-from run_glue import Job, load_model, prepare, set_seed
+from job import Job, load_model, prepare
 
 MARKS = (5, 10, 20, 40, 80, 160)
 ROW_STRIDES = (2, 4, 8)  # also scored on every 2nd, 4th and 8th row

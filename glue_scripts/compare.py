@@ -28,7 +28,6 @@ import argparse
 import dataclasses
 import gc
 import json
-import math
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -39,11 +38,14 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from arguments import parse_arguments, read_recipe
+from dense import check_recipe, dense_recipe, fine_tune_dense
 from hf_maskselect.cost import Workload, search_cost
 from hf_maskselect.files import replacing
+from hf_maskselect.level_search import SEARCH_FILE, read_searches
+from job import prepare
 from panel import write_panel
-from records import CELL, Records, read_cell, write_origin
-from run_glue import dense_recipe, fine_tune_dense, prepare, run
+from records import CELL, Records, check_origin, read_cell, write_origin
+from run_glue import run
 from tasks import get_task
 
 # Flags for the search and its levels are for the methods that have them.
@@ -146,27 +148,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         if made is None or records.lacks(cell):
             work.append((cell, given, told))
-    checked, failed = set(), []
+    checked: dict[Cell, bool] = {}
+    failed: dict[Cell, str] = {}
     done = len(cells) - len(work)
     bar = tqdm(work, desc="cells", unit="cell", initial=done, total=len(cells), disable=options.only_table)
     for cell, given, told in bar:
         dense = dataclasses.replace(cell, target=None, method="dense")
-        if dense not in checked:  # what all others start from must have been made with these flags too
-            run_dense(options.output_dir, dense, dense.flags(flags, own), records)
-            checked.add(dense)
         bar.set_postfix_str(str(cell))
+        if not checked.get(dense, True):
+            continue
         try:
+            if dense not in checked:  # what all others start from must have been made with these flags too
+                checked[dense] = False
+                run_dense(options.output_dir, dense, dense.flags(flags, own), records)
+                checked[dense] = True
             if records.find(cell) is None:
                 run_cell(options.output_dir, cell, given, told)
             records.add(cell)
         except ValueError as error:
-            failed.append(f"{cell} is left out: {error}")
-            tqdm.write(failed[-1])
+            left = cell if checked[dense] else f"{dense}, with all that starts from it,"
+            failed[cell] = f"{left} is left out: {error}"
+            tqdm.write(failed[cell])
         gc.collect()
-    found = {cell: made["results"] for cell in cells if (made := records.find(cell)) is not None}
+    whole = [cell for cell in cells if cell.method == "dense" or cell not in failed]
+    found = {cell: made["results"] for cell in whole if (made := records.find(cell)) is not None}
     write_panel(options.output_dir, cells, found)
     if failed:
-        sys.exit("\n".join(["", *failed]))
+        sys.exit("\n".join(["", *failed.values()]))
 
 
 def merged(pairs: Iterable[tuple[str, list[str]]]) -> dict[str, list[str]]:
@@ -212,25 +220,22 @@ def run_dense(output_dir: Path, cell: Cell, flags: list[str], records: Records) 
     set_seed(cell.seed)  # the head is drawn: whatever else this process has run
     data, model, config = parse_arguments([*flags, *common_flags(cell), "--output_dir", str(folder.parent)])
     job, known = prepare(data, model, config), records.find(cell)
-    recipe = dense_recipe(job, model, config)
-    if known is not None and known["told"] != recipe:
-        raise ValueError(
-            f"{records.where(cell)} was made by {known['told']} and not by {recipe}: give the flags that made it, or "
-            "choose another output_dir and other --records"
-        )
+    if known is not None:
+        check_recipe(known["told"], dense_recipe(job, model, config), records.where(cell))
     if read_cell(folder, cell.method) is None:  # the command of a finished one is the one that made it
+        if known is not None:
+            check_origin(known["made_with"], config.device, records.where(cell))
         recipe = ["--recipe", flags[0], *flags[1:]] if flags and not flags[0].startswith("--") else flags
         which = ["--methods", "dense", "--tasks", cell.task, "--seeds", str(cell.seed)]
         write_origin(folder, "compare.py", [*which, "--output_dir", str(output_dir), *recipe], config.device)
     fine_tune_dense(job, model, config)
-    if known is not None:
-        found, expected = (made["results"]["eval_loss"] for made in (read_cell(folder, cell.method), known))
-        if found != expected and not math.isnan(found + expected):
-            raise ValueError(
-                f"{folder} has an eval_loss of {found}, the dense model that made the cells in {records.path} of "
-                f"{expected}: go on with the number of threads and the kind of machine that made these (command and "
-                "made_with of its lines), or choose other --records"
-            )
+    found = read_cell(folder, cell.method)["results"]["eval_loss"]
+    if known is not None and found != known["results"]["eval_loss"]:
+        raise ValueError(
+            f"{folder} has an eval_loss of {found}, {records.where(cell)} of {known['results']['eval_loss']}: delete "
+            f"{folder.parent} and start again on the kind of machine and with the versions that its line names, or "
+            "choose other --records"
+        )
     records.add(cell)
 
 
@@ -246,8 +251,11 @@ def run_cell(output_dir: Path, cell: Cell, flags: list[str], told: dict) -> None
     began = time.monotonic()
     results = run(data, model, config)
     results["cell_seconds"] = round(time.monotonic() - began, 1)
+    made = {"told": told, "results": results, "dense_eval_loss": read_cell(dense, "dense")["results"]["eval_loss"]}
+    if searches := [search for search in read_searches(folder / SEARCH_FILE) if len(search.candidates) > 1]:
+        made["searches"] = [{c.proposal: c.scores[-1] for c in search.candidates} for search in searches]
     with replacing(folder / CELL) as temporary:  # last: with it the cell is finished
-        temporary.write_text(json.dumps({"told": told, "results": results}, indent=1, sort_keys=True))
+        temporary.write_text(json.dumps(made, indent=1, sort_keys=True))
 
 
 def affordable_steps(flags: Sequence[str]) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ import torch
 import transformers
 
 import hf_maskselect
+from dense import read_dense
+from hf_maskselect.files import read_object
 
 if TYPE_CHECKING:
     from compare import Cell
@@ -22,23 +25,50 @@ KEYS = ("task", "seed", "target", "method")
 
 
 def read_cell(folder: Path, method: str) -> dict | None:
-    """`told` and `results` of a cell that was finished in its folder; None of one that was not. The dense model is
-    `run_glue.py`'s."""
-    path = folder / ("all_results.json" if method == "dense" else CELL)
-    if not path.is_file():
-        return None
-    found = json.loads(path.read_text())
-    return {"told": json.loads((folder / "recipe.json").read_text()), "results": found} if method == "dense" else found
+    """`told` and `results` of a cell that was finished in its folder; None of one that was not. A pruned one has also
+    the `dense_eval_loss` of the model it was made from and its `searches`: of each level the last score by proposal,
+    lower is better.
+
+    Raises:
+        ValueError: a file of it cannot be read.
+    """
+    if method == "dense":
+        return read_dense(folder)
+    return read_object(folder / CELL, f"delete {folder}") if (folder / CELL).is_file() else None
+
+
+def origin(device: torch.device) -> dict:
+    """What results depend on beside flags: versions, the kind of device, and the number of threads, as sums do."""
+    kind = device.type
+    if kind == "cuda":
+        kind = torch.cuda.get_device_name(device)
+    elif kind == "cpu":
+        kind = torch.backends.cpu.get_cpu_capability()
+    versions = {module.__name__: module.__version__ for module in (hf_maskselect, torch, transformers)}
+    return versions | {"device": kind, "threads": torch.get_num_threads()}
 
 
 def write_origin(folder: Path, script: str, flags: Sequence[str], device: torch.device) -> None:
-    """Write down, as its run begins, how to make a cell again: the command, the versions and the kind of device."""
+    """Write down, as its run begins, how to make a cell again."""
     folder.mkdir(parents=True, exist_ok=True)
-    threads = f"OMP_NUM_THREADS={torch.get_num_threads()}"  # sums depend on it
+    threads = f"OMP_NUM_THREADS={torch.get_num_threads()}"
     (folder / COMMAND).write_text(f"{threads} python glue_scripts/{script} {shlex.join(flags)}\n")
-    versions = {module.__name__: module.__version__ for module in (hf_maskselect, torch, transformers)}
-    kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(device)
-    (folder / MADE_WITH).write_text(json.dumps(versions | {"device": kind}))
+    (folder / MADE_WITH).write_text(json.dumps(origin(device)))
+
+
+def check_origin(made_with: Mapping, device: torch.device, where: str) -> None:
+    """Refuse to make a cell again where it cannot become the same.
+
+    Raises:
+        ValueError: it was made on another kind of device, or with another number of threads.
+    """
+    here = origin(device)
+    for name in ("device", "threads"):
+        if made_with.get(name) != here[name]:
+            raise ValueError(
+                f"{where} was made with {name} {made_with.get(name)}, this is {here[name]}: it becomes the same only "
+                "on the same kind of machine with the same OMP_NUM_THREADS; go there, or choose other --records"
+            )
 
 
 class Records:
@@ -74,18 +104,18 @@ class Records:
             try:
                 made = json.loads(line)
                 key = tuple(made[name] for name in KEYS)
-                known = {"told": dict(made["told"]), "results": dict(made["results"])}
+                known = made | {"told": dict(made["told"]), "results": dict(made["results"])}
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"line {number} of {path} is no finished cell ({error}): delete that line") from error
             if self._lines.setdefault(key, known) != known:
-                name = " ".join(map(str, filter(None, key)))
+                name = " ".join(str(part) for part in key if part is not None)
                 raise ValueError(
                     f"lines {first[key]} and {number} of {path} tell of {name} otherwise: delete the wrong one"
                 )
             first.setdefault(key, number)
 
     def find(self, cell: Cell) -> dict | None:
-        """`told` and `results` of a finished cell, first of all as the file has them; None of one that is missing."""
+        """What `read_cell` gives, first of all as the file has it, there with `made_with`."""
         known = self._lines.get(self._key(cell))
         return read_cell(cell.folder(self._output_dir), cell.method) if known is None else known
 
@@ -102,24 +132,39 @@ class Records:
         """Write a cell down that is finished in its folder, with its origin.
 
         Raises:
-            ValueError: the folder does not tell it.
+            ValueError: the folder does not tell it, the cell was made from another dense model than the one that is
+                known, or the file cannot be written.
         """
         if not self.lacks(cell):
             return
         folder, key = cell.folder(self._output_dir), self._key(cell)
         made = read_cell(folder, cell.method)
+        if cell.method != "dense":
+            dense = self.find(dataclasses.replace(cell, target=None, method="dense"))["results"]["eval_loss"]
+            if made.get("dense_eval_loss") != dense:
+                raise ValueError(
+                    f"{folder} was made from a dense model with an eval_loss of {made.get('dense_eval_loss')}, which "
+                    f"now has {dense}: delete that folder, and the cell is made again"
+                )
         try:
             command = (folder / COMMAND).read_text().strip()
             made_with = json.loads((folder / MADE_WITH).read_text())
         except FileNotFoundError as error:
-            raise ValueError(f"{error.filename} is missing: delete its folder, and the cell is made again") from error
-        self._lines[key] = made
+            remedy = "the folder of its seed" if cell.method == "dense" else "its folder"
+            raise ValueError(f"{error.filename} is missing: delete {remedy}, and the cell is made again") from error
         line = dict(zip(KEYS, key, strict=True)) | made | {"command": command, "made_with": made_with}
-        torn = self.path.read_bytes()[-1:] not in (b"", b"\n")  # as a write that was interrupted leaves it
-        with self.path.open("ab") as file:
-            file.write(b"\n" * torn + json.dumps(line, sort_keys=True).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("a+b") as file:
+                torn = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n"
+                file.write(b"\n" * torn + json.dumps(line, sort_keys=True).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise ValueError(
+                f"--records {self.path} cannot be written ({error.strerror}): the cell is finished in {folder}, from "
+                "where the next start records it"
+            ) from error
+        self._lines[key] = line
 
     @staticmethod
     def _key(cell: Cell) -> tuple:

@@ -12,113 +12,28 @@ exact sparsity and the cost of the search.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset, DatasetDict
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BatchEncoding,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
+from transformers import AutoConfig, AutoModelForSequenceClassification, BatchEncoding, set_seed
 from transformers.utils.logging import DEBUG
 from transformers.utils.logging import get_verbosity as get_level
 
 from arguments import DataArguments, ModelArguments, parse_arguments
 from demo_data import demo_model_config, demo_tokenizer
+from dense import fine_tune_dense
 from hf_maskselect import PruningConfig, PruningTrainer, prunable_weights
 from hf_maskselect.masking.dtensors import reshard
 from hf_maskselect.planning import rewound_rate
 from hf_maskselect.report import text_table
 from hf_maskselect.saving import last_checkpoint
-from hf_maskselect.split import hold_out
-from metrics import make_compute_metrics
-from tasks import GlueTask, get_task, load_task, tokenize
-
-
-@dataclass
-class Job:
-    """Everything a run needs besides the pruning arguments. selection: rows held out of train, None if nothing is
-    chosen; max_length: where rows are cut, in tokens."""
-
-    task: GlueTask
-    tokenizer: PreTrainedTokenizerBase
-    train: Dataset
-    selection: Dataset | None
-    evaluation: dict[str, Dataset]
-    test: dict[str, Dataset]
-    collator: object
-    max_length: int
-
-    @property
-    def trainer_arguments(self) -> dict:
-        return {
-            "processing_class": self.tokenizer,
-            "data_collator": self.collator,
-            "compute_metrics": make_compute_metrics(self.task),
-        }
-
-
-class DenseTrainer(Trainer):
-    """The plain trainer with the right loss scale under gradient accumulation (transformers#47688)."""
-
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False
-
-
-def prepare(data: DataArguments, model: ModelArguments, config: PruningConfig) -> Job:
-    """Load and tokenize the task; hold the selection split out before anything is trained on it."""
-    task = get_task(data.task_name)
-    splits = load_task(task.name, data.data_dir)
-    tokenizer = AutoTokenizer.from_pretrained(
-        model.tokenizer_name or model.model_name_or_path, cache_dir=model.cache_dir, revision=model.model_revision
-    )
-    train = splits["train"]
-    if data.max_train_samples is not None:
-        train = train.shuffle(seed=config.data_seed or 42).select(range(min(data.max_train_samples, len(train))))
-    splits = DatasetDict({**splits, "train": train})
-    for split in splits:
-        limit = data.max_predict_samples if split.startswith("test") else data.max_eval_samples
-        if split != "train" and limit is not None:
-            splits[split] = splits[split].select(range(min(limit, len(splits[split]))))
-    tokens = tokenize(splits, task, tokenizer, data.max_seq_length)
-    train, selection = tokens["train"], None
-    if config.needs_selection_split or data.always_hold_out or data.evaluate_held_out:
-        train, selection = hold_out(train, config.selection_fraction, config.seed, config.max_selection_samples)
-        lengths = [len(ids) for ids in selection["input_ids"]]
-        selection = selection.select(sorted(range(len(lengths)), key=lambda row: lengths[row]))  # little padding
-    evaluation = {split: tokens[split] for split in task.validation_splits if split in tokens}
-    if data.evaluate_held_out:  # on rows that nothing was chosen on
-        rows = range(len(selection))
-        selection, evaluation = selection.select(rows[0::2]), {"held out": selection.select(rows[1::2])}
-    length = data.max_seq_length or task.max_length
-    padding = {"padding": "max_length", "max_length": length} if data.pad_to_max_length else {}
-    return Job(
-        task,
-        tokenizer,
-        train,
-        selection,
-        evaluation,
-        {split: tokens[split] for split in tokens if split.startswith("test")},
-        DataCollatorWithPadding(tokenizer, **padding) if tokenizer.pad_token else default_data_collator,
-        length,
-    )
+from job import Job, evaluate, load_model, prepare
+from tasks import GlueTask
 
 
 def check_plan(job: Job, model: ModelArguments, config: PruningConfig) -> None:
@@ -135,103 +50,6 @@ def check_plan(job: Job, model: ModelArguments, config: PruningConfig) -> None:
     plan = config.plan(steps)
     if config.lr_rewind:
         rewound_rate(config, plan)
-
-
-def load_model(path: str, task: GlueTask, model: ModelArguments) -> PreTrainedModel:
-    """The model in float32, whatever its checkpoint's type: small updates would be lost in bf16 weights."""
-    options = {"cache_dir": model.cache_dir, "revision": model.model_revision}
-    names = dict(enumerate(task.labels)) or {0: "score"}
-    config = AutoConfig.from_pretrained(
-        path,
-        num_labels=task.num_labels,
-        id2label=names,
-        label2id={name: index for index, name in names.items()},
-        problem_type="regression" if task.is_regression else "single_label_classification",
-        finetuning_task=task.name,
-        **options,
-    )
-    return AutoModelForSequenceClassification.from_pretrained(
-        path, config=config, dtype=torch.float32, ignore_mismatched_sizes=model.ignore_mismatched_sizes, **options
-    )
-
-
-SHAPING = (  # what else in `TrainingArguments` the dense model's weights depend on
-    "bf16",
-    "fp16",
-    "warmup_steps",
-    "lr_scheduler_type",
-    "optim",
-    "weight_decay",
-    "max_grad_norm",
-    "label_smoothing_factor",
-    "train_sampling_strategy",
-)
-
-
-def dense_recipe(job: Job, model: ModelArguments, config: PruningConfig) -> dict:
-    """What a dense model is made by, as its `recipe.json` has it."""
-    recipe = {
-        "task": job.task.name,
-        "train_rows": len(job.train),
-        "max_length": job.max_length,
-        "start": str(model.model_name_or_path),
-        "epochs": model.dense_epochs,
-        "learning_rate": model.dense_learning_rate,
-        "seed": config.seed,
-        "rows_a_step": config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size,
-        "evaluated": list(job.evaluation),
-        **{name: getattr(config, name) for name in SHAPING},
-    }
-    return json.loads(json.dumps(recipe))  # names instead of enumerations
-
-
-def fine_tune_dense(job: Job, model: ModelArguments, config: PruningConfig) -> str:
-    """Fine-tune the dense model into `output_dir/dense`; a finished one is used again. Returns the folder."""
-    folder, recipe = Path(config.output_dir) / "dense", dense_recipe(job, model, config)
-    if (folder / "all_results.json").is_file():
-        made = json.loads((folder / "recipe.json").read_text())
-        if made != recipe:
-            raise ValueError(
-                f"{folder} was made by {made} and not by {recipe}: delete it, or choose another output_dir"
-            )
-        return str(folder)
-    plain = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
-    arguments = {name: value for name, value in vars(config).items() if name in plain}
-    arguments |= {
-        "output_dir": str(folder),
-        "num_train_epochs": model.dense_epochs,
-        "max_steps": -1,
-        "learning_rate": model.dense_learning_rate,
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "load_best_model_at_end": False,
-        "enable_jit_checkpoint": False,  # it is fine-tuned again from its start
-        "push_to_hub": False,
-        "hub_model_id": None,
-    }
-    trainer = DenseTrainer(
-        load_model(model.model_name_or_path, job.task, model),
-        TrainingArguments(**arguments),
-        train_dataset=job.train,
-        **job.trainer_arguments,
-    )
-    trainer.train()
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        (folder / "recipe.json").write_text(json.dumps(recipe, indent=1))
-    trainer.save_metrics("eval", evaluate(trainer, job))
-    return str(folder)
-
-
-def evaluate(trainer: Trainer, job: Job) -> dict[str, float]:
-    """`eval_*` on every validation split; a second one (mnli's mismatched) is marked in the key."""
-    metrics: dict[str, float] = {}
-    for split, dataset in job.evaluation.items():
-        found = trainer.evaluate(dataset)
-        suffix = "_mm" if split.endswith("mismatched") else ""
-        metrics |= {f"{name}{suffix}": value for name, value in found.items() if name != "epoch"}
-    metrics["eval_samples"] = sum(len(dataset) for dataset in job.evaluation.values())
-    return metrics
 
 
 def prune(

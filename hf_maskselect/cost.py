@@ -186,7 +186,7 @@ def exchanged(rungs: Rungs, ranks: int) -> int:
     if rungs:
         objects.append(done)  # the journal is open
         if not any(steps for _, steps in rungs):
-            objects.append((FitErrors(0.9, 1 / 3, 99), None))  # of the winner's fit
+            objects += [(FitErrors(0.9, 1 / 3, 99), None), done]  # of the winner's fit, and it is read
     for count, _ in rungs:
         known = ({index: None for index in range(count)}, None)
         objects += [known, done, *[((count, 1 / 3), None), done] * math.ceil(count / ranks)]

@@ -179,6 +179,7 @@ def test_an_uneven_last_batch_is_trained_on(tmp_path):
         ("die", "", "rank 0 waited for the other ranks in vain: one of them has died"),
         ("hang", "", "was busy for more than 5 s"),
         ("journal", "rank 0 failed: ZeroDivisionError", "ZeroDivisionError: division by zero"),
+        ("load", "ZeroDivisionError: division by zero", "rank 1 failed: ZeroDivisionError"),
         (
             "statistics",
             "layer.1.output.dense.weight differ",
@@ -187,9 +188,11 @@ def test_an_uneven_last_batch_is_trained_on(tmp_path):
     ],
 )
 def test_a_rank_that_goes_wrong_stops_the_other(tmp_path, fault, there, elsewhere):
-    """In one of its trials, or with gradients of its own; nobody waits longer than ddp_timeout."""
+    """In one of its trials, with gradients of its own, or where it is to share its fit; nobody waits longer than
+    ddp_timeout."""
     proposals = {"proposals": ["taylor:layer:votes"], "scope": "layer"}  # where matrices do not depend on each other
-    changes = {**SEARCH, **proposals, "fault": fault, "ddp_timeout": 5}
+    changes = METHODS["fitted_elsewhere"] if fault == "load" else {**SEARCH, **proposals}
+    changes = {**changes, "fault": fault, "ddp_timeout": 5}
     start = time.monotonic()
     (first, second) = launch_unwatched(tmp_path, {"run": changes}, limit=120)
     assert first[0] != 0 and elsewhere in first[1], first[1][-3000:]

@@ -20,12 +20,13 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / 
 from tiny import losses, make, make_rows, make_trainer  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
+from hf_maskselect.best_fit import BestFit  # noqa: E402
 from hf_maskselect.masking.scores import GradientStats  # noqa: E402
 from run_glue import leave_process_group  # noqa: E402
 
 
 def break_something(trainer, fault):
-    """At its third trial, or with its gradient samples."""
+    """At its third trial, with its gradient samples, or with the fit that it has kept."""
     trial, tried = trainer._bench.trial, []
 
     def faulty(*args):
@@ -55,6 +56,8 @@ def break_something(trainer, fault):
 
     if fault == "refit":
         trainer._bench.refit = crooked
+    if fault == "load":
+        BestFit.load = lambda _: 1 / 0
     if fault == "statistics":
         GradientStats._take = other
     trainer._bench.trial = faulty

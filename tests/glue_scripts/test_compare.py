@@ -34,7 +34,9 @@ def test_compare_runs_what_is_missing_and_prints_one_table(tmp_path, start, data
     compare.main([*flags, "--targets", "0.99", "2:4", "--only_table", "--learning_rate", "1"])
     rows = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()[2:]]
     assert [row[2] for row in rows] == ["dense", *methods] and {row[1] for row in rows} == {"-", "2:4"}
-    with pytest.raises(ValueError, match=r"dense was made by .*'epochs': 1.* and not by .*'epochs': 2"):
+    with pytest.raises(
+        SystemExit, match=r"sst2 2 dense, with all .*/dense was made with epochs 1\.0 and not 2\.0: give"
+    ):
         compare.main([*flags, "--targets", "0.9", "--dense_epochs", "2"])
     with pytest.raises(SystemExit):
         compare.main([*flags, "--learning_rate", "1"])
@@ -48,6 +50,8 @@ def test_a_cell_is_made_again_by_its_command(tmp_path, start, data_dir, monkeypa
     compare.main(flags)
     folder = tmp_path / "sst2" / "42" / "0.9375"
     free, paid = (read_cell(folder / n, n)["results"] for n in ("random", "random-total"))
+    levels = read_cell(folder / "random", "random")["searches"]
+    assert [len(level) for level in levels] == [2, 2] and all("taylor:balanced" in level for level in levels)
     assert free["train_steps"] == 60 and 2 <= paid["train_steps"] < 60
     assert 40 < paid["train_steps"] + paid["search_step_equivalents"] <= 60
     threads, _, script, *again = shlex.split((folder / "random-total" / "command.txt").read_text())

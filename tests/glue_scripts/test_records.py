@@ -9,7 +9,7 @@ from short import FLAGS
 import compare
 import hf_maskselect
 from compare import Cell
-from records import CELL, COMMAND, Records, read_cell, write_origin
+from records import CELL, COMMAND, Records, origin, read_cell, write_origin
 
 PRUNED, DENSE = Cell("sst2", 1, "0.99", "magnitude"), Cell("sst2", 1, None, "dense")
 
@@ -22,7 +22,8 @@ def finish(root, cell, loss=0.5):
         (folder / "recipe.json").write_text('{"epochs": 1}')
         (folder / "all_results.json").write_text(json.dumps({"eval_loss": loss}))
     else:
-        (folder / CELL).write_text(json.dumps({"told": {"flags": []}, "results": {"eval_loss": loss}}))
+        told = {"told": {"flags": []}, "results": {"eval_loss": loss}, "dense_eval_loss": 0.5}
+        (folder / CELL).write_text(json.dumps(told))
 
 
 def test_what_a_line_holds(tmp_path):
@@ -41,16 +42,18 @@ def test_what_a_line_holds(tmp_path):
     versions = {"hf_maskselect": hf_maskselect.__version__, "torch": torch.__version__}
     assert versions.items() <= second["made_with"].items()
     assert second["made_with"]["device"] == torch.backends.cpu.get_cpu_capability()
+    assert second["made_with"]["threads"] == torch.get_num_threads() and second["dense_eval_loss"] == 0.5
+    assert origin(torch.device("mps"))["device"] == "mps"
     elsewhere = Records(tmp_path / "other", path)
-    assert elsewhere.find(PRUNED) == read_cell(PRUNED.folder(root), "magnitude")
+    assert read_cell(PRUNED.folder(root), "magnitude").items() <= elsewhere.find(PRUNED).items()
     assert elsewhere.find(Cell("sst2", 2, "0.99", "magnitude")) is None
 
 
 def test_a_torn_line_spoils_no_other(tmp_path):
     path, root = tmp_path / "cells.jsonl", tmp_path / "runs"
     records = Records(root, path)
-    finish(root, PRUNED)
-    finish(root, DENSE)
+    for cell in (DENSE, PRUNED):
+        finish(root, cell)
     records.add(DENSE)
     path.write_bytes(path.read_bytes()[:-20])
     records.add(PRUNED)
@@ -86,14 +89,35 @@ def test_bad_files_are_one_sentence(tmp_path):
         Records(tmp_path, tmp_path / "cells.jsonl")
 
 
-def test_a_cell_without_its_origin_is_not_recorded(tmp_path):
-    path = tmp_path / "cells.jsonl"
-    records = Records(tmp_path / "runs", path)
-    finish(tmp_path / "runs", PRUNED)
-    (PRUNED.folder(tmp_path / "runs") / COMMAND).unlink()
-    with pytest.raises(ValueError, match="command.txt is missing: delete its folder"):
+def test_what_is_wrong_or_incomplete_is_not_recorded(tmp_path):
+    path, root = tmp_path / "cells.jsonl", tmp_path / "runs"
+    records = Records(root, path)
+    for cell in (DENSE, PRUNED):
+        finish(root, cell)
+    (PRUNED.folder(root) / COMMAND).unlink()
+    with pytest.raises(ValueError, match="magnitude/command.txt is missing: delete its folder"):
         records.add(PRUNED)
-    assert path.read_text() == ""
+    finish(root, DENSE, loss=0.25)  # made again, elsewhere; beside it lies a cell of the first one
+    with pytest.raises(ValueError, match=r"an eval_loss of 0.5, which now has 0.25: delete that folder"):
+        records.add(PRUNED)
+    (DENSE.folder(root) / "all_results.json").write_text('{"eval_l')
+    with pytest.raises(ValueError, match=r"all_results.json cannot be read .*; delete .*dense"):
+        records.add(DENSE)
+    assert path.read_text() == "" and records.lacks(DENSE) and records.lacks(PRUNED)
+
+
+def test_a_file_that_went_away_does_not_stop_the_sitting(tmp_path):
+    path, root = tmp_path / "kept" / "cells.jsonl", tmp_path / "runs"
+    records = Records(root, path)
+    finish(root, DENSE)
+    path.unlink()
+    path.parent.rmdir()
+    with pytest.raises(ValueError, match=r"cannot be written \(No such file .*: the cell is finished in .*dense"):
+        records.add(DENSE)
+    assert records.lacks(DENSE)
+    path.parent.mkdir()
+    records.add(DENSE)
+    assert Records(root, path).find(DENSE)["told"] == {"epochs": 1}
 
 
 def test_a_panel_goes_on_from_its_records_where_the_models_are_gone(tmp_path, start, data_dir, capsys, monkeypatch):
@@ -122,15 +146,20 @@ def test_a_panel_goes_on_from_its_records_where_the_models_are_gone(tmp_path, st
     compare.main([*plain, "--output_dir", "d", "--methods", "gumbel"])
     told = tmp_path / "d" / "sst2" / "42" / "dense" / "all_results.json"
     told.write_text(json.dumps(json.loads(told.read_text()) | {"eval_loss": 9.5}))
-    with pytest.raises(ValueError, match=r"dense has an eval_loss of 9.5, the dense model that made .*cells.jsonl"):
+    with pytest.raises(SystemExit, match=r"an eval_loss of 9.5, sst2 42 dense in .*: delete d/sst2/42 and"):
         compare.main([*flags, "--output_dir", "d", "--methods", "gumbel"])
-    # One of another recipe is not even trained.
+    # One that would be another is not even trained.
     monkeypatch.setattr(compare, "fine_tune_dense", lambda *_: pytest.fail("the wrong dense model was trained"))
-    with pytest.raises(ValueError, match=r"sst2 42 dense in .* was made by .*'epochs': 1.* and not by .*'epochs': 2"):
-        compare.main([*flags, "--output_dir", "e", "--methods", "gumbel", "--dense_epochs", "2"])
-    with pytest.raises(ValueError, match=r"'rows_a_step': 16.* and not by .*'rows_a_step': 32"):
-        compare.main([*flags, "--output_dir", "e", "--methods", "gumbel", "--gradient_accumulation_steps", "2"])
-    assert methods() == ["dense", "magnitude", "pdp"]
+    flags += ["--output_dir", "e", "--methods", "gumbel"]
+    with pytest.raises(SystemExit, match=r"sst2 42 dense in .*cells.jsonl was made with epochs 1\.0 and not 2"):
+        compare.main([*flags, "--dense_epochs", "2"])
+    with pytest.raises(SystemExit, match=r"was made with gradient_accumulation_steps 1 and not 2: give"):
+        compare.main([*flags, "--gradient_accumulation_steps", "2"])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    with pytest.raises(SystemExit, match=r"was made with threads 1, this is 7: it becomes the same only"):
+        compare.main(flags)
+    assert methods() == ["dense", "magnitude", "pdp"] and not (tmp_path / "e" / "sst2").exists()
+    assert (tmp_path / "e" / "table.md").is_file()  # of what is known
 
 
 def test_cells_of_an_earlier_sitting_are_recorded(tmp_path, start, data_dir, monkeypatch):
