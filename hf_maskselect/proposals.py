@@ -28,6 +28,14 @@ MIXED = (
     "fisher:balanced:votes",
     "magnitude:layer:votes",
 )
+# Where the pattern leaves nothing to scopes. Votes swap weights in many groups at 2:4, however few draws they have.
+MIXED_BY_LAYER = (
+    "fisher:layer",
+    "magnitude:layer",
+    "{criterion}:layer:votes",
+    "fisher:layer:votes",
+    "magnitude:layer:votes",
+)
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,9 @@ def proposal_pool(
     if list(proposals) == ["paper"]:
         texts = [f"{criterion}:{scope}:votes"]
     elif list(proposals) == ["mixed"]:
+        mixed = MIXED_BY_LAYER if layer_only else MIXED
         texts = [
-            text.format(criterion=criterion) for text in MIXED if text.partition(":")[0] in ("{criterion}", *criteria)
+            text.format(criterion=criterion) for text in mixed if text.partition(":")[0] in ("{criterion}", *criteria)
         ]
         texts = list(dict.fromkeys(texts))
     else:

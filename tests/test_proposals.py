@@ -80,6 +80,18 @@ def test_the_mixed_pool_varies_criterion_scope_and_randomness():
     assert {p.criterion for p in made} == set(CRITERIA)
 
 
+def test_where_scopes_mean_nothing_every_criterion_is_tried_before_votes():
+    made = pool(scope="layer", count=7, layer_only=True)
+    assert [str(proposal) for proposal in made[:4]] == [
+        "taylor:layer",
+        "fisher:layer",
+        "magnitude:layer",
+        f"taylor:layer:votes@{RATIOS[0]:g}",
+    ]
+    assert {p.criterion for p in made[4:]} == set(CRITERIA) and all(p.ratio for p in made[4:])
+    assert [str(p) for p in pool(criterion="magnitude", scope="layer", count=2, layer_only=True)][1] == "fisher:layer"
+
+
 def test_a_list_is_taken_in_its_order_and_repeated_for_its_votes():
     made = pool(["fisher:global", "taylor:balanced", "taylor:layer:votes"], count=5)
     drawn = [Proposal("taylor", "layer", ratio) for ratio in RATIOS[:3]]
