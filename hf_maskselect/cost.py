@@ -87,12 +87,12 @@ class Workload:
 class Cost:
     """What the model says of one number of ranks.
 
-    compute: of all searches, in training steps (a forward pass is a third of one), summed over ranks; statistics and
-    (where its candidate was not left as fitted, or as trained) the refit of the chosen mask, which every rank computes
-    for itself, count once. time: of all searches, in times of
-    the training. busy: share of the ranks' time in trials that is spent on trials. training_bytes, search_bytes:
-    largest memory of a rank for weights, gradients, AdamW's moments and hard masks in fp32 (activations come on top).
-    sent: by a rank in one search, with the weights that one of them shares; gathered: of all ranks' messages.
+    compute: of all searches, in training steps (a forward pass is a third of one), summed over ranks; statistics, and
+    the refit of a chosen mask that was not left as fitted or as trained, which every rank computes for itself, count
+    once. time: of all searches, in times of the training. busy: share of the ranks' time in trials that is spent on
+    trials. training_bytes, search_bytes: largest memory of a rank for weights, gradients, AdamW's moments and hard
+    masks in fp32 (activations come on top). sent: by a rank in one search, with the weights that one of them shares
+    (their names and shapes not counted); gathered: of all ranks' messages.
     trained: bytes that a rank sends in one training step (a ring all-reduce of the gradients).
     """
 
