@@ -155,9 +155,7 @@ def main() -> None:
     if options.what == "table":
         print_tables(options.output_dir, POOL)
         return
-    flags += ["--task_name", options.task, "--always_hold_out", "--save_strategy", "no", "--num_levels", "1"]
-    flags += ["--sparsity", str(options.sparsity), "--max_steps", str(options.steps), "--method", "random"]
-    flags += ["--model_name_or_path", options.dense, "--teacher_name_or_path", options.dense]
+    flags = level_flags(flags, options)
     folder = options.output_dir / f"{options.task}-{options.sparsity:g}"
     data, model, config = parse_arguments([*flags, "--output_dir", str(folder / "run")])
     folder.mkdir(parents=True, exist_ok=True)
@@ -169,20 +167,32 @@ def main() -> None:
     run(prepare(data, model, config), model, config, options, folder)
 
 
-def run(job: Job, model, config, options: argparse.Namespace, folder: Path) -> None:
-    """Make the curves that are missing."""
+def level_flags(flags: list[str], options: argparse.Namespace) -> list[str]:
+    """Those of `run_glue.py` for one level of `options.steps`, from and distilled from the dense model."""
+    flags = [*flags, "--task_name", options.task, "--always_hold_out", "--save_strategy", "no", "--num_levels", "1"]
+    flags += ["--sparsity", str(options.sparsity), "--max_steps", str(options.steps), "--method", "random"]
+    return [*flags, "--model_name_or_path", options.dense, "--teacher_name_or_path", options.dense]
+
+
+def bench_of(job: Job, model, config, dense: str) -> tuple[PruningTrainer, Scribe]:
+    """A trainer before its first step, and the bench that tries masks on its model."""
     rows = range(len(job.selection))  # which are in the order of their lengths
     parts = [job.selection.select(rows[0::2]), job.selection.select(rows[1::2])]
     trainer = PruningTrainer(
-        load_model(options.dense, job.task, model),
+        load_model(dense, job.task, model),
         config,
         train_dataset=job.train,
         selection_dataset=job.selection,
-        teacher=options.dense,
+        teacher=dense,
         **job.trainer_arguments,
     )
     trainer._method.attach(trainer.model)
-    bench = Scribe(trainer, parts, job.task.main_metric)
+    return trainer, Scribe(trainer, parts, job.task.main_metric)
+
+
+def run(job: Job, model, config, options: argparse.Namespace, folder: Path) -> None:
+    """Make the curves that are missing."""
+    trainer, bench = bench_of(job, model, config, options.dense)
     kinds = [(f"level-{seed}", Level(options.steps, config.learning_rate), seed) for seed in options.seeds]
     # In an order of the data that no level has.
     kinds += [(f"trial-{steps}", Trial(steps, config.learning_rate), FRESH_SEED) for steps in options.fresh]

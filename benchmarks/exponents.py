@@ -1,0 +1,97 @@
+"""Does the power of the votes matter? Masks drawn with several exponents around one score, as fitted.
+
+    python benchmarks/exponents.py --task sst2 --sparsity 0.9375 --dense runs/sst2/42/dense --output_dir exponents \\
+        --data_dir DATA [flags of run_glue.py]
+
+A vote draws entry i with p_i ~ score_i^exponent: 0 would draw blindly, a large one gives the deterministic mask. Each
+mask is fitted and scored on the rows held out of train (means over two halves of them), without any training:
+`trials.py` says what that foretells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from tqdm.auto import tqdm
+from transformers import set_seed
+from trials import bench_of, level_flags
+
+from arguments import parse_arguments
+from hf_maskselect.masking.scores import CRITERIA
+from hf_maskselect.proposals import Proposal, propose
+from job import prepare
+
+CENTRES = [Proposal("taylor", "balanced"), Proposal("magnitude", "layer")]
+EXPONENTS = (1.0, 2.5, 5.0, 10.0)
+DRAWS = 2
+RATIO = 1e-4
+
+
+def main() -> None:
+    """Make what is missing, then print the table."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=formatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--task", required=True)
+    parser.add_argument("--sparsity", type=float, required=True)
+    parser.add_argument("--dense", required=True, help="folder of the fine-tuned dense model: start and teacher")
+    options, flags = parser.parse_known_args()
+    options.steps = 1
+    data, model, config = parse_arguments(
+        [*level_flags(flags, options), "--output_dir", str(options.output_dir / "run")]
+    )
+    set_seed(config.seed)
+    trainer, bench = bench_of(prepare(data, model, config), model, config, options.dense)
+    stats = bench.gradient_stats({"product"}, 0)
+    weights, whole = trainer._method.weights, trainer._method.masks
+    before_cut = {name: weight.detach().clone() for name, weight in weights.items()}
+    tried = [(centre, None) for centre in CENTRES]
+    tried += [(centre, power) for centre in CENTRES for power in EXPONENTS for _ in range(DRAWS)]
+    centres, rows = {}, []
+    with bench.untouched():
+        for index, (centre, power) in enumerate(tqdm(tried, unit="mask")):
+            criterion = CRITERIA[centre.criterion]
+            proposal = centre
+            if power is not None:
+                criterion = dataclasses.replace(criterion, vote_exponent=power)
+                proposal = dataclasses.replace(centre, ratio=RATIO)
+            masks = propose(
+                proposal,
+                index,
+                weights=weights,
+                stats=stats,
+                masks=whole,
+                sparsity=options.sparsity,
+                level=0,
+                seed=config.seed,
+                pattern=config.mask_pattern,
+                criteria={**CRITERIA, centre.criterion: criterion},
+            )
+            centres.setdefault(centre, masks)
+            bench.restore()
+            trainer._method.set_masks(masks)
+            bench.refit(before_cut, 0)
+            found = [bench.measure(part) for part in (0, 1)]
+            rows.append(
+                {
+                    "centre": str(centre),
+                    "exponent": power,
+                    "overlap": masks.overlap(centres[centre]),
+                    "teacher": sum(part["teacher"] for part in found) / 2,
+                    "metric": -sum(part["metric"] for part in found) / 2,
+                }
+            )
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    (options.output_dir / f"{options.task}-{options.sparsity:g}.json").write_text(json.dumps(rows, indent=1))
+    print("| around | exponent | kept set shared | disagreement with the teacher | metric |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for row in rows:
+        power = "no votes" if row["exponent"] is None else f"{row['exponent']:g}"
+        print(f"| {row['centre']} | {power} | {row['overlap']:.3f} | {row['teacher']:.4f} | {row['metric']:.4f} |")
+
+
+if __name__ == "__main__":
+    main()
