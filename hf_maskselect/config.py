@@ -126,9 +126,9 @@ class PruningConfig(TrainingArguments):
             all of them.
         selection_metric (`str`, *optional*): what a trial is scored by on the selection split: `"loss"` (the label
             loss), `"teacher"` (cross-entropy against the teacher's soft labels; both lower is better), or a key of
-            `compute_metrics` (higher is better; the paper's choice). Defaults to `"teacher"` where a teacher distils a
-            classification, else to `"loss"`: once the teacher is over-confident, the label loss prefers candidates
-            that have learned less from it.
+            `compute_metrics`, with or without `eval_` (higher is better; the paper's choice). Defaults to `"teacher"`
+            where a teacher distils a classification, else to `"loss"`: once the teacher is over-confident, the label
+            loss prefers candidates that have learned less from it.
 
     > Distillation (used when a teacher is given; losses of arXiv 2310.13183)
 

@@ -76,19 +76,31 @@ class Distiller:
         hard_label: float = 0.0,
     ) -> None:
         _check_weights(logits, hidden, attention, temperature, hard_label)
-        self.layer_ratio = _check_fit(teacher, student, logits=logits, hidden=hidden, attention=attention)
         self.logits, self.hidden, self.attention = logits, hidden, attention
         self.temperature, self.hard_label = temperature, hard_label
-        self.teacher = teacher.eval().requires_grad_(False)
-        # The config, not its problem type: the student's first forward with labels may still fill that in.
-        self._config = student.config
+        self.teacher = teacher
+        self.bind(student)
+        teacher.eval().requires_grad_(False)
         self.teacher_arguments = _argument_names(teacher) - set(find_labels(type(teacher)))
         self.student_kwargs = {}
         if hidden > 0:
             self.student_kwargs["output_hidden_states"] = True
         if attention > 0:
             self.student_kwargs["output_attentions"] = True
-            for model in (student, teacher):
+
+    def bind(self, student: PreTrainedModel) -> None:
+        """From now on it is this student that learns: a `model_init` makes another one when training begins.
+
+        Raises:
+            ValueError: as the class does, for a teacher that does not fit it.
+        """
+        self.layer_ratio = _check_fit(
+            self.teacher, student, logits=self.logits, hidden=self.hidden, attention=self.attention
+        )
+        # The config, not its problem type: the student's first forward with labels may still fill that in.
+        self._config = student.config
+        if self.attention > 0:
+            for model in (student, self.teacher):
                 model.set_attn_implementation("eager")
 
     def to(self, device: torch.device | str) -> None:

@@ -31,9 +31,15 @@ def check_setting(args: PruningConfig, score_fn: ScoreFn | None, compute_metrics
             f"score_fn has no meaning with method={args.method!r}: use method='random' (num_candidates=1 for one mask)"
         )
     metric = args.selection_metric
-    by_metric = metric is not None and metric not in SELECTION_LOSSES
+    by_metric = metric is not None and metric.removeprefix("eval_") not in SELECTION_LOSSES
     if args.needs_selection_split and by_metric and compute_metrics is None:
         raise ValueError(f"selection_metric={metric!r} needs compute_metrics: pass it, or choose 'loss'")
+    if args.needs_selection_split and by_metric and (args.batch_eval_metrics or args.include_for_metrics):
+        field = "batch_eval_metrics" if args.batch_eval_metrics else "include_for_metrics"
+        raise ValueError(
+            f"selection_metric={metric!r} does not go with {field}: for a trial compute_metrics gets predictions and "
+            "labels of the whole selection split and nothing else; choose 'loss'"
+        )
 
 
 def check_shapes(args: PruningConfig, weights: Mapping[str, Tensor], transposed: set[str]) -> None:

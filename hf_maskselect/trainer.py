@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from .checkpoint import PruningState, load_method_state
+from .checks import SELECTION_LOSSES
 from .config import PruningConfig
 from .distillation import make_distiller
 from .engines import check_devices, check_engine
@@ -110,7 +111,9 @@ class PruningTrainer(HubTrainer):
                 "selection_metric='teacher' needs a teacher of a classification task and distill_logits > 0: "
                 "choose 'loss'"
             )
-        self.selection_metric = args.selection_metric or ("teacher" if soft_labels else "loss")
+        self.selection_metric = (args.selection_metric or "").removeprefix("eval_") or (
+            "teacher" if soft_labels else "loss"
+        )
         self.selection_dataset = selection_dataset
         self._plan: LevelPlan | None = None
         self._start = 0.0  # sparsity of the model the run began with
@@ -170,6 +173,8 @@ class PruningTrainer(HubTrainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.args.permute_channels and not self._resumed:
             self._permute()
+        if self._distiller is not None and self.model_init is not None:
+            self._distiller.bind(self.model)
         self._method.attach(self.model)
         optimizer = super().create_optimizer(model)
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -222,6 +227,8 @@ class PruningTrainer(HubTrainer):
         self.accelerator.wait_for_everyone()
         held_out = len(self.selection_dataset) if args.needs_selection_split else 0
         self._say(plan_text(args, self._plan, rungs, held_out, self._start))
+        if args.needs_selection_split and self.selection_metric not in SELECTION_LOSSES and not self._resumed:
+            self._bench.score()  # a metric that cannot be had is to be told now, not when the first search begins
         if self.lr_scheduler is None and args.lr_rewind:
             rate = rewound_rate(args, self._plan)
             self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, rate)

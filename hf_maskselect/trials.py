@@ -217,8 +217,11 @@ class TrialBench:
         return inputs if self._wants_labels() else {n: v for n, v in inputs.items() if n not in trainer.label_names}
 
     def _wants_labels(self) -> bool:
-        """Whether the model's forward pass needs labels: as an argument, or to make a decoder's inputs from them."""
-        model, labels = self._trainer.model, self._trainer.label_names
+        """Whether the model's forward pass may need labels: as an argument, to make a decoder's inputs from them, or
+        because it is none of transformers, which do without, and gets them in training, too."""
+        trainer, model, labels = self._trainer, self._trainer.model, self._trainer.label_names
+        if not type(model).forward.__module__.startswith("transformers."):
+            return trainer.compute_loss_func is None and trainer.label_smoother is None
         takes = inspect.signature(model.forward).parameters
         if any(takes[name].default is inspect.Parameter.empty for name in labels if name in takes):
             return True
@@ -314,6 +317,7 @@ class TrialBench:
         if by_loss:
             return total / rows
         metrics = trainer.compute_metrics(EvalPrediction(nested_numpify(logits), nested_numpify(labels)))
+        metrics = {name.removeprefix("eval_"): value for name, value in metrics.items()}
         if trainer.selection_metric not in metrics:
             raise ValueError(
                 f"selection_metric={trainer.selection_metric!r} is not returned by compute_metrics: choose 'loss' or "

@@ -2,7 +2,14 @@ import pytest
 import torch
 from tiny import FAMILIES, make, make_config, make_rows, make_trainer, same, weights_of
 from torch import nn
-from transformers import GPT2Config, GPT2ForSequenceClassification, ResNetConfig, ResNetForImageClassification
+from torch.nn import functional
+from transformers import (
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from hf_maskselect.masking.maskset import MaskSet
 from hf_maskselect.masking.patterns import parse_pattern
@@ -384,6 +391,21 @@ def test_labels_are_not_looked_at(tmp_path):
         return (outputs.logits.sum(1) - labels.sum(1)).square().mean()
 
     trainer = make_trainer(tmp_path, rows=rows, method="taylor", keywords={"compute_loss_func": loss})
+    trainer.train()
+    assert all(search.refit_error < search.cut_error for search in trainer._search.history)
+
+
+@pytest.mark.parametrize("loss", [None, lambda outputs, labels, num_items_in_batch=None: outputs[-1].square().mean()])
+def test_a_model_of_the_users_own_gets_what_it_gets_in_training(tmp_path, loss):
+    """Labels, which its forward pass may not do without, unless the loss is computed outside."""
+
+    class Own(BertForSequenceClassification):
+        def forward(self, input_ids, attention_mask=None, labels=None):
+            assert (labels is None) == (loss is not None)
+            logits = self.classifier(self.bert(input_ids, attention_mask)[1])
+            return (logits,) if labels is None else (functional.cross_entropy(logits, labels), logits)
+
+    trainer = make_trainer(tmp_path, Own(make().config), method="taylor", keywords={"compute_loss_func": loss})
     trainer.train()
     assert all(search.refit_error < search.cut_error for search in trainer._search.history)
 

@@ -198,9 +198,27 @@ def test_selection_by_metric_prefers_the_higher(tmp_path):
     trainer = make_trainer(tmp_path, selection_metric="accuracy", keywords=keywords, **SEARCH)
     score = trainer._bench.score()
     assert -1 <= score <= 0 and score == -trainer.evaluate(make_rows(32))["eval_accuracy"]
-    trainer.selection_metric = "f1"
-    with pytest.raises(ValueError, match="selection_metric='f1' is not returned"):
-        trainer._bench.score()
+    named = make_trainer(tmp_path, selection_metric="eval_accuracy", keywords=keywords, **SEARCH)
+    assert named._bench.score() == score
+    keywords["compute_metrics"] = lambda prediction: {"eval_accuracy": accuracy(prediction)["accuracy"]}
+    assert make_trainer(tmp_path, selection_metric="accuracy", keywords=keywords, **SEARCH)._bench.score() == score
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"selection_metric": "f1"}, "selection_metric='f1' is not returned"),
+        ({"selection_metric": "accuracy", "batch_eval_metrics": True}, "does not go with batch_eval_metrics"),
+        ({"selection_metric": "accuracy", "include_for_metrics": ["inputs"]}, "not go with include_for_metrics"),
+    ],
+)
+def test_a_metric_that_cannot_be_had_is_refused_before_the_dense_warm_up(tmp_path, changes, message):
+    model = make()
+    before = weights_of(model)
+    keywords = {"compute_metrics": lambda prediction: {"accuracy": 0.5}, "selection_dataset": make_rows(32)}
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, model, keywords=keywords, pruning_warmup_steps=4, **SEARCH, **changes).train()
+    assert same(before, weights_of(model))
 
 
 def test_selection_by_teacher_is_its_cross_entropy(tmp_path):

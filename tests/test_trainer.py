@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import FAMILIES, losses, make, make_rows, make_trainer, same, weights_of
+from tiny import FAMILIES, losses, make, make_config, make_rows, make_trainer, same, weights_of
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
 from hf_maskselect import MaskSet, PruningTrainer, verify
@@ -441,6 +441,25 @@ def test_the_teacher_is_left_alone(tmp_path):
     before = copy.deepcopy(weights_of(teacher))
     make_trainer(tmp_path, keywords={"teacher": teacher}).train()
     assert same(before, weights_of(teacher))
+
+
+@pytest.mark.parametrize("changes", [{}, {"distill_attention": 1.0}])
+def test_the_model_of_a_model_init_is_distilled_like_one_that_is_given(tmp_path, changes):
+    """With labels of several at once, the first forward pass tells the model what they are."""
+    rows = [{**row, "labels": (row["input_ids"][:3] > 32).float()} for row in make_rows()]
+
+    def init():
+        with torch.random.fork_rng():  # the order of the rows is drawn next
+            return make(num_labels=3)
+
+    found = []
+    for given in ({}, {"model_init": init}):
+        keywords = {"teacher": make(num_labels=3, seed=3), "train_dataset": rows, **given}
+        model = None if given else make(num_labels=3)
+        trainer = PruningTrainer(model, make_config(tmp_path, **changes), **keywords)
+        trainer.train()
+        found.append(losses(trainer))
+    assert found[0] == found[1] and len(found[0]) == 12
 
 
 def test_segment_ids_reach_a_teacher_whose_student_knows_none(tmp_path):
