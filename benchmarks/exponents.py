@@ -48,11 +48,11 @@ def main() -> None:
     stats = bench.gradient_stats({"product"}, 0)
     weights, whole = trainer._method.weights, trainer._method.masks
     before_cut = {name: weight.detach().clone() for name, weight in weights.items()}
-    tried = [(centre, None) for centre in CENTRES]
-    tried += [(centre, power) for centre in CENTRES for power in EXPONENTS for _ in range(DRAWS)]
+    tried = [(centre, power) for centre in CENTRES for power in (None, *(p for p in EXPONENTS for _ in range(DRAWS)))]
     centres, rows = {}, []
     with bench.untouched():
         for index, (centre, power) in enumerate(tqdm(tried, unit="mask")):
+            bench.restore()  # scores are those of the dense weights
             criterion = CRITERIA[centre.criterion]
             proposal = centre
             if power is not None:
@@ -71,7 +71,6 @@ def main() -> None:
                 criteria={**CRITERIA, centre.criterion: criterion},
             )
             centres.setdefault(centre, masks)
-            bench.restore()
             trainer._method.set_masks(masks)
             bench.refit(before_cut, 0)
             found = [bench.measure(part) for part in (0, 1)]
