@@ -22,7 +22,8 @@ def merge_adapter_with_masks(model: PeftModel, masks: MaskSet | None = None) -> 
     """Fold an adapter into the pruned model under it, and keep the model's zeros.
 
     A low-rank update has no zeros, so plain `merge_and_unload` gives a dense model. Here what the adapter adds at
-    pruned places is dropped, and the share of the update that this costs is logged.
+    pruned places is dropped, and the share of the update that this costs is logged. Modules that were trained whole
+    beside the adapter (`modules_to_save`) take the place of those they were copied from, with the same zeros.
 
     Args:
         model: a `PeftModel` whose base model is pruned, such as `get_peft_model(load_pruned(path)[0], ...)`.
@@ -32,21 +33,40 @@ def merge_adapter_with_masks(model: PeftModel, masks: MaskSet | None = None) -> 
         the base model, merged, with exactly the zeros of the masks.
 
     Raises:
-        ValueError: the masks are of another model, or the adapter is none that merges.
+        ValueError: no `PeftModel`, masks of another model, or an adapter that does not merge or is merged already;
+            the model is then as it was.
     """
-    from peft.tuners.tuners_utils import BaseTuner
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            f"{type(model).__name__} is no PeftModel, so there is no adapter to merge: give what peft.get_peft_model "
+            "or PeftModel.from_pretrained returned"
+        )
     if not isinstance(model.base_model, BaseTuner):
         raise ValueError(
             f"an adapter of type {model.active_peft_config.peft_type.value} is no change of the weights and cannot be "
             "merged into them: use LoRA or another that is"
         )
-    before = {_plain(name): p.detach().clone() for name, p in model.get_base_model().named_parameters()}
-    if masks is not None and (unknown := masks.keys() - before.keys()):
+    if any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer)):
         raise ValueError(
-            f"the masks do not fit the model: {sorted(unknown)[0]} is no weight of the model under the adapter; pass "
-            "the masks that load_pruned gave with it"
+            "the adapter is merged into the weights already, which hides their zeros: call model.unmerge_adapter() "
+            "first"
         )
+    named = model.get_base_model().named_parameters()
+    before = {_plain(name): p.detach().clone() for name, p in named if ".modules_to_save." not in name}
+    for name, mask in sorted(masks.items()) if masks is not None else ():
+        if name not in before:
+            raise ValueError(
+                f"the masks do not fit the model: {name} is no weight of the model under the adapter; pass the masks "
+                "that load_pruned gave with it"
+            )
+        if mask.shape != before[name].shape:
+            raise ValueError(
+                f"the masks do not fit the model: {name} has shape {tuple(before[name].shape)} but its mask has "
+                f"{tuple(mask.shape)}; pass the masks that load_pruned gave with it"
+            )
     merged = model.merge_and_unload()
     if masks is None:
         masks = MaskSet({name: before[name] != 0 for name in prunable_weights(merged)})
@@ -64,4 +84,4 @@ def merge_adapter_with_masks(model: PeftModel, masks: MaskSet | None = None) -> 
 
 def _plain(name: str) -> str:
     """The name that a parameter of an adapted layer has in the model without the adapter."""
-    return name.replace(".base_layer.", ".")
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")

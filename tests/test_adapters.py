@@ -64,3 +64,40 @@ def test_an_adapter_that_does_not_merge_is_refused():
     wrapped = peft.get_peft_model(make(), peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="of type PROMPT_TUNING is no change of the weights"):
         merge_adapter_with_masks(wrapped)
+
+
+def test_a_module_trained_whole_beside_the_adapter_keeps_its_zeros():
+    wrapped, masks, before = adapted(modules_to_save=["intermediate.dense"])
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    with torch.no_grad():
+        for known, parameter in wrapped.named_parameters():
+            if ".modules_to_save." in known:
+                parameter.add_(1)
+    merged = merge_adapter_with_masks(wrapped)
+    assert weights_of(merged).keys() == before.keys()
+    assert MaskSet.from_zeros(merged).digest() == masks.digest()
+    assert torch.equal(weights_of(merged)[name], (before[name] + 1) * masks[name])
+
+
+@pytest.mark.parametrize("given", [make, lambda: torch.nn.Linear(3, 3), lambda: "folder"])
+def test_what_carries_no_adapter_is_refused(given):
+    with pytest.raises(ValueError, match="is no PeftModel.*get_peft_model"):
+        merge_adapter_with_masks(given())
+
+
+def test_masks_of_another_shape_are_refused_before_anything_is_merged():
+    wrapped, masks, _ = adapted()
+    other = MaskSet.ones(prunable_weights(make(intermediate_size=128)))
+    with pytest.raises(ValueError, match=r"intermediate.dense.weight has shape \(64, 32\) .* \(128, 32\)"):
+        merge_adapter_with_masks(wrapped, other)
+    assert MaskSet.from_zeros(merge_adapter_with_masks(wrapped, masks)).digest() == masks.digest()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_an_adapter_merged_in_place_hides_the_zeros_and_is_refused(given):
+    wrapped, masks, _ = adapted()
+    wrapped.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged .* already.*unmerge_adapter\(\)"):
+        merge_adapter_with_masks(wrapped, masks if given else None)
+    wrapped.unmerge_adapter()
+    assert MaskSet.from_zeros(merge_adapter_with_masks(wrapped, masks)).digest() == masks.digest()
