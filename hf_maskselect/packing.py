@@ -197,7 +197,8 @@ def load_pruned(path_or_repo: str | os.PathLike, **options) -> tuple[PreTrainedM
         path_or_repo: a folder or a Hub repository: of `PruningTrainer`, packed (`hf-maskselect pack`), or any saved
             model of transformers with zeros, whose masks are then taken from `MaskSet.from_zeros`. Of a folder that
             holds both, the ordinary weights are read; of a repository, the packed ones are downloaded.
-        options: for `from_pretrained`; `revision`, `token` and `cache_dir` also for the download.
+        options: for `from_pretrained`, those of the configuration (such as `hidden_dropout_prob=0.3`) among them;
+            `revision`, `token` and `cache_dir` also for the download.
 
     Raises:
         ValueError: nothing to load there, or files that are damaged or do not fit each other.
@@ -222,8 +223,9 @@ def load_pruned(path_or_repo: str | os.PathLike, **options) -> tuple[PreTrainedM
     found = MaskSet(masks)
     if names and found.digest() != state["digest"]:
         raise ValueError(f"{packed.path} is damaged: its masks do not match their digest; restore the file")
-    cls, config = model_class(folder)
-    model = load_strictly(cls, folder, None, ("missing_keys",), config=config, state_dict=tensors, **options)
+    # The configuration by its folder: from_pretrained takes what of the options belongs to it only when it reads it.
+    options = {"config": folder, **options}
+    model = load_strictly(model_class(folder)[0], folder, None, ("missing_keys",), state_dict=tensors, **options)
     return model, found if names else MaskSet.from_zeros(model)
 
 

@@ -294,6 +294,16 @@ def test_a_place_inside_the_folder_is_refused(saved):
 def test_load_pruned_passes_options_on(saved, packed):
     for folder in (saved, packed):
         assert load_pruned(folder, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+        model, masks = load_pruned(
+            folder, hidden_dropout_prob=0.3, output_attentions=True, attn_implementation="eager"
+        )
+        assert model.config.hidden_dropout_prob == model.bert.embeddings.dropout.p == 0.3
+        assert model.config.output_attentions and model.config._attn_implementation == "eager"
+        masks.check_fits(prunable_weights(model))
+        with pytest.raises(ValueError, match="do not fit BertForSequenceClassification"):
+            load_pruned(folder, num_labels=5)
+        with pytest.raises(TypeError, match="no_such_option"):
+            load_pruned(folder, no_such_option=1)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
