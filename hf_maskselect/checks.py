@@ -341,9 +341,11 @@ def check_ranges(config: PruningConfig) -> None:
             "split held out to choose on; pass selection_dataset to choose on other data"
         )
     if config.criterion_batches == 0 and config.criterion != "magnitude":
+        others = (
+            "leave criterion unset with proposals='paper'" if config.method == "random" else "use method='magnitude'"
+        )
         raise ValueError(
-            f"criterion_batches=0 gives criterion={config.criterion!r} no gradients: set it to 64 or more, or use "
-            "method='magnitude'"
+            f"criterion_batches=0 gives criterion={config.criterion!r} no gradients: set it to 64 or more, or {others}"
         )
     if config.bf16_full_eval or config.fp16_full_eval:
         raise ValueError(

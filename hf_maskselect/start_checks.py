@@ -10,7 +10,8 @@ from torch import Tensor
 from .checks import SELECTION_LOSSES
 from .config import PruningConfig
 from .masking.maskset import MaskSet
-from .masking.scores import ScoreFn
+from .masking.scores import Criterion, ScoreFn
+from .pool import candidate_pool
 
 
 def check_setting(args: PruningConfig, score_fn: ScoreFn | None, compute_metrics) -> None:
@@ -40,6 +41,17 @@ def check_setting(args: PruningConfig, score_fn: ScoreFn | None, compute_metrics
             f"selection_metric={metric!r} does not go with {field}: for a trial compute_metrics gets predictions and "
             "labels of the whole selection split and nothing else; choose 'loss'"
         )
+
+
+def check_proposals(args: PruningConfig, criteria: Mapping[str, Criterion]) -> None:
+    """Refuse proposals that are unknown or too few, or that read gradients where no samples of them are taken. A
+    score_fn reads what there is."""
+    for proposal in [] if args.soft else candidate_pool(args, criteria):
+        if args.criterion_batches == 0 and proposal.criterion != "score_fn" and criteria[proposal.criterion].needs:
+            raise ValueError(
+                f"criterion_batches=0 but proposal '{proposal}' needs gradients: set it to 64 or more, or "
+                "proposals='paper', which are votes around candidate 0"
+            )
 
 
 def check_shapes(args: PruningConfig, weights: Mapping[str, Tensor], transposed: set[str]) -> None:

@@ -42,7 +42,7 @@ from .proposals import key_seed
 from .ranks import Ranks
 from .selection import MaskSearch
 from .split import selection_rows
-from .start_checks import check_packs, check_setting, check_shapes, check_start
+from .start_checks import check_packs, check_proposals, check_setting, check_shapes, check_start
 from .trials import TrialBench
 
 FORMAT_VERSION = 1  # of config.pruning
@@ -126,11 +126,7 @@ class PruningTrainer(HubTrainer):
         self._ranks = Ranks()
         told = Journal(args.output_dir), self._ranks, not self._speaks
         self._search = MaskSearch(args, self._bench, self._method, criteria, *told)
-        if self._search.needs() and score_fn is None and args.criterion_batches == 0:
-            raise ValueError(
-                f"criterion_batches=0 but proposals={args.proposals} need gradients: set it to 64 or more, or "
-                "propose only magnitude"
-            )
+        check_proposals(args, criteria)
         self._level_best = LevelBest(args.output_dir) if args.level_eval_steps else None
         self.add_callback(_StepEvents(self))
         if args.enable_jit_checkpoint:

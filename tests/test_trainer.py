@@ -389,6 +389,25 @@ def test_n_m_levels_end_in_the_pattern(tmp_path):
         assert (mask.view(-1, 4).sum(1) == 2).all()
 
 
+def by_size(name, weight, stats):
+    """A score that reads no gradients."""
+    assert stats.square is None and stats.product is None
+    return weight.abs()
+
+
+NO_GRADIENTS = {"method": "random", "criterion": "magnitude", "criterion_batches": 0}
+
+
+@pytest.mark.parametrize("keywords", [{}, {"score_fn": by_size}])
+def test_what_the_refusal_of_no_gradients_advises_works(tmp_path, keywords):
+    with pytest.raises(ValueError, match="=0 .*64 or more, or leave criterion unset with proposals='paper'"):
+        make_trainer(tmp_path, method="random", keywords=keywords, criterion_batches=0)
+    changes = {"criterion_batches": 0, "proposals": "paper", "max_steps": 4, "trial_steps": 1}
+    trainer = make_trainer(tmp_path, method="random", keywords=keywords, **changes)
+    trainer.train()
+    assert masks_of(trainer).sparsity() == 0.75
+
+
 @pytest.mark.parametrize(
     ("changes", "keywords", "message"),
     [
@@ -404,6 +423,10 @@ def test_n_m_levels_end_in_the_pattern(tmp_path):
         ({}, {"score_fn": lambda name, weight, stats: weight}, "score_fn has no meaning"),
         ({"method": "random", "selection_metric": "accuracy"}, {}, "needs compute_metrics"),
         ({"method": "random", "proposals": ["entropy:layer"]}, {}, "proposal 'entropy:layer' is unknown"),
+        ({"method": "random", "proposals": ["taylor:layer"]}, {}, "only 2 different masks"),
+        ({"method": "random", "proposals": ["score_fn:layer"]}, {}, "proposal 'score_fn:layer' is unknown"),
+        (NO_GRADIENTS, {}, "'fisher:balanced' needs gradients: .*64 or more, or proposals='paper'"),
+        (NO_GRADIENTS, {"score_fn": by_size}, "'fisher:balanced' needs gradients: .*64 or more, or proposals='paper'"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, {}, "cannot be restarted"),
     ],
 )
