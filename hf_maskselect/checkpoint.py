@@ -21,6 +21,7 @@ from .masking.maskset import MaskSet
 from .masking.patterns import NM, parse_pattern
 from .masking.semi_structured import check_groups
 from .masking.targets import transposed_weights
+from .packed_file import PACKED_FILE
 
 STATE_FILE = "pruning_state.safetensors"
 
@@ -85,6 +86,7 @@ class PruningState:
         """
         path = Path(folder) / STATE_FILE
         if not path.is_file():
+            check_unpacked(folder)
             raise ValueError(
                 f"{folder} has no {STATE_FILE}, so it is no checkpoint of a pruning run: point to a folder that "
                 "PruningTrainer saved, or start a new run from this model"
@@ -154,6 +156,7 @@ def saved_tensors(folder: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor
     elif (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
         files = [folder / name for name in shard_names(folder / SAFE_WEIGHTS_INDEX_NAME)]
     else:
+        check_unpacked(folder)
         raise ValueError(f"{folder} holds no {SAFE_WEIGHTS_NAME}: give the folder of a model saved by save_pretrained")
     for path in files:
         try:
@@ -162,6 +165,17 @@ def saved_tensors(folder: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor
                     yield name, file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read as weights ({error}); restore the file") from error
+
+
+def check_unpacked(folder: str | os.PathLike) -> None:
+    """Raise a ValueError where a folder holds a packed model only."""
+    folder = Path(folder)
+    weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    if (folder / PACKED_FILE).is_file() and not any((folder / name).is_file() for name in weights):
+        raise ValueError(
+            f"{folder} holds a packed model: write it as an ordinary one first, with `hf-maskselect unpack {folder} "
+            "--output FOLDER`"
+        )
 
 
 def shard_names(path: Path) -> list[str]:
@@ -275,11 +289,18 @@ def model_class(folder: str | os.PathLike) -> tuple[type[PreTrainedModel], Pretr
         config = AutoConfig.from_pretrained(folder)
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: config.json cannot be read ({error}); restore the file") from error
-    name = (config.architectures or [""])[0]
-    cls = getattr(transformers, name, None) if name else None
-    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+    cls = named_class(config)
+    if cls is None:
+        name = (config.architectures or [""])[0]
         raise ValueError(f"{folder}: config.json names the architecture {name!r}, which transformers does not have")
     return cls, config
+
+
+def named_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The class of transformers that a configuration names, if it names one."""
+    name = (config.architectures or [""])[0]
+    cls = getattr(transformers, name, None) if name else None
+    return cls if isinstance(cls, type) and issubclass(cls, PreTrainedModel) else None
 
 
 def of_transformers(folder: str | os.PathLike) -> bool:
@@ -325,6 +346,18 @@ def load_strictly(
     return model
 
 
+def parse_groups(pattern: str) -> NM:
+    """The N:M pattern that a text names.
+
+    Raises:
+        ValueError: it names another, or none.
+    """
+    groups = parse_pattern(pattern)
+    if not isinstance(groups, NM):
+        raise ValueError(f"pattern={pattern!r} is not checked by itself: give an N:M pattern such as '2:4'")
+    return groups
+
+
 def verify(folder: str | os.PathLike, pattern: str | None = None) -> PruningState:
     """Everything a user may rely on: the zeros are the masks, the count is the target, the model loads plainly.
 
@@ -337,11 +370,9 @@ def verify(folder: str | os.PathLike, pattern: str | None = None) -> PruningStat
     Raises:
         ValueError: the first thing that does not hold, with the tensor or the counts.
     """
+    groups = None if pattern is None else parse_groups(pattern)
     state = PruningState.load(folder)
     state.check_saved(folder)
-    groups = None if pattern is None else parse_pattern(pattern)
-    if groups is not None and not isinstance(groups, NM):
-        raise ValueError(f"pattern={pattern!r} is not checked by itself: give an N:M pattern such as '2:4'")
     if groups is not None and (turned := sorted(transposed_weights(skeleton(folder)) & state.masks.keys())):
         raise ValueError(f"{turned[0]} belongs to a Conv1D, which stores it transposed: it cannot hold {pattern}")
     for name, tensor in saved_tensors(folder):

@@ -213,6 +213,11 @@ def load_pruned(path_or_repo: str | os.PathLike, **options) -> tuple[PreTrainedM
             state.check_saved(folder)
         model = load_strictly(model_class(folder)[0], folder, folder, ("missing_keys",), **options)
         return model, MaskSet.from_zeros(model) if state is None else state.masks
+    if not (folder / PACKED_FILE).is_file():
+        raise ValueError(
+            f"{folder} has no {PACKED_FILE} and no {SAFE_WEIGHTS_NAME}: give the folder of a saved model, or one that "
+            "`hf-maskselect pack` wrote"
+        )
     packed = open_packed(folder)
     names, state = _pruning_fields(packed)
     tensors, masks = {}, {}

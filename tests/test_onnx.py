@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, ResNetConfig
 from hf_maskselect import export_onnx
 from hf_maskselect.cli import main
 from hf_maskselect.export import onnx as module
+from hf_maskselect.packing import pack
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
@@ -42,6 +43,14 @@ def test_the_console_exports_a_folder(tmp_path, capsys):
     assert main(["export", str(tmp_path / "in"), "--format", "onnx", "--output", str(tmp_path / "out")]) == 0
     assert f"{masks.total - masks.kept:,} zeros kept" in capsys.readouterr().out
     assert {"model.onnx", "config.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+@needs_onnx
+def test_a_packed_folder_is_to_be_unpacked_first(tmp_path):
+    save_pruned(tmp_path / "in")
+    pack(tmp_path / "in", tmp_path / "packed")
+    with pytest.raises(ValueError, match="packed holds a packed model: .*hf-maskselect unpack"):
+        export_onnx(tmp_path / "packed", tmp_path / "out")
 
 
 @needs_onnx

@@ -432,6 +432,18 @@ def test_a_damaged_packed_folder_is_refused_and_leaves_nothing(copied, tmp_path,
         load_pruned(copied)
 
 
+@pytest.mark.parametrize("command", ["report", "verify", "plot", "pack", "export"])
+def test_what_needs_an_ordinary_model_names_unpack(packed, tmp_path, capsys, command):
+    output = ["--output", str(tmp_path)] if command in ("pack", "export") else []
+    assert main([command, str(packed), *output]) == 1
+    assert f"{packed} holds a packed model" in (told := capsys.readouterr().err) and "hf-maskselect unpack" in told
+
+
+def test_load_pruned_of_an_empty_folder_names_both_files(tmp_path):
+    with pytest.raises(ValueError, match=f"has no {PACKED_FILE} and no model.safetensors"):
+        load_pruned(tmp_path)
+
+
 def test_a_model_that_its_masks_do_not_know_is_not_packed(tmp_path, saved):
     folder = shutil.copytree(saved, tmp_path / "a")
     tensors = load(folder)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..checkpoint import PruningState, load_strictly, model_class
+from ..checkpoint import PruningState, check_unpacked, load_strictly, model_class
 from ..masking.targets import prunable_weights
 from ..packing import check_output, copy_companions, find_folder
 
@@ -74,6 +74,7 @@ def export_onnx(
         raise ValueError(f"{type(model_or_path).__name__} is no model of transformers: use torch.onnx.export")
     else:
         folder = find_folder(model_or_path)
+        check_unpacked(folder)
         check_output(folder, output)
         state = PruningState.find(folder)
         if state is not None:
