@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from .masking.patterns import NM, SCOPES, Channel, Unstructured, parse_pattern
 from .masking.schedule import check_levels, cubic_levels
 from .masking.scores import CRITERIA
+from .masking.targets import check_module_names
 from .proposals import parse_proposal
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def check_pruning(config: PruningConfig) -> None:
         if isinstance(getattr(config, name), str):
             setattr(config, name, [getattr(config, name)])
     check_types(config)
+    for name in ("target_modules", "exclude_modules"):
+        check_module_names(getattr(config, name) or ())
     check_choice("method", config.method, METHODS)
     check_choice("selection", config.selection, SELECTIONS)
     check_soft(config)

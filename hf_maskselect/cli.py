@@ -10,17 +10,20 @@ from pathlib import Path
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
-from .checkpoint import verify
+from .checkpoint import parse_groups, verify
 from .config import PruningConfig
-from .cost import cost_text, workload
+from .cost import check_run, cost_text, workload
 from .export.onnx import export_onnx
 from .export.semi_structured import EXPORT_DTYPES, export_semi_structured
 from .export.timing import time_export
+from .masking.targets import check_module_names
 from .packed_file import LOSSY
 from .packing import find_folder, pack, unpack
 from .plots import plot
 from .record import RunRecord
 from .report import sparsity_report
+
+PLAN_USAGE = "hf-maskselect plan PATH [--ranks N ...] [--train_rows N] --max_steps N [any field of PruningConfig]"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -46,16 +49,20 @@ def make_parser() -> argparse.ArgumentParser:
     found["plot"].add_argument("--output", help="folder to write into; by default that of the model")
     found["pack"].add_argument("--values", choices=LOSSY, help="round all values to 16 bits (lossy)")
     found["pack"].add_argument("--embeddings", choices=["int8"], help="round embedding tables to 8 bits (lossy)")
-    found["verify"].add_argument("--pattern", help="also that every pruned matrix holds this N:M pattern, such as 2:4")
+    found["verify"].add_argument(
+        "--pattern", type=groups, help="also that every pruned matrix holds this N:M pattern, such as 2:4"
+    )
     found["export"].add_argument("--format", choices=["nm", "onnx"], default="nm", help="nm: 2:4 values and metadata")
     found["export"].add_argument("--dtype", choices=EXPORT_DTYPES, help="nm: of the weights (bf16)")
-    found["export"].add_argument("--exclude-modules", nargs="+", help="nm: modules (suffix or regex) that stay dense")
+    found["export"].add_argument(
+        "--exclude-modules", nargs="+", type=module_name, help="nm: modules (suffix or regex) that stay dense"
+    )
     found["export"].add_argument(
         "--benchmark", action="store_true", help="nm: then time dense against sparse on this machine's GPU"
     )
     found["export"].add_argument("--batch-sizes", nargs="+", type=positive, help="of the benchmark (1 8 32)")
     found["export"].add_argument("--seq-lens", nargs="+", type=positive, help="of the benchmark, in tokens (128)")
-    found["plan"].usage = "%(prog)s PATH [--ranks N ...] [--train_rows N] --max_steps N [any field of PruningConfig]"
+    found["plan"].usage = PLAN_USAGE
     found["plan"].add_argument("--ranks", nargs="+", type=positive, default=[1, 8, 64, 512], help="(1 8 64 512)")
     found["plan"].add_argument(
         "--train_rows", "--train-rows", type=positive, default=10_000, help="of the train split (10000)"
@@ -68,6 +75,37 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
     return int(text)
+
+
+def groups(text: str) -> str:
+    """An N:M pattern."""
+    try:
+        parse_groups(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def module_name(text: str) -> str:
+    """A suffix or a regex."""
+    try:
+        check_module_names(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def make_config(fields: Sequence[str]) -> PruningConfig:
+    """Of the run to be planned."""
+    parser = HfArgumentParser(PruningConfig, prog="hf-maskselect plan", usage=PLAN_USAGE)
+    try:
+        config, unknown = parser.parse_args_into_dataclasses(fields, return_remaining_strings=True)
+        check_run(config)
+    except ValueError as error:
+        parser.error(str(error))
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return config
 
 
 def run(options: argparse.Namespace) -> str:
@@ -109,10 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.fields and options.command != "plan":
         parser.error(f"unrecognized arguments: {' '.join(options.fields)}")
     if options.command == "plan":
-        try:
-            (options.config,) = HfArgumentParser(PruningConfig).parse_args_into_dataclasses(options.fields)
-        except ValueError as error:
-            parser.error(str(error))
+        options.config = make_config(options.fields)
     if options.command == "export":
         only_nm = {"--dtype": options.dtype, "--exclude-modules": options.exclude_modules}
         only_timed = {"--batch-sizes": options.batch_sizes, "--seq-lens": options.seq_lens}
@@ -128,6 +163,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     online = online and not Path(options.path).exists()
     if not Path(options.path).is_dir() and not online:
         parser.error(f"{options.path} is no folder: give the folder of a saved model")
+    output = Path(getattr(options, "output", None) or ".").absolute()
+    nearest = next(path for path in (output, *output.parents) if path.exists())
+    if not nearest.is_dir():
+        parser.error(f"{nearest} is a file: give a folder to write into as --output")
     try:
         if online and options.command not in ("export", "plan"):  # which download what they need themselves
             options.path = find_folder(options.path)

@@ -10,16 +10,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from .best_fit import FitErrors
+from .checkpoint import named_class
 from .config import PruningConfig
 from .level_search import Candidate
 from .masking.scores import CRITERIA
-from .masking.targets import prunable_weights
+from .masking.targets import prunable_weights, transposed_weights
+from .permutation import couplings_of
+from .planning import rewound_rate
 from .pool import statistics_needed
 from .report import text_table
 from .rungs import rungs_text, search_rungs
+from .start_checks import check_batches, check_proposals, check_shapes
 from .trials import EARLY_EVALUATIONS, REFIT_COST
 
 Rungs = list[tuple[int, int]]
@@ -29,10 +41,10 @@ Rungs = list[tuple[int, int]]
 class Workload:
     """One pruning run of `config.max_steps` training steps.
 
-    parameters, prunable: weights of the model, and those that masks cover. train_rows: of the train split, out of
-    which the selection split is held. teaches: whether trials are scored against the teacher's soft labels, which are
-    computed once (those of a language model are too large to be kept, and cost a pass each time, which is not counted
-    here).
+    parameters, prunable: weights of the model without its head, and those that masks cover. train_rows: of the train
+    split, out of which the selection split is held. teaches: whether trials are scored against the teacher's soft
+    labels, which are computed once (those of a language model are too large to be kept, and cost a pass each time,
+    which is not counted here).
     """
 
     config: PruningConfig
@@ -42,12 +54,7 @@ class Workload:
     teaches: bool = False
 
     def __post_init__(self) -> None:
-        config = self.config
-        if config.max_steps <= 0:
-            raise ValueError(f"max_steps={config.max_steps} says nothing of the run's length: give --max_steps")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            if getattr(config, name) < 1:
-                raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+        check_run(self.config)
 
     @property
     def rows(self) -> int:
@@ -107,32 +114,59 @@ class Cost:
     trained: int
 
 
+def check_run(config: PruningConfig) -> None:
+    """Refuse what a run would, whatever its model and data.
+
+    Raises:
+        ValueError: max_steps is not given or too few, or arguments do not go together.
+    """
+    if config.max_steps <= 0:
+        raise ValueError(f"max_steps={config.max_steps} says nothing of the run's length: give --max_steps")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    check_batches(config)
+    check_proposals(config, CRITERIA)
+    plan = config.plan(config.max_steps)
+    if config.lr_rewind:
+        rewound_rate(config, plan)
+
+
 def workload(config: PruningConfig, path: str | Path, train_rows: int) -> Workload:
     """Of the model in `path` (a folder, or a name on the Hub), of which only config.json is read.
 
     Raises:
-        ValueError: no such model, nothing in it is prunable, or max_steps is not given.
+        ValueError: no such model, or a run of these arguments would refuse it; or `check_run`.
     """
     try:
         told = AutoConfig.from_pretrained(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"{path} is no folder with a config.json, and no such name could be found on the Hub: give one of these "
-            f"({error})"
+            f"{path} is no folder with the config.json of a model of transformers, and no such name could be found on "
+            f"the Hub: give one of these ({str(error).splitlines()[0]})"
         ) from error
-    with torch.device("meta"):
-        model = AutoModel.from_config(told)
+    model = _trained(told)
     weights = prunable_weights(model, config.target_modules, config.exclude_modules)
-    teaches = config.selection_metric == "teacher"
-    return Workload(config, model.num_parameters(), sum(w.numel() for w in weights.values()), train_rows, teaches)
+    check_shapes(config, weights, transposed_weights(model))
+    if config.permute_channels:
+        couplings_of(model, config.mask_pattern, weights)
+    parameters, prunable = model.base_model.num_parameters(), sum(weight.numel() for weight in weights.values())
+    return Workload(config, parameters, prunable, train_rows, teaches=config.selection_metric == "teacher")
+
+
+def _trained(told: PretrainedConfig) -> PreTrainedModel:
+    """What a run would train, without weights: the class that the configuration names; of a bare encoder the one with
+    a head on it, under which its modules have other names."""
+    cls = named_class(told)
+    if cls is None or cls is MODEL_MAPPING.get(type(told), None):
+        heads = (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING)
+        cls = next((of[type(told)] for of in heads if type(told) in of), cls)
+    with torch.device("meta"):
+        return AutoModel.from_config(told) if cls is None else cls._from_config(told)
 
 
 def search_cost(work: Workload, ranks: int) -> Cost:
-    """The cost on `ranks` devices of equal speed.
-
-    Raises:
-        ValueError: the target cannot be reached within max_steps.
-    """
+    """The cost on `ranks` devices of equal speed."""
     levels, trial_rows = work.rungs(ranks), work.trial_rows(ranks)
     marks = EARLY_EVALUATIONS if work.config.selection == "early" else 1
     survive = work.config.selection == "survivors"
@@ -225,7 +259,11 @@ def cost_text(work: Workload, ranks: Sequence[int]) -> str:
 def _advice(work: Workload, cost: Cost) -> list[str]:
     """What would make the ranks wait less, and the trials shorter."""
     config, told = work.config, []
-    if 1 < config.num_candidates < cost.ranks:
+    # Without votes there are only so many different masks.
+    any_number = config.proposals in (["mixed"], ["paper"]) or any(
+        text.endswith(":votes") for text in config.proposals
+    )
+    if 1 < config.num_candidates < cost.ranks and any_number:
         more = search_cost(replace(work, config=_changed(config, num_candidates=cost.ranks)), cost.ranks)
         told.append(
             f"{cost.ranks} ranks: {1 - cost.busy:.0%} of their time in trials is waiting; with "

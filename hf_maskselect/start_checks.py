@@ -14,8 +14,8 @@ from .masking.scores import Criterion, ScoreFn
 from .pool import candidate_pool
 
 
-def check_setting(args: PruningConfig, score_fn: ScoreFn | None, compute_metrics) -> None:
-    """What the arguments of the trainer beside `args` do not go with."""
+def check_batches(args: PruningConfig) -> None:
+    """What trials, which one device runs alone, do not go with."""
     if args.searches and args.train_sampling_strategy == "batch_rebalance":
         raise ValueError(
             "train_sampling_strategy='batch_rebalance' makes batches for several devices, but a trial runs on "
@@ -27,6 +27,10 @@ def check_setting(args: PruningConfig, score_fn: ScoreFn | None, compute_metrics
             f"trial_batch_size={rows} is no multiple of per_device_train_batch_size={micro}, in pieces of which a "
             f"device runs it: choose {rows // micro * micro} or {-(-rows // micro) * micro}"
         )
+
+
+def check_setting(args: PruningConfig, score_fn: ScoreFn | None, compute_metrics) -> None:
+    """What the arguments of the trainer beside `args` do not go with."""
     if score_fn is not None and args.method != "random":
         raise ValueError(
             f"score_fn has no meaning with method={args.method!r}: use method='random' (num_candidates=1 for one mask)"

@@ -42,7 +42,7 @@ from .proposals import key_seed
 from .ranks import Ranks
 from .selection import MaskSearch
 from .split import selection_rows
-from .start_checks import check_packs, check_proposals, check_setting, check_shapes, check_start
+from .start_checks import check_batches, check_packs, check_proposals, check_setting, check_shapes, check_start
 from .trials import TrialBench
 
 FORMAT_VERSION = 1  # of config.pruning
@@ -88,6 +88,7 @@ class PruningTrainer(HubTrainer):
             )
         check_devices(args)
         check_packs(args, model)
+        check_batches(args)
         check_setting(args, score_fn, kwargs.get("compute_metrics"))
         train_dataset, selection_dataset = selection_rows(args, train_dataset, selection_dataset)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)

@@ -132,21 +132,59 @@ def test_the_command_says_what_to_change(tmp_path, capsys):
     ("arguments", "expected"),
     [
         ([], "give --max_steps"),
-        (["--max_steps", "2"], "max_steps"),
+        (["--max_steps", "2"], "the plan cannot reach sparsity"),
+        (["--max_steps", "sixty"], "invalid int value: 'sixty'"),
         (["--max_steps", "600", "--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0"),
+        (["--max_steps", "600", "--trial_batch_size", "9"], "trial_batch_size=9 is no multiple"),
+        (["--max_steps", "600", "--warmup_steps", "300"], "longer than the shortest level"),
+        (["--max_steps", "600", "--target_modules", "("], "'(' in target_modules or exclude_modules is no regex"),
+        (["--max_steps", "600", "--proposals", "taylor:layer"], "only 2 different masks"),
+        (["--max_steps", "600", "--method", "rndom"], "invalid choice: 'rndom'"),
+        (["--max_steps", "600", "--sparsty", "0.9"], "unrecognized arguments: --sparsty 0.9"),
+        (["--max_steps", "600", "--sparsity", "1.5"], "sparsity=1.5 must lie inside (0, 1)"),
     ],
 )
-def test_what_cannot_be_planned_is_said(tmp_path, capsys, arguments, expected):
+def test_arguments_that_no_run_would_take_are_bad_usage(tmp_path, capsys, arguments, expected):
+    with pytest.raises(SystemExit) as left:
+        main(["plan", str(tmp_path), *arguments])
+    usage, error = capsys.readouterr().err.strip().splitlines()
+    assert left.value.code == 2 and usage.startswith("usage: hf-maskselect plan PATH")
+    assert error.startswith("hf-maskselect plan: error: ") and expected in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--pattern", "2:5"], "columns are no multiple of 5"),
+        (["--target_modules", "nothing"], "no weight to prune"),
+        (["--pattern", "2:4", "--permute_channels", "--target_modules", "query"], "leave permute_channels out"),
+    ],
+)
+def test_what_the_model_does_not_go_with_is_said(tmp_path, capsys, arguments, expected):
     make().save_pretrained(tmp_path)
-    assert main(["plan", str(tmp_path), *arguments]) == 1
+    assert main(["plan", str(tmp_path), "--max_steps", "600", *arguments]) == 1
     assert expected in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--sparsty", "0.9"], ["--sparsity", "1.5"]])
-def test_unknown_or_wrong_fields_are_bad_usage(tmp_path, capsys, arguments):
-    with pytest.raises(SystemExit) as left:
-        main(["plan", str(tmp_path), "--max_steps", "600", *arguments])
-    assert left.value.code == 2 and arguments[0].strip("-") in capsys.readouterr().err
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForMaskedLM", "Model"])
+@pytest.mark.parametrize("names", ["query", r"bert\.encoder\..*query"])
+def test_modules_are_named_as_in_training(tmp_path, head, names):
+    make(head=head).save_pretrained(tmp_path)
+    work = workload(make_config(tmp_path / "out", target_modules=names), tmp_path, train_rows=100)
+    assert work.prunable == 2 * 32 * 32
+
+
+def test_a_layer_of_the_head_may_be_pruned(tmp_path):
+    make().save_pretrained(tmp_path)
+    assert workload(make_config(tmp_path / "out", target_modules="classifier"), tmp_path, 100).prunable == 2 * 32
+
+
+def test_more_candidates_than_there_are_masks_are_not_advised(tmp_path, capsys):
+    make().save_pretrained(tmp_path)
+    run = ["plan", str(tmp_path), "--max_steps", "600", "--num_candidates", "2", "--ranks", "8", "--proposals"]
+    for proposal, advised in ("fisher:layer", False), ("fisher:layer:votes", True):
+        assert main([*run, proposal]) == 0
+        assert ("with num_candidates=8" in capsys.readouterr().out) == advised
 
 
 def test_a_model_that_is_not_there_is_said(tmp_path, capsys):

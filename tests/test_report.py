@@ -250,7 +250,21 @@ def test_an_empty_folder_fails(tmp_path, capsys):
     assert "verify failed" in (errors := capsys.readouterr().err) and "report failed" in errors
 
 
-@pytest.mark.parametrize("arguments", [[], ["report"], ["verify"], ["frobnicate", "."], ["verify", "no/such/folder"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["report"],
+        ["verify"],
+        ["frobnicate", "."],
+        ["verify", "no/such/folder"],
+        ["verify", ".", "--pattern", "foo"],
+        ["verify", ".", "--pattern", "channel"],
+        ["export", ".", "--output", "out", "--exclude-modules", "("],
+        *([command, ".", "--output", __file__] for command in ("pack", "unpack", "plot", "export")),
+        ["pack", ".", "--output", f"{__file__}/out"],
+    ],
+)
 def test_bad_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(arguments)

@@ -35,8 +35,10 @@ def prunable_weights(
         (ALBERT) appears once, under its first name. A matrix tied to an embedding is left out.
 
     Raises:
-        ValueError: nothing is left to prune.
+        ValueError: nothing is left to prune, or a name is no regex.
     """
+    for patterns in (target_modules, exclude_modules):
+        check_module_names(patterns or ())
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     stacks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     weights: dict[str, nn.Parameter] = {}
@@ -59,6 +61,16 @@ def prunable_weights(
     return weights
 
 
+def check_module_names(patterns: str | Sequence[str]) -> None:
+    """Raise a ValueError unless every module name is a suffix or a regex."""
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if _REGEX_CHARACTERS & set(pattern):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} in target_modules or exclude_modules is no regex: {error}") from error
+
+
 def transposed_weights(model: nn.Module) -> set[str]:
     """Names of the weights that are stored `(in, out)`."""
     return {f"{name}.weight" for name, module in model.named_modules() if _is_transposed(module)}
@@ -76,11 +88,7 @@ def _is_layer(module: nn.Module) -> bool:
 def _matches(name: str, patterns: str | Sequence[str]) -> bool:
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if _REGEX_CHARACTERS & set(pattern):
-            try:
-                found = re.fullmatch(pattern, name)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} in target_modules or exclude_modules is no regex: {error}") from error
-            if found:
+            if re.fullmatch(pattern, name):
                 return True
         elif name == pattern or name.endswith(f".{pattern}"):
             return True
