@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from transformers.trainer_pt_utils import find_batch_size
 
 from .masking.least_squares import fit_masked
-from .masking.targets import transposed_weights
+from .masking.targets import is_layer, transposed_weights
 
 Forward = Callable[..., Tensor]
 
@@ -65,16 +65,17 @@ def refit(
 
     Args:
         model: in eval mode, not wrapped.
-        weights: those that were cut, by name.
+        weights: those that were cut, by name, as `prunable_weights` gives them.
         before: their values before the cut, by name; may hold more.
         inputs: keyword arguments of one forward pass. Positions where `attention_mask` is 0 are not fitted to, where
             it has a place for every position of a matrix's input.
 
     Raises:
-        ValueError: the model is in training mode.
+        ValueError: the model is in training mode, or `weights` or `before` are not of its layers.
     """
     if model.training:
         raise ValueError("refit needs a model in eval mode, else it would be fitted to dropout: call model.eval()")
+    _check_weights(model, weights, before)
     calls = fittable(model, weights, inputs)
     if not calls:
         return Refit()
@@ -152,6 +153,23 @@ def fittable(model: nn.Module, weights: Mapping[str, nn.Parameter], inputs: Mapp
     with _replaced({modules[name]: forward_of(name, modules[name].forward) for name in asked}):
         model(**_of_rows(inputs, lambda rows: torch.cat([rows[:1], rows[:1]])))
     return {name: half for name, half in found.items() if used[name] == 1}
+
+
+def _check_weights(model: nn.Module, weights: Mapping[str, nn.Parameter], before: Mapping[str, Tensor]) -> None:
+    layers = {f"{name}.weight": module.weight for name, module in model.named_modules() if is_layer(module)}
+    for name, weight in weights.items():
+        if layers.get(name) is not weight:
+            raise ValueError(
+                f"{name} is no weight of a linear or convolution layer of {type(model).__name__}: give those that "
+                "prunable_weights returns, under their names"
+            )
+        if name not in before:
+            raise ValueError(f"before lacks {name}: copy every weight before it is cut")
+        if before[name].shape != weight.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(weight.shape)} but {tuple(before[name].shape)} before the cut: copy every "
+                "weight before it is cut"
+            )
 
 
 def _fit(weight: Tensor, bias: Tensor | None, x: Tensor, y: Tensor) -> tuple[float, float] | None:

@@ -237,6 +237,26 @@ def test_training_mode_is_refused():
         refit(model, *cut(model), batch())
 
 
+@pytest.mark.parametrize(
+    ("mangle", "expected"),
+    [
+        (lambda model, w, b: (w, {n: b[n] for n in list(b)[1:]}), "before lacks bert.encoder.layer.0.*query.weight: "),
+        (lambda model, w, b: (w, {n: t[:1] for n, t in b.items()}), r"shape \(32, 32\) but \(1, 32\) before the cut"),
+        (lambda model, w, b: ({n.removesuffix(".weight"): t for n, t in w.items()}, b), "query is no weight of a lin"),
+        (lambda model, w, b: (dict(model.named_parameters()), b), "embeddings.weight is no weight of a linear"),
+        (lambda model, w, b: ({n: t for n, t in model.named_parameters() if "query" in n}, b), "query.bias is no wei"),
+        (lambda model, w, b: (dict(make().named_parameters()), b), "is no weight of a linear"),
+    ],
+)
+def test_weights_that_are_not_the_models_are_refused(mangle, expected):
+    model = make().eval()
+    weights, before = mangle(model, *cut(model))
+    kept = weights_of(model)
+    with pytest.raises(ValueError, match=expected):
+        refit(model, weights, before, batch())
+    assert same(weights_of(model), kept)
+
+
 def test_modules_are_left_as_they_were():
     model = make().eval()
     dense = model.bert.encoder.layer[0].output.dense

@@ -44,7 +44,7 @@ def prunable_weights(
     weights: dict[str, nn.Parameter] = {}
     seen = set(embeddings)
     for name, module in model.named_modules():
-        if not _is_layer(module) or id(module.weight) in seen:
+        if not is_layer(module) or id(module.weight) in seen:
             continue
         wanted = name.startswith(stacks) if target_modules is None else _matches(name, target_modules)
         if not wanted or (exclude_modules is not None and _matches(name, exclude_modules)):
@@ -81,7 +81,8 @@ def _is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
-def _is_layer(module: nn.Module) -> bool:
+def is_layer(module: nn.Module) -> bool:
+    """Whether it is of a type whose weight may be pruned."""
     return isinstance(module, nn.Linear | nn.Conv2d) or _is_transposed(module)
 
 
@@ -96,5 +97,5 @@ def _matches(name: str, patterns: str | Sequence[str]) -> bool:
 
 
 def _examples(model: nn.Module) -> list[str]:
-    names = [name for name, module in model.named_modules() if _is_layer(module)]
+    names = [name for name, module in model.named_modules() if is_layer(module)]
     return names[:2] + names[-1:]
