@@ -21,7 +21,8 @@ _REMEDY = "restore it, or resume from another checkpoint"
 
 
 class LevelBest:
-    """Keeps the best trained weights of the current level on disk (in `folder`, replaced atomically).
+    """Keeps the best trained weights of the current level on disk (in `folder`, replaced atomically), with the model's
+    buffers, such as the running statistics of a batch norm.
 
     On disk, so that it costs no memory and a resumed run finds what the level has seen so far.
     """
@@ -38,6 +39,8 @@ class LevelBest:
             return False
         self._path.parent.mkdir(parents=True, exist_ok=True)
         weights = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+        # Copies: buffers may share memory, which the file format does not know.
+        weights |= {n: b.detach().clone(memory_format=torch.contiguous_format) for n, b in model.named_buffers()}
         with replacing(self._path) as temporary:
             told = {"level": str(level), "score": repr(score), "weights": weights_digest(weights)}
             save_file(weights, temporary, metadata=told | {"checksum": header_checksum(told)})
@@ -62,7 +65,8 @@ class LevelBest:
 
     @torch.no_grad()
     def restore(self, level: int, model: nn.Module) -> bool:
-        """Load the weights kept for `level` into the model; without any (every score was NaN) it stays as it is.
+        """Load the weights kept for `level` into the model; without any (every score was NaN) it stays as it is, as do
+        buffers that an earlier version has not kept.
 
         Returns:
             whether there were any.
@@ -73,9 +77,9 @@ class LevelBest:
         weights = load_file(self._path)
         if weights_digest(weights) != told["weights"]:
             raise ValueError(f"{self._path} is damaged: its weights do not match their digest; {_REMEDY}")
-        parameters = dict(model.named_parameters())
+        own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         for name, weight in weights.items():
-            parameters[name].copy_(weight)
+            own[name].copy_(weight)
         return True
 
     def copy_to(self, folder: str | os.PathLike) -> None:

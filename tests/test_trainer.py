@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import FAMILIES, losses, make, make_config, make_rows, make_trainer, same, weights_of
+from torch import nn
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
 from hf_maskselect import MaskSet, PruningTrainer, verify
+from hf_maskselect.level_best import LevelBest
 from hf_maskselect.split import hold_out
 
 
@@ -335,8 +337,48 @@ def test_scoring_a_level_loses_no_logged_loss(tmp_path):
     assert len(losses(trainer)) == 12
 
 
-def test_the_best_weights_of_a_level_go_on(tmp_path):
-    trainer = make_trainer(tmp_path, level_eval_steps=2)
+class Normed(nn.Module):
+    """A small model whose running statistics change with every batch; track: whether it keeps any."""
+
+    def __init__(self, track=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(64, 16), nn.Linear(16, 2)
+        self.layers = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
+        self.norm = nn.BatchNorm1d(16, track_running_stats=track)
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        first, second = self.layers
+        logits = self.head(second(torch.relu(self.norm(first(self.embed(input_ids).mean(1))))))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_running_statistics_without_which_a_level_was_kept_stay(tmp_path):
+    """Such as an earlier version has kept it."""
+    LevelBest(tmp_path).consider(0, 0.5, Normed(track=False))
+    model = Normed()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), model.norm.running_mean):
+            tensor.add_(1)
+    assert LevelBest(tmp_path).restore(0, model)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), Normed().parameters(), strict=True))
+    assert torch.equal(model.norm.running_mean, torch.ones(16))
+
+
+def test_a_resumed_level_ends_with_the_same_running_statistics(tmp_path):
+    ends = []
+    for resumed in (False, True):
+        changes = {"level_eval_steps": 1, "num_levels": 1, "save_strategy": "steps", "save_steps": 8}
+        trainer = make_trainer(tmp_path, Normed(), **changes)
+        trainer._bench.score = lambda trainer=trainer: abs(trainer.state.global_step - 5.0)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8") if resumed else None)
+        ends.append(weights_of(trainer.model))
+    assert same(*ends) and ends[0]["norm.num_batches_tracked"] == 5
+
+
+@pytest.mark.parametrize("family", [make, Normed])
+def test_the_best_weights_of_a_level_go_on(tmp_path, family):
+    trainer = make_trainer(tmp_path, family(), level_eval_steps=2)
     scores = iter([0.5, 0.1, 0.9, 0.3, 0.8, 0.6])
     states = {}
     trainer._bench.score = lambda: next(scores)
