@@ -359,7 +359,8 @@ def parse_groups(pattern: str) -> NM:
 
 
 def verify(folder: str | os.PathLike, pattern: str | None = None) -> PruningState:
-    """Everything a user may rely on: the zeros are the masks, the count is the target, the model loads plainly.
+    """Everything a user may rely on: the zeros are the masks, their count is the target's and their places are those
+    of the pattern that the folder was pruned to, the model loads plainly.
 
     Args:
         pattern: `"N:M"`; every masked matrix must hold it along its input axis, whatever it was pruned to.
@@ -386,13 +387,21 @@ def verify(folder: str | os.PathLike, pattern: str | None = None) -> PruningStat
                 f"{folder}: {name} has {found} non-zero weights but its mask keeps {kept}; the file was changed after "
                 "pruning, so save it again from the trainer"
             )
-    wanted = parse_pattern(state.pattern).keeps([mask.shape for mask in state.masks.values()], state.sparsity)
+    pruned_to = parse_pattern(state.pattern)
+    wanted = pruned_to.keeps([mask.shape for mask in state.masks.values()], state.sparsity)
     if state.masks.kept != wanted:
         raise ValueError(
             f"{folder}: {state.masks.kept} of {state.masks.total} prunable weights are kept but sparsity "
             f"{state.sparsity} with pattern {state.pattern!r} keeps {wanted}; the run had not reached its last level "
             f"(step {state.step}, level {state.level + 1})"
         )
+    for name, mask in state.masks.items():
+        pruned_to.check(name, mask.shape)
+        if not pruned_to.holds(mask, state.sparsity):
+            raise ValueError(
+                f"{folder}: {name} keeps as many weights as pattern {state.pattern!r} at sparsity {state.sparsity:g}, "
+                "but in other places; prune a dense model to it, or this one with keep_zeros=False"
+            )
     cls, _ = model_class(folder)
     load_strictly(cls, folder, folder, ("missing_keys", "unexpected_keys"))
     return state

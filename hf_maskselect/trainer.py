@@ -292,12 +292,12 @@ class PruningTrainer(HubTrainer):
         return chosen
 
     def _reached(self, level: int) -> bool:
-        """Whether the masks in force are as sparse as `level`; an emergent sparsity is reached once masks are."""
+        """Whether the masks in force are as sparse as `level`, in the pattern; an emergent sparsity is reached once
+        masks are."""
         masks = self._method.masks
         if self.args.emergent:
             return masks.kept < masks.total
-        shapes = [mask.shape for mask in masks.values()]
-        return masks.kept <= self.args.mask_pattern.keeps(shapes, self._plan.levels[level])
+        return masks.reaches(self.args.mask_pattern, self._plan.levels[level])
 
     def _score_level(self) -> None:
         """Inside a level, at its marks and its end: keep the weights if the selection split likes them best."""

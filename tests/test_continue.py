@@ -1,6 +1,7 @@
 """Runs that begin with a model that is sparse already."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -126,6 +127,21 @@ def test_an_n_m_model_keeps_its_groups(tmp_path):
     trainer = make_trainer(tmp_path, model, pattern="2:4", sparsity=None, num_levels=None)
     trainer.train()
     assert trainer.pruning_state().masks.digest() == masks.digest()
+
+
+@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("channel", 0.75)])
+def test_a_count_alone_is_no_pattern(tmp_path, pattern, sparsity):
+    """`verify` checks the pattern that the state names; a run trains to it, or is refused."""
+    trainer = make_trainer(tmp_path, sparsity=sparsity)
+    trainer.train()
+    trainer.save_model()
+    replace(verify(tmp_path), pattern=pattern).save(tmp_path)
+    with pytest.raises(ValueError, match=f"weight keeps as many weights as pattern '{pattern}'"):
+        verify(tmp_path)
+    again = make_trainer(tmp_path, trainer.model, pattern=pattern, sparsity=sparsity, num_levels=1, keep_zeros=False)
+    again.train()
+    again.save_model()
+    verify(tmp_path)
 
 
 def test_an_early_save_of_a_sparse_model_knows_its_zeros(tmp_path):

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .dtensors import whole
+from .patterns import Pattern
 
 FORMAT_VERSION = 1
 _BESIDE = "beside/"  # no parameter name holds a slash
@@ -78,6 +79,12 @@ class MaskSet(Mapping[str, Tensor]):
         """Share of this set's kept weights that `other` keeps too, in [0, 1]."""
         common = sum(int(torch.count_nonzero(mask & other[name])) for name, mask in self.items())
         return common / max(self.kept, 1)
+
+    def reaches(self, pattern: Pattern, sparsity: float) -> bool:
+        """Whether as few weights are kept as `pattern` keeps at `sparsity`, and every mask has the pattern."""
+        if self.kept > pattern.keeps([mask.shape for mask in self.values()], sparsity):
+            return False
+        return all(pattern.holds(mask, sparsity) for mask in self.values())
 
     def digest(self) -> str:
         """SHA-256 over names, shapes and bits: equal digests are equal masks, on any rank and machine."""

@@ -28,6 +28,10 @@ class Pattern(Protocol):
     def keeps(self, shapes: Iterable[Sequence[int]], sparsity: float) -> int:
         """How many weights of matrices of these shapes stay at `sparsity`, to the exact count."""
 
+    def holds(self, mask: Tensor, sparsity: float) -> bool:
+        """Whether one boolean mask has the pattern of `sparsity`, however many weights it keeps in all: no group keeps
+        more than its share, no row is kept in part."""
+
     def masks(
         self,
         scores: Mapping[str, Tensor],
@@ -110,6 +114,9 @@ class Unstructured:
 
     def keeps(self, shapes: Iterable[Sequence[int]], sparsity: float) -> int:
         return kept_count(sum(math.prod(shape) for shape in shapes), sparsity)
+
+    def holds(self, mask: Tensor, sparsity: float) -> bool:
+        return True
 
     def masks(
         self,
@@ -231,8 +238,15 @@ class NM:
                 f"1/{self.m} up to {self.sparsity:g}"
             )
 
+    def of_group(self, sparsity: float) -> int:
+        """How many weights of a group stay."""
+        return self.m - round(sparsity * self.m)
+
     def keeps(self, shapes: Iterable[Sequence[int]], sparsity: float) -> int:
-        return sum(math.prod(shape) // self.m * (self.m - round(sparsity * self.m)) for shape in shapes)
+        return sum(math.prod(shape) // self.m * self.of_group(sparsity) for shape in shapes)
+
+    def holds(self, mask: Tensor, sparsity: float) -> bool:
+        return not bool((grouped(mask, self.m).sum(-1) > self.of_group(sparsity)).any())
 
     def masks(
         self,
@@ -242,7 +256,7 @@ class NM:
         consume: bool = False,
     ) -> dict[str, Tensor]:
         self.check_sparsity(sparsity)
-        keep = self.m - round(sparsity * self.m)
+        keep = self.of_group(sparsity)
         masks = {}
         for name, score in scores.items():
             self.check(name, score.shape)
@@ -272,6 +286,10 @@ class Channel:
 
     def keeps(self, shapes: Iterable[Sequence[int]], sparsity: float) -> int:
         return sum(self.rows(shape, sparsity) * math.prod(shape[1:]) for shape in shapes)
+
+    def holds(self, mask: Tensor, sparsity: float) -> bool:
+        rows = mask.flatten(1)
+        return torch.equal(rows.all(1), rows.any(1))
 
     def masks(
         self,

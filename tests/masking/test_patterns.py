@@ -281,6 +281,20 @@ def test_a_pattern_knows_how_many_it_keeps(text, sparsity):
     )
 
 
+@pytest.mark.parametrize("text", ["2:4", "channel"])
+def test_a_pattern_knows_its_masks(text):
+    pattern, scores = parse_pattern(text), draw({"a": (6, 16), "c": (10, 8, 3, 3)})
+    anywhere = Unstructured().masks(scores, 0.5)
+    for name, mask in pattern.masks(scores, 0.5).items():
+        assert pattern.holds(mask, 0.5) and int(mask.sum()) == int(anywhere[name].sum())
+        assert not pattern.holds(anywhere[name], 0.5) and Unstructured().holds(mask, 0.5)
+        fewer = mask.clone()
+        fewer.view(-1)[mask.view(-1).nonzero()[0]] = False
+        assert pattern.holds(fewer, 0.5) == (text == "2:4")
+    assert NM(2, 4).holds(torch.ones(2, 8, dtype=torch.bool), 0.0)
+    assert not NM(2, 4).holds(torch.ones(2, 8, dtype=torch.bool), 0.25)
+
+
 def test_channels_of_a_later_level_lie_within_the_earlier():
     scores = draw({"a": (16, 5), "b": (9, 2, 3, 3)})
     first = Channel().masks(scores, 0.5)
