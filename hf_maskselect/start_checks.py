@@ -10,6 +10,8 @@ from torch import Tensor
 from .checks import SELECTION_LOSSES
 from .config import PruningConfig
 from .masking.maskset import MaskSet
+from .masking.patterns import NM, Channel, Unstructured
+from .masking.schedule import LevelPlan
 from .masking.scores import Criterion, ScoreFn
 from .pool import candidate_pool
 
@@ -81,13 +83,33 @@ def check_packs(args: PruningConfig, model) -> None:
         )
 
 
-def check_start(args: PruningConfig, masks: MaskSet) -> None:
-    """Refuse a target below the zeros that the model has already: pruned weights do not return."""
+def check_start(args: PruningConfig, masks: MaskSet, plan: LevelPlan) -> None:
+    """Refuse a target below the zeros that the model has already, and a pattern whose exact count needs some of their
+    places: pruned weights do not return."""
     if args.emergent or masks.kept == masks.total:
         return
-    if masks.kept < args.mask_pattern.keeps([mask.shape for mask in masks.values()], args.sparsity):
+    pattern = args.mask_pattern
+    if masks.kept < pattern.keeps([mask.shape for mask in masks.values()], args.sparsity):
         raise ValueError(
             f"sparsity={args.sparsity} is less than the {masks.sparsity():.6f} that the model has already, and pruned "
             f"weights do not return: set sparsity={masks.sparsity()!r} to fine-tune it with its zeros kept, more to "
             "prune further, or keep_zeros=False to let them return"
         )
+    found = ((level, _shortage(pattern, masks, level)) for level in plan.levels)
+    short = {level: text for level, text in found if text}
+    if short:
+        level, target = next(iter(short)), plan.levels[-1]
+        in_one = "" if target in short else f", or go to {target:g} in one level (num_levels=1)"
+        raise ValueError(
+            f"pattern={args.pattern!r} at sparsity {level:g} needs places of zeros that the model has already, and "
+            f"pruned weights do not return: {short[level]}; set keep_zeros=False to let them return, start from a "
+            f"denser model{in_one}"
+        )
+
+
+def _shortage(pattern: Unstructured | NM | Channel, masks: MaskSet, sparsity: float) -> str:
+    """What the first matrix that cannot hold the pattern among the weights alive lacks; empty if there is none."""
+    if masks.reaches(pattern, sparsity):  # the level leaves them as they are
+        return ""
+    found = ((name, pattern.shortage(mask, sparsity)) for name, mask in masks.items())
+    return next((f"in {name} {text}" for name, text in found if text), "")

@@ -209,10 +209,11 @@ class PruningTrainer(HubTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         args = self.args
         self._method.attach(self.model)  # FSDP has put other parameters in the place of those it found
-        if not self._resumed:
-            self._start = self._method.masks.sparsity()
-            check_start(args, self._method.masks)
+        masks = None if self._resumed else self._method.masks
+        self._start = self._start if masks is None else masks.sparsity()
         self._plan = args.plan(num_training_steps, self._start)
+        if masks is not None:
+            check_start(args, masks, self._plan)
         if args.should_save:
             self._search.clean(anew=self.state.global_step == 0)
             if self._level_best and self.state.global_step == 0:

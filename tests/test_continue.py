@@ -8,7 +8,7 @@ import torch
 from tiny import make, make_trainer, same, weights_of
 
 from hf_maskselect import MaskSet, PruningState, load_pruned, prunable_weights, verify
-from hf_maskselect.masking.patterns import NM, Unstructured
+from hf_maskselect.masking.patterns import NM, Channel, Unstructured
 
 
 def sparse(sparsity, scope="layer", seed=0, pattern=None):
@@ -127,6 +127,58 @@ def test_an_n_m_model_keeps_its_groups(tmp_path):
     trainer = make_trainer(tmp_path, model, pattern="2:4", sparsity=None, num_levels=None)
     trainer.train()
     assert trainer.pruning_state().masks.digest() == masks.digest()
+
+
+@each_method
+def test_groups_without_room_beside_the_zeros_are_refused(tmp_path, method):
+    model, _ = sparse(0.4)
+    before = weights_of(model)
+    changes = {**method, "pattern": "2:4", "sparsity": None, "num_levels": None}
+    with pytest.raises(ValueError, match=r"query.weight \d+ of its groups of 4 have fewer than 2 .* keep_zeros=False"):
+        make_trainer(tmp_path, model, **changes).train()
+    assert same(before, weights_of(model))
+    trainer = make_trainer(tmp_path, model, **changes, keep_zeros=False)
+    trainer.train()
+    trainer.save_model()
+    verify(tmp_path, "2:4")
+
+
+@pytest.mark.parametrize("method", [METHODS[0], METHODS[2]], ids=lambda method: method["method"])
+def test_rows_without_room_beside_the_zeros_are_refused(tmp_path, method):
+    model, _ = sparse(0.4)
+    with pytest.raises(ValueError, match="rows must stay whole, and only 0 have no dead weight; set keep_zeros=False"):
+        make_trainer(tmp_path, model, **method, pattern="channel").train()
+    trainer = make_trainer(tmp_path, model, **method, pattern="channel", keep_zeros=False)
+    trainer.train()
+    trainer.save_model()
+    verify(tmp_path)
+
+
+def test_a_level_between_that_has_no_room_can_be_left_out(tmp_path):
+    model = make()
+    weight = model.bert.encoder.layer[1].output.dense.weight
+    weight.data[3, 4:6] = 0  # one group is 2:4, none is sparser
+    changes = {"pattern": "2:4", "sparsity": None}
+    with pytest.raises(ValueError, match=r"at sparsity 0.25.*1 of its groups.*0.5 in one level \(num_levels=1\)"):
+        make_trainer(tmp_path, model, **changes, num_levels=3).train()
+    trainer = make_trainer(tmp_path, model, **changes, num_levels=1)
+    trainer.train()
+    assert weight[3, 4:6].eq(0).all() and trainer.pruning_state().masks.sparsity() == 0.5
+
+
+@pytest.mark.parametrize(
+    ("method", "first", "then"),
+    [(method, NM(2, 4), {"pattern": "1:4", "sparsity": None}) for method in METHODS]
+    + [(METHODS[i], Channel(), {"pattern": "channel"}) for i in (0, 2)],
+    ids=lambda value: value.get("method") or value["pattern"] if isinstance(value, dict) else "from",
+)
+def test_a_pattern_is_pruned_further_within_itself(tmp_path, method, first, then):
+    model, masks = sparse(0.5, pattern=first)
+    trainer = make_trainer(tmp_path, model, **{**method, **then})
+    trainer.train()
+    trainer.save_model()
+    found = verify(tmp_path).masks
+    assert found.sparsity() == 0.75 and found.overlap(masks) == 1
 
 
 @pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("channel", 0.75)])

@@ -32,6 +32,10 @@ class Pattern(Protocol):
         """Whether one boolean mask has the pattern of `sparsity`, however many weights it keeps in all: no group keeps
         more than its share, no row is kept in part."""
 
+    def shortage(self, alive: Tensor, sparsity: float) -> str:
+        """Why one matrix cannot keep its exact count at `sparsity` among the weights that are `alive` (boolean), in
+        words; empty where it can, or where other matrices may keep more instead."""
+
     def masks(
         self,
         scores: Mapping[str, Tensor],
@@ -42,7 +46,8 @@ class Pattern(Protocol):
         """Boolean masks (True = kept) by name, shaped like the scores, with the exact count of zeros.
 
         `scores`: float32, larger = more important; `alive`: masks of an earlier level, whose dead weights never
-        return; `consume`: the scores may be overwritten, which saves a copy of them.
+        return; `consume`: the scores may be overwritten, which saves a copy of them. A ValueError where too few
+        are alive.
         """
 
 
@@ -86,6 +91,10 @@ def _too_few(keep: int, alive: int) -> str:
     return f"cannot keep {keep} weights: only {alive} are left alive; ask for a higher sparsity"
 
 
+def _cannot_keep(name: str, shortage: str) -> str:
+    return f"{name} cannot keep its share: {shortage}; ask for a higher sparsity, or let dead weights return"
+
+
 @dataclass(frozen=True)
 class Unstructured:
     """Single weights, anywhere.
@@ -117,6 +126,9 @@ class Unstructured:
 
     def holds(self, mask: Tensor, sparsity: float) -> bool:
         return True
+
+    def shortage(self, alive: Tensor, sparsity: float) -> str:
+        return ""
 
     def masks(
         self,
@@ -248,6 +260,20 @@ class NM:
     def holds(self, mask: Tensor, sparsity: float) -> bool:
         return not bool((grouped(mask, self.m).sum(-1) > self.of_group(sparsity)).any())
 
+    def short_groups(self, alive: Tensor, sparsity: float) -> int:
+        """How many groups have fewer weights alive than they keep."""
+        if bool(alive.all()):
+            return 0
+        return int(torch.count_nonzero(grouped(alive, self.m).sum(-1) < self.of_group(sparsity)))
+
+    def shortage(self, alive: Tensor, sparsity: float) -> str:
+        short = self.short_groups(alive, sparsity)
+        return self.too_few(short, sparsity) if short else ""
+
+    def too_few(self, short: int, sparsity: float) -> str:
+        """The words of `shortage`."""
+        return f"{short} of its groups of {self.m} have fewer than {self.of_group(sparsity)} living weights"
+
     def masks(
         self,
         scores: Mapping[str, Tensor],
@@ -260,6 +286,8 @@ class NM:
         masks = {}
         for name, score in scores.items():
             self.check(name, score.shape)
+            if alive is not None and (short := self.shortage(alive[name], sparsity)):
+                raise ValueError(_cannot_keep(name, short))
             groups = grouped(_without_dead(score, name, alive, consume), self.m)
             mask = _best_of_groups(groups.reshape(-1, self.m), keep).view(groups.shape).flatten(-2)
             masks[name] = mask.movedim(-1, 1).contiguous() if mask.dim() > 2 else mask
@@ -291,6 +319,15 @@ class Channel:
         rows = mask.flatten(1)
         return torch.equal(rows.all(1), rows.any(1))
 
+    def shortage(self, alive: Tensor, sparsity: float) -> str:
+        whole, keep = int(torch.count_nonzero(alive.flatten(1).all(1))), self.rows(alive.shape, sparsity)
+        return self.too_few(whole, keep) if whole < keep else ""
+
+    @staticmethod
+    def too_few(whole: int, keep: int) -> str:
+        """The words of `shortage`."""
+        return f"{keep} of its rows must stay whole, and only {whole} have no dead weight"
+
     def masks(
         self,
         scores: Mapping[str, Tensor],
@@ -300,14 +337,17 @@ class Channel:
     ) -> dict[str, Tensor]:
         masks = {}
         for name, score in scores.items():
+            if alive is not None and (short := self.shortage(alive[name], sparsity)):
+                raise ValueError(_cannot_keep(name, short))
             kept = top_k_masks([self.norms(name, score, alive)], self.rows(score.shape, sparsity))[0]
             masks[name] = self.spread(kept, score)
         return masks
 
     @staticmethod
     def norms(name: str, score: Tensor, alive: Mapping[str, Tensor] | None) -> Tensor:
-        """What rows are ranked by."""
-        return (score if alive is None else score * alive[name]).flatten(1).norm(dim=1)
+        """What rows are ranked by; one with a dead weight comes last, for it cannot be kept whole."""
+        norms = score.flatten(1).norm(dim=1)
+        return norms if alive is None else norms.masked_fill_(~alive[name].flatten(1).all(1), float("-inf"))
 
     @staticmethod
     def spread(kept: Tensor, score: Tensor) -> Tensor:

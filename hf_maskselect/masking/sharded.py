@@ -13,7 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .patterns import NM, Channel, Unstructured, _too_few, _without_dead, allocate, joint_masks, kept_count
+from .patterns import (
+    NM,
+    Channel,
+    Unstructured,
+    _cannot_keep,
+    _too_few,
+    _without_dead,
+    allocate,
+    joint_masks,
+    kept_count,
+)
 
 # Bits of the three digits. One pool: each message is 64 KiB or less up to 512 tensors (13 bits in int64, whose sum
 # tells whether int32 holds the counts inside that digit). Many pools have their messages side by side.
@@ -165,6 +175,7 @@ def sharded_masks(
         ValueError: on every rank, as in `pattern.masks`; or a score is NaN.
     """
     if isinstance(pattern, NM):  # its groups lie within a row
+        _check_groups_alive(pattern, sparsity, shards, alive or {})
         return pattern.masks(scores, sparsity, alive)
     if isinstance(pattern, Channel):
         return _channel_masks(pattern, scores, sparsity, shards, alive)
@@ -202,6 +213,13 @@ def _roots_of_means(
     return torch.where(roots > 0, roots, 1.0)
 
 
+def _check_groups_alive(pattern: NM, sparsity: float, shards: Shards, alive: Mapping[str, Tensor]) -> None:
+    short = shards.sums([pattern.short_groups(mask, sparsity) for mask in alive.values()]) if alive else []
+    for name, count in zip(alive, short, strict=True):
+        if count:
+            raise ValueError(_cannot_keep(name, pattern.too_few(count, sparsity)))
+
+
 def _channel_masks(
     pattern: Channel,
     scores: Mapping[str, Tensor],
@@ -210,8 +228,13 @@ def _channel_masks(
     alive: Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
     norms = [pattern.norms(name, score, alive) for name, score in scores.items()]
-    rows = shards.sums([len(norm) for norm in norms])
-    kept, _ = shards.top_k_masks([[norm] for norm in norms], [pattern.rows((count,), sparsity) for count in rows])
+    # A row that is not whole has the norm -inf.
+    sums = shards.sums([*map(len, norms), *(int(torch.count_nonzero(norm != float("-inf"))) for norm in norms)])
+    keeps = [pattern.rows((count,), sparsity) for count in sums[: len(norms)]]
+    for name, whole, keep in zip(scores, sums[len(norms) :], keeps, strict=True):
+        if whole < keep:
+            raise ValueError(_cannot_keep(name, pattern.too_few(whole, keep)))
+    kept, _ = shards.top_k_masks([[norm] for norm in norms], keeps)
     return {name: pattern.spread(mask, score) for (name, score), (mask,) in zip(scores.items(), kept, strict=True)}
 
 

@@ -162,6 +162,10 @@ def impossible_counts(group):
     for scope in ("layer", "global", "balanced"):
         message = error(lambda scope=scope: sharded_masks(Unstructured(scope), scores, 0.5, ranks, alive))
         assert message.startswith("cannot keep 16 weights: only 0 are left alive")
+    alive["a"][:] = True
+    for pattern, words in ((NM(2, 4), "groups of 4 have fewer than 2"), (Channel(), "2 of its rows must stay whole")):
+        message = error(lambda pattern=pattern: sharded_masks(pattern, scores, 0.5, ranks, alive))
+        assert message.startswith("b cannot keep its share") and words in message
 
 
 def error(call):

@@ -282,6 +282,21 @@ def test_a_pattern_knows_how_many_it_keeps(text, sparsity):
 
 
 @pytest.mark.parametrize("text", ["2:4", "channel"])
+def test_what_is_dead_never_makes_up_a_count(text):
+    """Whatever lives is chosen, also with the lowest scores; where too little does, nothing dead returns."""
+    pattern, score = parse_pattern(text), torch.arange(1.0, 33).view(4, 8)
+    alive = torch.ones_like(score, dtype=torch.bool)
+    alive[2:, 2:4] = False
+    mask = pattern.masks({"w": score}, 0.5, {"w": alive})["w"]
+    assert int(mask.sum()) == 16 and not (mask & ~alive).any()
+    alive[1, :3] = False
+    with pytest.raises(ValueError, match="w cannot keep its share.*higher sparsity"):
+        pattern.masks({"w": score}, 0.5, {"w": alive})
+    if text == "channel":
+        assert not (pattern.masks({"w": score}, 0.75, {"w": alive})["w"] & ~alive).any()
+
+
+@pytest.mark.parametrize("text", ["2:4", "channel"])
 def test_a_pattern_knows_its_masks(text):
     pattern, scores = parse_pattern(text), draw({"a": (6, 16), "c": (10, 8, 3, 3)})
     anywhere = Unstructured().masks(scores, 0.5)
