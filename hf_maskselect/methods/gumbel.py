@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..masking.maskset import MaskSet
-from ..masking.patterns import NM, Unstructured
+from ..masking.patterns import NM, Unstructured, allocate, kept_count
 from ..masking.sampling import budget_shift, perturbed, sample
 from .hard import Choose, FindWeights
 from .soft import SoftMasks
@@ -144,17 +144,29 @@ class Gumbel(SoftMasks):
         device = next(iter(self._logits.values())).device
         self._generator = torch.Generator(device=device).manual_seed(self._seed_of(step))
         if self._options.budget and isinstance(self._pattern, Unstructured):
-            density = 1 - self.plan.ramp_at(step) * self._sparsity
-            for names in self._pools():
+            pools = self._pools()
+            for names, keep in zip(pools, self._budgets(pools, self.plan.ramp_at(step) * self._sparsity), strict=True):
                 pool = [self._logits[name] for name in names]
-                keep = density * sum(t.numel() for t in pool)
-                shift = budget_shift(pool, keep, self._shifts.get(names[0], 0.0))
+                shift = _NEVER / 2  # what lives is kept
+                if keep is not None:
+                    shift = budget_shift(pool, keep, self._shifts.get(names[0], 0.0))
                 self._shifts.update(dict.fromkeys(names, shift))
 
     def _pools(self) -> list[list[str]]:
         """Names that share one budget."""
         names = list(self._logits)
         return [names] if self._pattern.scope == "global" else [[name] for name in names]
+
+    def _budgets(self, pools: list[list[str]], sparsity: float) -> list[float | None]:
+        """How many weights each pool is to keep on average; None for all that live."""
+        sizes = [sum(self._logits[name].numel() for name in names) for names in pools]
+        if not self._keep:
+            density = 1 - sparsity
+            return [density * size for size in sizes]
+        room = [sum(int(torch.count_nonzero(self._keep[name])) for name in names) for names in pools]
+        quotas = allocate(min(kept_count(sum(sizes), sparsity), sum(room)), sizes, room)
+        # A share that rounds to nothing is half a weight on average.
+        return [None if quota == living else max(quota, 0.5) for quota, living in zip(quotas, room, strict=True)]
 
     def _groups_now(self) -> NM | None:
         """The N:M of this point of the ramp; None for unstructured masks, and while groups still keep everything."""
@@ -206,9 +218,16 @@ class Gumbel(SoftMasks):
         if not self._options.budget:
             return MaskSet({name: t >= 0 for name, t in logits.items()})
         if isinstance(self._pattern, Unstructured):
-            return MaskSet(self._pattern.masks(logits, self.plan.ramp_at(self._step) * self._sparsity))
+            sparsity = self.plan.ramp_at(self._step) * self._sparsity
+            alive = self.alive()
+            if alive is not None:  # early on the ramp there are more zeros than it asks for
+                sparsity = max(sparsity, MaskSet(alive).sparsity())
+            return MaskSet(self._pattern.masks(logits, sparsity, alive))
         groups = self._groups_now()
-        return MaskSet.ones(logits) if groups is None else MaskSet(groups.masks(logits, groups.sparsity))
+        if groups is None:
+            return MaskSet.ones(logits)
+        alive = self.alive() if groups == self._pattern else None  # wider groups may hold what is dead
+        return MaskSet(groups.masks(logits, groups.sparsity, alive))
 
     def candidate(self, ratio: float | None, seed: int) -> MaskSet:
         self._start()
@@ -218,7 +237,7 @@ class Gumbel(SoftMasks):
             scores = {name: perturbed(t, generator) for name, t in scores.items()}
         if not self._options.budget:
             return MaskSet({name: t >= 0 for name, t in scores.items()})
-        return MaskSet(self._pattern.masks(scores, self._sparsity))
+        return MaskSet(self._pattern.masks(scores, self._sparsity, self.alive()))
 
     def folded(self, name: str, weight: Tensor) -> Tensor:
         return weight * self._scales[name].data.to(weight.dtype)

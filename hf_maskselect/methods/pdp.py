@@ -85,7 +85,7 @@ class Pdp(SoftMasks):
 
     def prepare(self, step: int) -> None:
         if not self._zeros:
-            masks = self._pattern.masks(self._magnitudes(), self._sparsity, consume=True)
+            masks = self._pattern.masks(self._magnitudes(), self._sparsity, self.alive(), consume=True)
             if isinstance(self._pattern, Channel):
                 masks = {name: mask.flatten(1)[:, 0] for name, mask in masks.items()}
             self._zeros = {name: mask.numel() - int(torch.count_nonzero(mask)) for name, mask in masks.items()}
@@ -140,7 +140,7 @@ class Pdp(SoftMasks):
             return self._cut(self._magnitudes(), {name: self._falling(name) for name in self.weights})
         magnitudes = self._magnitudes()
         if self.plan.ramp_at(self._step) == 1:
-            return self._of_all_ranks(self._pattern.masks(magnitudes, self._sparsity))
+            return self._of_all_ranks(self._pattern.masks(magnitudes, self._sparsity, self.alive()))
         masks = {}
         for name, size in magnitudes.items():
             masks[name] = torch.empty_like(size, dtype=torch.bool)
@@ -160,13 +160,16 @@ class Pdp(SoftMasks):
                 draws = number_of_draws(zeros, ratio, matrices=1)
                 rank_by_votes_([score], score.numel() - zeros, draws, CRITERIA["magnitude"].vote_exponent, generator)
         if isinstance(self._pattern, NM):
-            return self._of_all_ranks(self._pattern.masks(scores, self._sparsity, consume=True))
+            return self._of_all_ranks(self._pattern.masks(scores, self._sparsity, self.alive(), consume=True))
         return self._cut(scores, self._zeros)
 
     def _cut(self, scores: dict[str, Tensor], zeros: dict[str, int]) -> MaskSet:
-        masks = {}
+        masks, alive = {}, self.alive()
         for name, score in scores.items():
             ranked = self._ranked(score) if isinstance(self._pattern, Channel) else score
+            if alive is not None:  # of channels: rows that are whole
+                living = alive[name].flatten(1).all(1) if isinstance(self._pattern, Channel) else alive[name]
+                ranked = ranked.masked_fill(~living, float("-inf"))
             mask = top_k_masks([ranked], ranked.numel() - zeros[name])[0]
             if isinstance(self._pattern, Channel):
                 mask = mask.view(-1, *[1] * (score.dim() - 1)).expand_as(score).contiguous()

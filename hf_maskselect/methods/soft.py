@@ -173,8 +173,17 @@ class SoftMasks(HardMasks):
 
     @property
     def masks(self) -> MaskSet:
-        """The hard masks in force, or those that the soft masks amount to."""
-        return self.hard_masks() if self.soft else super().masks
+        """The hard masks in force, or those that the soft masks amount to among what lives."""
+        if not self.soft:
+            return super().masks
+        found = self.hard_masks()
+        if not self._keep:
+            return found
+        return MaskSet({name: mask & whole(self._keep[name].bool()) for name, mask in found.items()})
+
+    def alive(self) -> dict[str, Tensor] | None:
+        """Boolean masks (of this rank's rows) of what had not died before the soft phase; None where nothing had."""
+        return {name: part(keep).bool() for name, keep in self._keep.items()} or None
 
     @torch.no_grad()
     def baked_state_dict(self) -> dict[str, Tensor] | None:

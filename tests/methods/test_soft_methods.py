@@ -1,10 +1,12 @@
 """What PDP and Gumbel share: resuming, accumulation, interruption, second runs."""
 
 import pytest
+import torch
 from tiny import losses, make, make_trainer, same, weights_of
-from transformers import TrainerCallback
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
-from hf_maskselect import MaskSet, verify
+from hf_maskselect import MaskSet, PruningState, prunable_weights, verify
+from hf_maskselect.masking.patterns import allocate
 
 METHODS = [
     {"method": "pdp", "num_levels": None, "frozen_steps": 0, "pruning_warmup_steps": 2, "pdp_tau": 1e-3},
@@ -105,3 +107,65 @@ def test_a_run_that_ends_in_its_warm_up_is_cut_by_magnitude(tmp_path, method):
     for name, mask in trainer.pruning_state().masks.items():
         size = dense[name].abs()
         assert mask.float().mean() == 0.25 and size[mask].min() >= size[~mask].max()
+
+
+def hollow(share):
+    """A model whose query matrices alone are sparse, nearly empty or to 95 %."""
+    model = make()
+    for name, weight in prunable_weights(model).items():
+        if "query" in name:
+            order = weight.detach().abs().flatten().argsort(descending=True)
+            kept = torch.zeros(weight.numel(), dtype=torch.bool)
+            kept[order[: round(share * weight.numel())]] = True
+            weight.data.mul_(kept.view(weight.shape))
+    return model, MaskSet.from_zeros(model)
+
+
+@each_method
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("share", [0.0, 0.002, 0.05])
+def test_floors_and_quotas_take_nothing_dead(tmp_path, method, scope, share):
+    """Where a matrix has fewer weights left than its share, others keep more, as under hard masks."""
+    model, start = hollow(share)
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    trainer = make_trainer(tmp_path, model, **{**method, "frozen_steps": 3}, scope=scope, sparsity=0.5, **saving)
+    trainer.train()
+    trainer.save_model()
+    masks = verify(tmp_path).masks
+    assert masks.sparsity() == 0.5 and masks.overlap(start) == 1
+    room = [int(mask.sum()) for mask in start.values()]
+    expected = allocate(masks.kept, [mask.numel() for mask in start.values()], room)
+    assert ([int(masks[name].sum()) for name in start] == expected) == (scope == "layer")
+    early = PruningState.load(tmp_path / "checkpoint-3").masks
+    assert start.sparsity() <= early.sparsity() < 0.5 and early.overlap(start) == 1
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-3")
+    assert early.digest() == MaskSet.from_zeros(plain).digest()
+
+
+@each_method
+def test_neighbours_take_nothing_dead(tmp_path, method):
+    model, start = hollow(0.002)
+    more = {"frozen_steps": 4, "num_candidates": 3, "trial_steps": 2}
+    trainer = make_trainer(tmp_path, model, **{**method, **more}, scope="layer", sparsity=0.5)
+    candidate, found = trainer._method.candidate, []
+
+    def watched(ratio, seed):
+        found.append(candidate(ratio, seed))
+        return found[-1]
+
+    trainer._method.candidate = watched
+    trainer.train()
+    assert len({masks.digest() for masks in found}) == 3
+    assert all(masks.sparsity() == 0.5 and masks.overlap(start) == 1 for masks in found)
+
+
+def test_rows_with_a_dead_weight_are_not_kept_whole(tmp_path):
+    model = make()
+    for weight in prunable_weights(model).values():
+        weight.data[:3, 1] = 0
+        weight.data[:3].mul_(4)  # the largest rows
+    start = MaskSet.from_zeros(model)
+    trainer = make_trainer(tmp_path, model, **METHODS[0], pattern="channel", sparsity=0.5)
+    trainer.train()
+    masks = trainer.pruning_state().masks
+    assert masks.sparsity() == 0.5 and masks.overlap(start) == 1
