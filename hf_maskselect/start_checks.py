@@ -92,8 +92,7 @@ def check_start(args: PruningConfig, masks: MaskSet, plan: LevelPlan) -> None:
     if masks.kept < pattern.keeps([mask.shape for mask in masks.values()], args.sparsity):
         raise ValueError(
             f"sparsity={args.sparsity} is less than the {masks.sparsity():.6f} that the model has already, and pruned "
-            f"weights do not return: set sparsity={masks.sparsity()!r} to fine-tune it with its zeros kept, more to "
-            "prune further, or keep_zeros=False to let them return"
+            f"weights do not return: set {_same_zeros(pattern, masks)}keep_zeros=False to let them return"
         )
     found = ((level, _shortage(pattern, masks, level)) for level in plan.levels)
     short = {level: text for level, text in found if text}
@@ -105,6 +104,20 @@ def check_start(args: PruningConfig, masks: MaskSet, plan: LevelPlan) -> None:
             f"pruned weights do not return: {short[level]}; set keep_zeros=False to let them return, start from a "
             f"denser model{in_one}"
         )
+
+
+def _same_zeros(pattern: Unstructured | NM | Channel, masks: MaskSet) -> str:
+    """The arguments under which the model goes on with the zeros it has; none where nothing else is left."""
+    if not masks.kept:
+        return ""
+    sparsity = masks.sparsity()
+    # Other patterns cannot have every sparsity; of channels only rows count that are whole.
+    as_it_is = isinstance(pattern, Channel) and masks.kept == pattern.keeps(
+        [m.shape for m in masks.values()], sparsity
+    )
+    fits = isinstance(pattern, Unstructured) or (as_it_is and masks.reaches(pattern, sparsity))
+    within = "" if fits else "pattern='unstructured' and "
+    return f"{within}sparsity={sparsity!r} to fine-tune it with its zeros kept, more to prune further, or "
 
 
 def _shortage(pattern: Unstructured | NM | Channel, masks: MaskSet, sparsity: float) -> str:

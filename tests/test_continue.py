@@ -1,6 +1,7 @@
 """Runs that begin with a model that is sparse already."""
 
 import copy
+import re
 from dataclasses import replace
 
 import pytest
@@ -61,6 +62,33 @@ def test_less_than_the_zeros_there_are_is_refused(tmp_path, method):
     asked = MaskSet.from_zeros(model).sparsity()
     make_trainer(tmp_path, copy.deepcopy(model), **{**method, "sparsity": asked}).train()
     trainer = make_trainer(tmp_path, model, **method, keep_zeros=False)
+    trainer.train()
+    assert trainer.pruning_state().masks.sparsity() == 0.75
+
+
+@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", None), ("channel", 0.25), ("channel", 0.5)])
+@pytest.mark.parametrize("first", [Unstructured(), NM(1, 4), Channel()], ids=["anywhere", "groups", "rows"])
+def test_what_is_advised_works(tmp_path, pattern, sparsity, first):
+    model, masks = sparse(0.75, pattern=first)
+    changes = {"pattern": pattern, "sparsity": sparsity, "num_levels": None}
+    with pytest.raises(ValueError, match="is less than the 0.75") as refused:
+        make_trainer(tmp_path, model, **changes).train()
+    told = dict(re.findall(r"(\w+)=('?[\w.]+'?)", str(refused.value).partition(" set ")[2]))
+    assert ("pattern" in told) == (pattern == "2:4" or first != Channel())
+    advised = {name: eval(value) for name, value in told.items() if name != "keep_zeros"}
+    trainer = make_trainer(tmp_path, copy.deepcopy(model), **{**changes, **advised})
+    trainer.train()
+    assert trainer.pruning_state().masks.digest() == masks.digest()
+    make_trainer(tmp_path, model, **changes, keep_zeros=eval(told["keep_zeros"])).train()
+
+
+def test_a_model_of_zeros_can_only_let_them_return(tmp_path):
+    model = make()
+    for weight in prunable_weights(model).values():
+        weight.data.zero_()
+    with pytest.raises(ValueError, match=r"the 1.000000 .* do not return: set keep_zeros=False to let"):
+        make_trainer(tmp_path, model).train()
+    trainer = make_trainer(tmp_path, model, keep_zeros=False)
     trainer.train()
     assert trainer.pruning_state().masks.sparsity() == 0.75
 
