@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.utils import is_peft_available
 
 from .checks import SELECTION_LOSSES
 from .config import PruningConfig
@@ -68,6 +69,20 @@ def check_shapes(args: PruningConfig, weights: Mapping[str, Tensor], transposed:
         raise ValueError(
             f"pattern={args.pattern!r} does not fit {turned[0]}: Conv1D stores its weight transposed, so rows and "
             "groups would run along the wrong axis; use pattern='unstructured', or leave it out with exclude_modules"
+        )
+
+
+def check_adapter(model: nn.Module) -> None:
+    """Masks would cover an adapter's own matrices, and keep shut those that begin at zero."""
+    if not is_peft_available():
+        return
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            f"the {type(model).__name__} has a PEFT adapter, and adapters are not pruned: merge it first "
+            "(merge_adapter_with_masks), or prune the model without it"
         )
 
 

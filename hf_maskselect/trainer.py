@@ -42,7 +42,15 @@ from .proposals import key_seed
 from .ranks import Ranks
 from .selection import MaskSearch
 from .split import selection_rows
-from .start_checks import check_batches, check_packs, check_proposals, check_setting, check_shapes, check_start
+from .start_checks import (
+    check_adapter,
+    check_batches,
+    check_packs,
+    check_proposals,
+    check_setting,
+    check_shapes,
+    check_start,
+)
 from .trials import TrialBench
 
 FORMAT_VERSION = 1  # of config.pruning
@@ -93,6 +101,7 @@ class PruningTrainer(HubTrainer):
         train_dataset, selection_dataset = selection_rows(args, train_dataset, selection_dataset)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         check_engine(args, self, score_fn)
+        check_adapter(self.model)
         # BERT-family heads take **kwargs but ignore num_items_in_batch: believing them would scale the loss by the
         # accumulation steps and by the ranks (transformers#47688).
         self.model_accepts_loss_kwargs = False

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import make, weights_of
+from tiny import make, make_trainer, weights_of
 
 from hf_maskselect import MaskSet, merge_adapter_with_masks, prunable_weights
 from hf_maskselect.masking.patterns import Unstructured
@@ -101,3 +101,27 @@ def test_an_adapter_merged_in_place_hides_the_zeros_and_is_refused(given):
         merge_adapter_with_masks(wrapped, masks if given else None)
     wrapped.unmerge_adapter()
     assert MaskSet.from_zeros(merge_adapter_with_masks(wrapped, masks)).digest() == masks.digest()
+
+
+@pytest.mark.parametrize("way", ["get_peft_model", "add_adapter", "prompt"])
+def test_a_model_with_an_adapter_is_not_pruned(tmp_path, way):
+    """An adapter begins at zero, and pruned zeros stay: it would never learn."""
+    model = make()
+    if way == "prompt":
+        model = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
+    elif way == "add_adapter":
+        model.add_adapter(peft.LoraConfig(target_modules=["query"]))
+    else:
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
+    before = weights_of(model)
+    with pytest.raises(ValueError, match="has a PEFT adapter.*merge_adapter_with_masks"):
+        make_trainer(tmp_path / "out", model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(model).items())
+
+
+def test_a_merged_model_is_pruned_on(tmp_path):
+    wrapped, masks, _ = adapted()
+    trainer = make_trainer(tmp_path, merge_adapter_with_masks(wrapped), sparsity=0.875)
+    trainer.train()
+    trainer.save_model()
+    assert trainer.pruning_state().masks.overlap(masks) == 1
