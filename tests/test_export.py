@@ -80,6 +80,9 @@ def test_a_matrix_that_is_not_2_4_is_named_and_nothing_is_written(saved, tmp_pat
     assert not (tmp_path / "out").exists()
     report = export_semi_structured(model, tmp_path / "out", exclude_modules=["layer.1.output.dense"])
     assert report.excluded == (name,) and "1 left dense, excluded" in str(report)
+    with pytest.raises(ValueError, match=r"exclude_modules names \['layer.one'\]"):
+        export_semi_structured(model, tmp_path / "misspelt", exclude_modules=["layer.one"])
+    assert not (tmp_path / "misspelt").exists()
     assert torch.equal(
         load_semi_structured(tmp_path / "out").get_parameter(name), model.get_parameter(name).bfloat16()
     )

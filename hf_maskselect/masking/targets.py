@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
@@ -35,22 +35,26 @@ def prunable_weights(
         (ALBERT) appears once, under its first name. A matrix tied to an embedding is left out.
 
     Raises:
-        ValueError: nothing is left to prune, or a name is no regex.
+        ValueError: nothing is left to prune, or an entry of one of the lists is no regex or matches no layer.
     """
     for patterns in (target_modules, exclude_modules):
         check_module_names(patterns or ())
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     stacks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    layers = {
+        name: module.weight
+        for name, module in model.named_modules()
+        if is_layer(module) and id(module.weight) not in embeddings
+    }
+    targets, excluded = _matched(layers, target_modules), _matched(layers, exclude_modules)
+    named, left = set().union(*targets.values()), set().union(*excluded.values())
     weights: dict[str, nn.Parameter] = {}
-    seen = set(embeddings)
-    for name, module in model.named_modules():
-        if not is_layer(module) or id(module.weight) in seen:
-            continue
-        wanted = name.startswith(stacks) if target_modules is None else _matches(name, target_modules)
-        if not wanted or (exclude_modules is not None and _matches(name, exclude_modules)):
-            continue
-        seen.add(id(module.weight))
-        weights[f"{name}.weight"] = module.weight
+    seen = set()
+    for name, weight in layers.items():
+        wanted = name.startswith(stacks) if target_modules is None else name in named
+        if wanted and name not in left and id(weight) not in seen:
+            seen.add(id(weight))
+            weights[f"{name}.weight"] = weight
     if not weights:
         raise ValueError(
             f"no weight to prune: target_modules={target_modules!r} with exclude_modules={exclude_modules!r} "
@@ -58,6 +62,12 @@ def prunable_weights(
             f"{_examples(model)}, so name one of their suffixes (or leave target_modules unset for every such layer "
             "of the encoder)"
         )
+    for field, found in (("target_modules", targets), ("exclude_modules", excluded)):
+        if idle := [pattern for pattern, names in found.items() if not names]:
+            raise ValueError(
+                f"{field} names {idle!r}, which matches no linear or convolution layer of {type(model).__name__}; its "
+                f"layers are named like {_examples(model)}: mend the spelling or leave it out"
+            )
     return weights
 
 
@@ -86,14 +96,16 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.Conv2d) or _is_transposed(module)
 
 
-def _matches(name: str, patterns: str | Sequence[str]) -> bool:
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if _REGEX_CHARACTERS & set(pattern):
-            if re.fullmatch(pattern, name):
-                return True
-        elif name == pattern or name.endswith(f".{pattern}"):
-            return True
-    return False
+def _matched(names: Collection[str], patterns: str | Sequence[str] | None) -> dict[str, set[str]]:
+    """Pattern -> those of the names that it matches."""
+    patterns = [patterns] if isinstance(patterns, str) else patterns or ()
+    return {pattern: {name for name in names if _matches(name, pattern)} for pattern in patterns}
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if _REGEX_CHARACTERS & set(pattern):
+        return re.fullmatch(pattern, name) is not None
+    return name == pattern or name.endswith(f".{pattern}")
 
 
 def _examples(model: nn.Module) -> list[str]:

@@ -153,3 +153,25 @@ def test_what_matches_nothing_is_refused_with_names_that_would():
         prunable_weights(tiny_bert(), exclude_modules=".*")
     with pytest.raises(ValueError, match="Sequential"):
         prunable_weights(nn.Sequential(nn.Linear(2, 2)))  # lies in no stack of layers
+
+
+def test_every_entry_must_match_a_layer():
+    model = tiny_bert()
+    for fields, message in (
+        ({"target_modules": ["query", "vlaue", "kye"]}, r"target_modules names \['vlaue', 'kye'\].*BertForSequence"),
+        ({"exclude_modules": ["query", "layer.9.*"]}, r"exclude_modules names \['layer.9.\*'\]"),
+        ({"target_modules": ["query"], "exclude_modules": "uery"}, r"exclude_modules names \['uery'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prunable_weights(model, **fields)
+
+
+def test_what_is_dense_anyway_may_be_excluded():
+    model = tiny_bert()
+    assert modules(model, exclude_modules=["classifier", "pooler.dense"]) == modules(model)
+
+
+def test_an_entry_that_names_a_second_use_of_a_matrix_is_no_mistake():
+    model = nn.ModuleDict({"stack": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})
+    model["stack"][1].weight = model["stack"][0].weight
+    assert modules(model, ["stack.0", "stack.1"]) == {"stack.0"}
