@@ -21,7 +21,8 @@ def prunable_weights(
     By default these are the weights of every `nn.Linear`, `nn.Conv2d` and `Conv1D` (of transformers: a linear layer
     stored transposed) that lies in a stack of layers (an `nn.ModuleList`): the encoder of BERT-like models and the
     stages of a ResNet, whatever their submodules are called. Embeddings and their projections, poolers, heads, biases
-    and norms lie outside the stack or are of another type, and stay dense.
+    and norms lie outside the stack or are of another type, and stay dense. Of a model of transformers only what lies
+    in its `base_model` counts: a stack beside that is one of heads.
 
     Args:
         model: any `nn.Module`, not wrapped (unwrap DDP or `torch.compile` first).
@@ -40,7 +41,8 @@ def prunable_weights(
     for patterns in (target_modules, exclude_modules):
         check_module_names(patterns or ())
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    stacks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    lists = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    stacks = tuple(name for name in lists if name.startswith(_body(model)))
     layers = {
         name: module.weight
         for name, module in model.named_modules()
@@ -81,13 +83,23 @@ def check_module_names(patterns: str | Sequence[str]) -> None:
                 raise ValueError(f"{pattern!r} in target_modules or exclude_modules is no regex: {error}") from error
 
 
+def _body(model: nn.Module) -> str:
+    """What the names of all that is no head begin with."""
+    # By name: this package of masks does not know transformers.
+    known = {(kind.__module__, kind.__name__) for kind in type(model).__mro__}
+    if ("transformers.modeling_utils", "PreTrainedModel") not in known:
+        return ""
+    prefix = model.base_model_prefix
+    return f"{prefix}." if prefix in dict(model.named_children()) else ""  # else it is a base model itself
+
+
 def transposed_weights(model: nn.Module) -> set[str]:
     """Names of the weights that are stored `(in, out)`."""
     return {f"{name}.weight" for name, module in model.named_modules() if _is_transposed(module)}
 
 
 def _is_transposed(module: nn.Module) -> bool:
-    # By name: this package of masks does not know transformers.
+    # By name, as above.
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, BertPreTrainedModel
 
 from hf_maskselect import prunable_weights
 
@@ -98,6 +98,19 @@ def test_bert_base_has_the_papers_number_of_prunable_weights():
 def test_a_head_changes_only_the_prefix():
     bare, headed = prunable_weights(tiny_bert(BertModel)), prunable_weights(tiny_bert())
     assert [f"bert.{name}" for name in bare] == list(headed)
+
+
+def test_a_stack_of_heads_stays_dense():
+    class Heads(BertPreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.heads = nn.ModuleList([nn.Linear(16, 2), nn.Linear(16, 2)])
+            self.bert = BertModel(config)
+            self.post_init()
+
+    model = tiny_bert(Heads)
+    assert modules(model) == modules(tiny_bert())
+    assert modules(model, ["heads.1", "query"]) >= {"heads.1"}
 
 
 def test_a_suffix_chooses_whole_name_parts():
