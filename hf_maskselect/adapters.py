@@ -54,7 +54,7 @@ def merge_adapter_with_masks(model: PeftModel, masks: MaskSet | None = None) -> 
             "the adapter is merged into the weights already, which hides their zeros: call model.unmerge_adapter() "
             "first"
         )
-    named = model.get_base_model().named_parameters()
+    named = model.get_base_model().named_parameters(remove_duplicate=False)
     before = {_plain(name): p.detach().clone() for name, p in named if ".modules_to_save." not in name}
     for name, mask in sorted(masks.items()) if masks is not None else ():
         if name not in before:
@@ -70,7 +70,7 @@ def merge_adapter_with_masks(model: PeftModel, masks: MaskSet | None = None) -> 
     merged = model.merge_and_unload()
     if masks is None:
         masks = MaskSet({name: before[name] != 0 for name in prunable_weights(merged)})
-    weights = dict(merged.named_parameters())
+    weights = dict(merged.named_parameters(remove_duplicate=False))
     dropped = whole = 0.0
     for name, mask in masks.items():
         change = (weights[name] - before[name]).float()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -128,8 +129,8 @@ def fittable(model: nn.Module, weights: Mapping[str, nn.Parameter], inputs: Mapp
     """Which matrices can be fitted, in the order of a forward pass: name -> rows of its input for one of `inputs`.
 
     Those of linear layers (also `Conv1D`) whose weight takes a gradient and that are used once, on an input that is
-    the rows of the batch one after the other. Convolutions, layers shared between depths (ALBERT) and projections
-    that other things than rows pass as well (DeBERTa's of distances) are not among them.
+    the rows of the batch one after the other. Convolutions, layers shared between depths (ALBERT), tied matrices and
+    projections that other things than rows pass as well (DeBERTa's of distances) are not among them.
 
     Args:
         model, weights, inputs: as in `refit`; one row of the inputs goes through the model, twice.
@@ -149,7 +150,10 @@ def fittable(model: nn.Module, weights: Mapping[str, nn.Parameter], inputs: Mapp
         return forward
 
     modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in weights}
-    asked = {name for name, weight in weights.items() if weight.requires_grad and weight.dim() == 2}
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    asked = {
+        n for n, weight in weights.items() if weight.requires_grad and weight.dim() == 2 and uses[id(weight)] == 1
+    }
     with _replaced({modules[name]: forward_of(name, modules[name].forward) for name in asked}):
         model(**_of_rows(inputs, lambda rows: torch.cat([rows[:1], rows[:1]])))
     return {name: half for name, half in found.items() if used[name] == 1}

@@ -74,8 +74,9 @@ def sparsity_report(
         ValueError: the folder holds no safetensors weights.
     """
     if isinstance(model_or_path, nn.Module):
-        prunable = set(prunable_weights(model_or_path, target_modules, exclude_modules))
-        return SparsityReport(tuple(_count(n, p.detach(), n in prunable) for n, p in model_or_path.named_parameters()))
+        prunable = {id(w): n for n, w in prunable_weights(model_or_path, target_modules, exclude_modules).items()}
+        named = ((prunable.get(id(p), n), p) for n, p in model_or_path.named_parameters())
+        return SparsityReport(tuple(_count(n, p.detach(), id(p) in prunable) for n, p in named))
     state = PruningState.find(model_or_path)
     if state is not None:
         prunable = set(state.masks)

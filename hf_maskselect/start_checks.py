@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import is_peft_available
 
 from .checks import SELECTION_LOSSES
@@ -58,6 +60,25 @@ def check_proposals(args: PruningConfig, criteria: Mapping[str, Criterion]) -> N
             raise ValueError(
                 f"criterion_batches=0 but proposal '{proposal}' needs gradients: set it to 64 or more, or "
                 "proposals='paper', which are votes around candidate 0"
+            )
+
+
+def check_names(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """What could not be found again, by its name, in a file of the model."""
+    saved = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    if isinstance(model, PreTrainedModel):
+        saved = revert_weight_conversion(model, saved)
+    for name, weight in weights.items():
+        remedy = f"or leave it dense with exclude_modules=[{name.removesuffix('.weight')!r}]"
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(
+                f"{name} is no parameter but computed from others, so zeros in it do not last: remove its "
+                f"parametrization, {remedy}"
+            )
+        if name not in saved:
+            raise ValueError(
+                f"{name} is saved by transformers under another name, where its mask would not be found: a "
+                f"{type(model).__name__}, whose file is converted, is not supported; train another model, {remedy}"
             )
 
 

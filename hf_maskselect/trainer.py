@@ -45,6 +45,7 @@ from .split import selection_rows
 from .start_checks import (
     check_adapter,
     check_batches,
+    check_names,
     check_packs,
     check_proposals,
     check_setting,
@@ -102,6 +103,7 @@ class PruningTrainer(HubTrainer):
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         check_engine(args, self, score_fn)
         check_adapter(self.model)
+        check_names(self.model, self._find_weights(self.model))
         # BERT-family heads take **kwargs but ignore num_items_in_batch: believing them would scale the loss by the
         # accumulation steps and by the ranks (transformers#47688).
         self.model_accepts_loss_kwargs = False

@@ -113,7 +113,7 @@ class TrialBench:
         """
         model = self._trainer.model
         masked = self._method.weights.keys()  # frozen ones too
-        changed = {n: p for n, p in model.named_parameters() if p.requires_grad or n in masked}
+        changed = {n: p for n, p in self._parameters() if p.requires_grad or n in masked}
         self._saved = {n: t.detach().clone() for n, t in (*changed.items(), *model.named_buffers())}
         with self.random_state(), tempfile.TemporaryDirectory() as folder:
             masks = Path(folder) / "masks.safetensors"  # on disk, where they cost no memory
@@ -125,6 +125,11 @@ class TrialBench:
                 self._method.set_masks(MaskSet.load(masks)[0])
                 del self._saved
 
+    def _parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The model's, each once; tied matrices have the name that their mask has."""
+        names = {id(weight): name for name, weight in self._method.weights.items()}
+        return ((names.get(id(p), n), p) for n, p in self._trainer.model.named_parameters())
+
     def restore(self) -> None:
         """Weights and buffers as they were when `untouched` was entered."""
         self.put(self._saved)
@@ -132,15 +137,14 @@ class TrialBench:
     @torch.no_grad()
     def put(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Copy weights and buffers into the model, by name."""
-        model = self._trainer.model
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        for name, tensor in (*self._parameters(), *self._trainer.model.named_buffers()):
             if name in weights:
                 tensor.copy_(weights[name])
 
     def trained(self) -> dict[str, torch.Tensor]:
         """Inside `untouched`: what a trial changes, as it is now."""
-        model = self._trainer.model
-        return {n: t.detach() for n, t in (*model.named_parameters(), *model.named_buffers()) if n in self._saved}
+        tensors = (*self._parameters(), *self._trainer.model.named_buffers())
+        return {n: t.detach() for n, t in tensors if n in self._saved}
 
     def fingerprint(self, level: int) -> str:
         """SHA-256 of all that the scores of a search depend on: weights, teacher, arguments, sizes of the data."""
@@ -230,8 +234,9 @@ class TrialBench:
     def refitted(self, done: Refit) -> dict[str, torch.Tensor]:
         """The parameters that a refit has changed, as they are now."""
         layers = {name.removesuffix("weight") for name in done.fitted}
-        named = self._trainer.model.named_parameters()
-        return {name: tensor.detach() for name, tensor in named if name.rpartition(".")[0] + "." in layers}
+        return {
+            name: tensor.detach() for name, tensor in self._parameters() if name.rpartition(".")[0] + "." in layers
+        }
 
     def steps_of_refit(self, level: int) -> float:
         """Cost of one `refit` in training steps; 0 where nothing can be fitted."""

@@ -14,7 +14,7 @@ from transformers import (
 from hf_maskselect.masking.maskset import MaskSet
 from hf_maskselect.masking.patterns import parse_pattern
 from hf_maskselect.masking.targets import prunable_weights
-from hf_maskselect.refitting import refit
+from hf_maskselect.refitting import fittable, refit
 
 
 def batch(count=96, length=8):
@@ -204,6 +204,15 @@ def test_what_cannot_be_fitted_stays_as_cut():
     start = weights_of(model)
     assert not refit(model, weights, before, batch(4)).fitted
     assert same(weights_of(model), start)
+
+
+def test_tied_matrices_stay_as_cut():
+    """A fit to what the one layer reads would not be one to what the other does."""
+    model = make().eval()
+    first, second = (model.bert.encoder.layer[i].attention.self for i in range(2))
+    second.query.weight = first.query.weight
+    fits = fittable(model, prunable_weights(model), batch())
+    assert len(fits) == 10 and not any("query" in name for name in fits)
 
 
 def test_multiple_choice_is_fitted():

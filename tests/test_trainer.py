@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny import FAMILIES, losses, make, make_config, make_rows, make_trainer, same, weights_of
 from torch import nn
-from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer, TrainerCallback
 
-from hf_maskselect import MaskSet, PruningTrainer, verify
+from hf_maskselect import MaskSet, PruningState, PruningTrainer, prunable_weights, sparsity_report, verify
 from hf_maskselect.level_best import LevelBest
 from hf_maskselect.split import hold_out
 
@@ -553,3 +553,51 @@ def test_a_resumed_run_remembers_its_searches(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     costs = [t.search_summary()["search_step_equivalents"] for t in (whole, resumed)]
     assert costs[0] == costs[1] and len(resumed._search.history) == 2
+
+
+FIRST, SECOND = (f"bert.encoder.layer.{i}.attention.self.query.weight" for i in range(2))
+
+
+class TiedBert(BertForSequenceClassification):
+    """Two layers with one query matrix, which is saved under the name in the second."""
+
+    _tied_weights_keys = {FIRST: SECOND}
+
+
+@pytest.mark.parametrize("changes", [{}, {"method": "random", "num_candidates": 3}], ids=["magnitude", "random"])
+def test_tied_matrices_have_the_name_that_they_are_saved_by(tmp_path, changes):
+    saving = {"save_strategy": "steps", "save_steps": 6}
+    trainer = make_trainer(tmp_path / "whole", TiedBert(make().config), **changes, **saving)
+    trainer.train()
+    trainer.save_model()
+    model, state = trainer.model, PruningState.load(tmp_path / "whole")
+    assert len(state.masks) == 11 and SECOND in state.masks and FIRST not in state.masks
+    state.masks.check_fits(prunable_weights(model))
+    state.masks.apply_(model)
+    state.check_saved(tmp_path / "whole")
+    assert state.masks.digest() == MaskSet.from_zeros(model).digest()
+    assert sparsity_report(model).sparsity == state.masks.sparsity() == 0.75
+    again = TiedBert.from_pretrained(tmp_path / "whole")
+    assert torch.equal(again.get_parameter(FIRST), model.get_parameter(SECOND))
+    resumed = make_trainer(tmp_path / "again", TiedBert(make(seed=3).config), **changes, **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    assert same(weights_of(model), weights_of(resumed.model))
+
+
+def test_what_has_no_name_in_the_file_is_refused_before_training(tmp_path):
+    model = make()
+    torch.nn.utils.parametrizations.weight_norm(model.bert.encoder.layer[0].attention.self.query)
+    with pytest.raises(ValueError, match=f"{FIRST} is no parameter but computed.*parametrization.*exclude_modules"):
+        make_trainer(tmp_path, model)
+    trainer = make_trainer(tmp_path, model, exclude_modules=[FIRST.removesuffix(".weight")])
+    trainer.train()
+    trainer.save_model()
+
+
+def test_what_is_saved_under_another_name_is_refused_before_training(tmp_path):
+    from transformers.core_model_loading import WeightRenaming
+
+    model = make()
+    model._weight_conversions = [WeightRenaming(r"\.self\.wq\.", ".self.query.")]  # as a file of others may have it
+    with pytest.raises(ValueError, match=f"{FIRST} is saved by transformers under another name"):
+        make_trainer(tmp_path, model)

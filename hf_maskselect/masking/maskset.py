@@ -114,7 +114,7 @@ class MaskSet(Mapping[str, Tensor]):
     @torch.no_grad()
     def apply_(self, model: nn.Module | Mapping[str, Tensor]) -> None:
         """Zero the pruned weights in place."""
-        weights = dict(model.named_parameters()) if isinstance(model, nn.Module) else model
+        weights = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else model
         for name, mask in self.items():
             weights[name].mul_(mask.to(weights[name].device, weights[name].dtype))
 

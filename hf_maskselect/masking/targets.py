@@ -33,7 +33,8 @@ def prunable_weights(
     Returns:
         dict from parameter name (`"...query.weight"`) to a parameter of shape `(out_features, in_features)`, for a
         convolution `(out, in / groups, height, width)`, for `Conv1D` `(in, out)`. A layer shared between depths
-        (ALBERT) appears once, under its first name. A matrix tied to an embedding is left out.
+        (ALBERT) appears once, under its first name; of matrices that a model of transformers ties, under the name that
+        it is saved by. A matrix tied to an embedding is left out.
 
     Raises:
         ValueError: nothing is left to prune, or an entry of one of the lists is no regex or matches no layer.
@@ -50,13 +51,14 @@ def prunable_weights(
     }
     targets, excluded = _matched(layers, target_modules), _matched(layers, exclude_modules)
     named, left = set().union(*targets.values()), set().union(*excluded.values())
+    saved = _ties(model)
     weights: dict[str, nn.Parameter] = {}
     seen = set()
     for name, weight in layers.items():
         wanted = name.startswith(stacks) if target_modules is None else name in named
         if wanted and name not in left and id(weight) not in seen:
             seen.add(id(weight))
-            weights[f"{name}.weight"] = weight
+            weights[saved.get(f"{name}.weight", f"{name}.weight")] = weight
     if not weights:
         raise ValueError(
             f"no weight to prune: target_modules={target_modules!r} with exclude_modules={exclude_modules!r} "
@@ -83,14 +85,27 @@ def check_module_names(patterns: str | Sequence[str]) -> None:
                 raise ValueError(f"{pattern!r} in target_modules or exclude_modules is no regex: {error}") from error
 
 
-def _body(model: nn.Module) -> str:
-    """What the names of all that is no head begin with."""
+def _is_of_transformers(model: nn.Module) -> bool:
     # By name: this package of masks does not know transformers.
     known = {(kind.__module__, kind.__name__) for kind in type(model).__mro__}
-    if ("transformers.modeling_utils", "PreTrainedModel") not in known:
+    return ("transformers.modeling_utils", "PreTrainedModel") in known
+
+
+def _body(model: nn.Module) -> str:
+    """What the names of all that is no head begin with."""
+    if not _is_of_transformers(model):
         return ""
     prefix = model.base_model_prefix
     return f"{prefix}." if prefix in dict(model.named_children()) else ""  # else it is a base model itself
+
+
+def _ties(model: nn.Module) -> dict[str, str]:
+    """Name of a tied parameter -> the name under which it is saved."""
+    if not _is_of_transformers(model):
+        return {}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    told = vars(model).get("all_tied_weights_keys", {})  # none where a class of the user's calls no post_init
+    return {name: source for name, source in told.items() if name in named and named.get(source) is named[name]}
 
 
 def transposed_weights(model: nn.Module) -> set[str]:
