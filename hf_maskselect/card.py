@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .checkpoint import model_class, of_transformers
+from .checkpoint import model_class, of_transformers, pruned_modules
 from .packed_file import PACKED_FILE
 from .packing import pack
 from .plots import DENSITY, HISTORY, SEARCH
@@ -190,13 +190,15 @@ def _loading(folder: Path, name: str) -> str:
         return (
             "Its class is not one of transformers: build it with its own code, then load `model.safetensors` into it."
         )
-    kind = model_class(folder)[0].__name__
+    kind, config = model_class(folder)
+    kind = kind.__name__
+    fields = ["sparsity=masks.sparsity()", *(f"{name}={value!r}" for name, value in pruned_modules(config).items())]
     text = (
         f'```python\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained("{name}")\n```\n\n'
         "With its masks, to be fine-tuned on with its zeros kept, or (at a higher `sparsity`) pruned further:\n\n"
         "```python\nfrom hf_maskselect import PruningConfig, PruningTrainer, load_pruned\n\n"
         f'model, masks = load_pruned("{name}")\n'
-        "trainer = PruningTrainer(model, PruningConfig(sparsity=masks.sparsity()), train_dataset=...)\n```"
+        f"trainer = PruningTrainer(model, PruningConfig({', '.join(fields)}), train_dataset=...)\n```"
     )
     smaller = (folder / PACKED_FILE).is_file()
     return text + ("\n\n`load_pruned` downloads the packed weights, which are smaller." if smaller else "")

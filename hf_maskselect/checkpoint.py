@@ -312,6 +312,13 @@ def of_transformers(folder: str | os.PathLike) -> bool:
     return True
 
 
+def pruned_modules(config: PretrainedConfig) -> dict[str, list[str]]:
+    """`target_modules` and `exclude_modules` of the run that a model comes from, where they were set."""
+    told = vars(config).get("pruning")
+    names = ("target_modules", "exclude_modules")
+    return {name: told[name] for name in names if told.get(name)} if isinstance(told, dict) else {}
+
+
 def skeleton(folder: str | os.PathLike) -> PreTrainedModel:
     """The model that `config.json` describes, without weights: names and shapes only."""
     cls, config = model_class(folder)

@@ -26,6 +26,7 @@ from .checkpoint import (
     config_digest,
     load_strictly,
     model_class,
+    pruned_modules,
     saved_tensors,
     skeleton,
 )
@@ -212,7 +213,7 @@ def load_pruned(path_or_repo: str | os.PathLike, **options) -> tuple[PreTrainedM
         if state is not None:
             state.check_saved(folder)
         model = load_strictly(model_class(folder)[0], folder, folder, ("missing_keys",), **options)
-        return model, MaskSet.from_zeros(model) if state is None else state.masks
+        return model, _of_zeros(model) if state is None else state.masks
     if not (folder / PACKED_FILE).is_file():
         raise ValueError(
             f"{folder} has no {PACKED_FILE} and no {SAFE_WEIGHTS_NAME}: give the folder of a saved model, or one that "
@@ -231,7 +232,12 @@ def load_pruned(path_or_repo: str | os.PathLike, **options) -> tuple[PreTrainedM
     # The configuration by its folder: from_pretrained takes what of the options belongs to it only when it reads it.
     options = {"config": folder, **options}
     model = load_strictly(model_class(folder)[0], folder, None, ("missing_keys",), state_dict=tensors, **options)
-    return model, found if names else MaskSet.from_zeros(model)
+    return model, found if names else _of_zeros(model)
+
+
+def _of_zeros(model: PreTrainedModel) -> MaskSet:
+    """`MaskSet.from_zeros`, over what the model's run pruned where its configuration tells that."""
+    return MaskSet.from_zeros(model, **pruned_modules(model.config))
 
 
 def find_folder(

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import is_peft_available
 
+from .checkpoint import pruned_modules
 from .checks import SELECTION_LOSSES
 from .config import PruningConfig
 from .masking.maskset import MaskSet
@@ -80,6 +81,18 @@ def check_names(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
                 f"{name} is saved by transformers under another name, where its mask would not be found: a "
                 f"{type(model).__name__}, whose file is converted, is not supported; train another model, {remedy}"
             )
+
+
+def check_modules(args: PruningConfig, model: nn.Module) -> None:
+    """A model that was pruned in part goes on in part, unless it is told otherwise."""
+    if args.target_modules is not None or args.exclude_modules is not None or not isinstance(model, PreTrainedModel):
+        return
+    if told := pruned_modules(model.config):
+        fields = ", ".join(f"{name}={value!r}" for name, value in told.items())
+        raise ValueError(
+            f"the model was pruned with {fields}, and without that a run would cut its other matrices as well: set "
+            f"{fields} to go on with those it was pruned in, or name all that are to be pruned in target_modules"
+        )
 
 
 def check_shapes(args: PruningConfig, weights: Mapping[str, Tensor], transposed: set[str]) -> None:

@@ -45,6 +45,7 @@ from .split import selection_rows
 from .start_checks import (
     check_adapter,
     check_batches,
+    check_modules,
     check_names,
     check_packs,
     check_proposals,
@@ -103,6 +104,7 @@ class PruningTrainer(HubTrainer):
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         check_engine(args, self, score_fn)
         check_adapter(self.model)
+        check_modules(args, self.model)
         check_names(self.model, self._find_weights(self.model))
         # BERT-family heads take **kwargs but ignore num_items_in_batch: believing them would scale the loss by the
         # accumulation steps and by the ranks (transformers#47688).
@@ -420,6 +422,8 @@ class PruningTrainer(HubTrainer):
                 "achieved": state.masks.sparsity(),
                 "version": FORMAT_VERSION,
             }
+            modules = {"target_modules": self.args.target_modules, "exclude_modules": self.args.exclude_modules}
+            self.model.config.pruning |= {name: value for name, value in modules.items() if value is not None}
         extra = self._method.state_dict()
         if self.is_fsdp_enabled:  # what it gathered are the trained weights
             baked = {name: whole(tensor) for name, tensor in (self._method.baked_state_dict() or {}).items()}

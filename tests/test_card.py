@@ -51,6 +51,17 @@ def test_a_record_holds_what_the_trainer_knew(run):
     assert found["1", "attention.self.query"] == pytest.approx(float(masks[name].float().mean()))
 
 
+def test_the_card_goes_on_with_the_modules_that_were_pruned(run, tmp_path):
+    given = {"target_modules": ["query", "value"], "exclude_modules": ["layer.0.attention.self.value"]}
+    trainer = make_trainer(tmp_path / "part", **given)
+    trainer.train()
+    trainer.save_model()
+    told = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    text = card_text(RunRecord.load(tmp_path / "part"), "part", tmp_path)
+    assert f"PruningConfig(sparsity=masks.sparsity(), {told})" in text
+    assert "PruningConfig(sparsity=masks.sparsity())" in card_text(RunRecord.load(run[0]), "whole", tmp_path)
+
+
 def test_scores_are_told_from_times_and_counts():
     results = {"eval_f1": 0.5, "eval_runtime": 3, "eval_samples": 9, "eval_loss": 1.0, "eval_sparsity": 0.9, "x": 1}
     assert metrics_of(results, "eval_") == {"f1": 0.5}

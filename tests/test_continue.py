@@ -229,3 +229,45 @@ def test_an_early_save_of_a_sparse_model_knows_its_zeros(tmp_path):
     trainer = make_trainer(tmp_path, model)
     trainer.save_model()
     assert PruningState.load(tmp_path).masks.digest() == masks.digest()
+
+
+PARTS = [{"target_modules": ["query", "value"]}, {"exclude_modules": ["key"]}]
+each_part = pytest.mark.parametrize("part", PARTS, ids=["target", "exclude"])
+
+
+@each_part
+def test_a_model_pruned_in_part_goes_on_in_part(tmp_path, part):
+    first = make_trainer(tmp_path / "first", pack_on_save=True, **part)
+    first.train()
+    first.save_model()
+    model, masks = load_pruned(tmp_path / "first")
+    ((field, names),) = part.items()
+    assert model.config.pruning[field] == names
+    with pytest.raises(ValueError, match=f"pruned with {field}=.*set {field}=.*'{names[-1]}'.* or name all"):
+        make_trainer(tmp_path / "second", model, sparsity=masks.sparsity())
+    trainer = make_trainer(tmp_path / "second", model, sparsity=masks.sparsity(), **part)
+    trainer.train()
+    assert trainer.pruning_state().masks.digest() == masks.digest()
+    for name in ("pruning_state.safetensors", "model.safetensors"):  # the zeros alone, then the packed file
+        (tmp_path / "first" / name).unlink()
+        assert load_pruned(tmp_path / "first")[1].digest() == masks.digest()
+
+
+def test_more_of_a_model_pruned_in_part_is_pruned_where_it_is_named(tmp_path):
+    first = make_trainer(tmp_path / "first", target_modules=["query"])
+    first.train()
+    first.save_model()
+    model, masks = load_pruned(tmp_path / "first")
+    trainer = make_trainer(tmp_path / "second", model, target_modules=[r"bert\.encoder\..*"])
+    trainer.train()
+    trainer.save_model()
+    found = trainer.pruning_state().masks
+    assert len(found) == 12 and found.sparsity() == 0.75
+    assert all(not (found[name] & ~mask).any() for name, mask in masks.items())
+    assert load_pruned(tmp_path / "second")[0].config.pruning["target_modules"] == [r"bert\.encoder\..*"]
+
+
+def test_what_was_pruned_by_default_says_nothing_of_modules(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.save_model()
+    assert not {"target_modules", "exclude_modules"} & trainer.model.config.pruning.keys()
