@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers.trainer_utils import has_length
 from transformers.utils import is_datasets_available
 
@@ -23,19 +23,25 @@ def selection_rows(
     Raises:
         ValueError: rows that cannot be drawn from, or none to choose on.
     """
+    for name, given in (("train_dataset", train), ("selection_dataset", selection)):
+        if isinstance(given, dict) and 0 not in given:
+            raise ValueError(
+                f"{name} is a {type(given).__name__} of {', '.join(map(repr, given)) or 'nothing'}, not one dataset: "
+                "pass one of these"
+            )
     if train is None:
         return train, selection
     if args.needs_selection_split and selection is None:
         train, selection = hold_out(train, args.selection_fraction, args.seed, args.max_selection_samples)
-    elif args.needs_selection_split and not has_length(selection):
+    elif args.needs_selection_split and (lack := _lack(selection)):
         raise ValueError(
-            "selection_dataset has no length, but every candidate is scored on all of it: pass a map-style dataset"
+            f"selection_dataset {lack}, but every candidate is scored on all of it: pass a map-style dataset"
         )
     elif args.needs_selection_split and len(selection) == 0:
         raise ValueError("selection_dataset is empty: give it rows to choose on, or leave it out to hold out a split")
-    if (args.searches or args.criterion != "magnitude" or args.refit_rows) and not has_length(train):
+    if (args.searches or args.criterion != "magnitude" or args.refit_rows) and (lack := _lack(train)):
         raise ValueError(
-            "train_dataset has no length, but trials, gradient samples and refits draw random rows: pass a map-style "
+            f"train_dataset {lack}, but trials, gradient samples and refits draw random rows: pass a map-style "
             "dataset, or use method='magnitude' with refit_rows=0"
         )
     return train, selection
@@ -45,11 +51,11 @@ def hold_out(dataset: Dataset, fraction: float, seed: int, most: int) -> tuple[D
     """(rest, held out): a seeded random share of a map-style dataset, at most `most` rows, the same on every rank.
 
     Raises:
-        ValueError: the dataset has no length, or one of the parts would be empty.
+        ValueError: the dataset is not map-style, or one of the parts would be empty.
     """
-    if not has_length(dataset):
+    if lack := _lack(dataset):
         raise ValueError(
-            "train_dataset has no length, so no selection split can be held out of it: pass a map-style dataset"
+            f"train_dataset {lack}, so no selection split can be held out of it: pass a map-style dataset"
         )
     rows = len(dataset)
     count = min(round(rows * fraction), most)
@@ -66,3 +72,10 @@ def hold_out(dataset: Dataset, fraction: float, seed: int, most: int) -> tuple[D
         if isinstance(dataset, datasets.Dataset):
             return dataset.select(rest), dataset.select(held)
     return Subset(dataset, rest), Subset(dataset, held)
+
+
+def _lack(dataset: Dataset) -> str:
+    """What keeps rows from being drawn from a dataset; empty for a map-style one."""
+    if not has_length(dataset):
+        return "has no length"
+    return "is an IterableDataset, whose rows come in its own order" if isinstance(dataset, IterableDataset) else ""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from tiny import FAMILIES, losses, make, make_config, make_rows, make_trainer, same, weights_of
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer, TrainerCallback
@@ -459,6 +460,16 @@ def test_what_the_refusal_of_no_gradients_advises_works(tmp_path, keywords):
         ({"method": "random", "selection_fraction": 0.001}, {}, "leaves one part empty"),
         ({"method": "random"}, {"selection_dataset": []}, "selection_dataset is empty"),
         ({"method": "random"}, {"selection_dataset": (row for row in [])}, "selection_dataset has no length"),
+        (
+            {"method": "random"},
+            {"selection_dataset": {"a": make_rows(8)}},
+            "selection_dataset is a dict of 'a', not one",
+        ),
+        ({}, {"train_dataset": DatasetDict(train=Dataset.from_list([{"a": 1}]))}, "is a DatasetDict of 'train', not"),
+        (
+            {},
+            "teacher must be a model of transformers or the name of one, got Lin",
+        ),
         ({"method": "random", "train_sampling_strategy": "batch_rebalance"}, {}, "a trial runs on one"),
         ({"warmup_steps": 5}, {}, "longer than the shortest level \\(4 steps\\)"),
         ({}, {"teacher": make(num_labels=3)}, "teacher has 3 labels and the student 2"),
@@ -478,6 +489,25 @@ def test_bad_input_is_refused_before_training(tmp_path, changes, keywords, messa
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path / "out", model, keywords=keywords, **changes).train()
     assert same(before, weights_of(model)) and not list(tmp_path.rglob("*.safetensors"))
+
+
+class CountedStream(torch.utils.data.IterableDataset):
+    """Rows in their own order, whose number is known."""
+
+    def __iter__(self):
+        return iter(make_rows())
+
+    def __len__(self):
+        return 96
+
+
+@pytest.mark.parametrize("changes", [{"method": "random"}, {"method": "taylor"}, {"refit_rows": 8}], ids=str)
+def test_rows_that_cannot_be_drawn_are_refused_though_they_are_counted(tmp_path, changes):
+    with pytest.raises(ValueError, match="train_dataset is an IterableDataset.*map-style"):
+        make_trainer(tmp_path, keywords={"train_dataset": CountedStream()}, **changes)
+    with pytest.raises(ValueError, match="selection_dataset is an IterableDataset.*map-style"):
+        make_trainer(tmp_path, keywords={"selection_dataset": CountedStream()}, **changes, level_eval_steps=2)
+    make_trainer(tmp_path, keywords={"train_dataset": CountedStream()}).train()
 
 
 def test_a_plain_module_cannot_be_distilled(tmp_path):
