@@ -85,6 +85,17 @@ def _text(value) -> str:
     return str(value.tolist()) if isinstance(value, np.ndarray) else str(value)
 
 
+def _copy_of(collator: Callable) -> Callable:
+    try:
+        return copy.deepcopy(collator)
+    except TypeError as error:
+        raise ValueError(
+            f"the data collator, a {type(collator).__name__}, cannot be copied ({error}), but trials, gradient "
+            "samples, refits and scores must leave that of the training as it is: give it a __deepcopy__, or use "
+            "method='magnitude' with refit_rows=0 and level_eval_steps=0"
+        ) from error
+
+
 class TrialBench:
     """What a search borrows from the trainer: its model, losses, data and optimizer class.
 
@@ -99,8 +110,10 @@ class TrialBench:
 
     def __init__(self, trainer: Trainer, method: HardMasks, selection_dataset) -> None:
         self._trainer, self._method, self._selection = trainer, method, selection_dataset
+        args = trainer.args
+        borrows = args.needs_selection_split or args.criterion != "magnitude" or args.refit_rows
         # The selection split must look the same whenever it is scored: a collator may draw.
-        self._collator = copy.deepcopy(trainer.data_collator)
+        self._collator = _copy_of(trainer.data_collator) if borrows else None
         self._soft_labels: list[torch.Tensor] = []  # of the batches of the selection split
         self.fit: Refit | None = None  # of the last trial, if it began with one
         self._keeps_soft_labels = True
@@ -400,7 +413,7 @@ class TrialBench:
         """Not prepared by accelerate, which would shard it; its own generator keeps the global one still, and its own
         copy of the collator that of a collator which draws (masked language modelling with a seed)."""
         trainer = self._trainer
-        collate = copy.deepcopy(trainer.data_collator if collator is None else collator)
+        collate = _copy_of(trainer.data_collator if collator is None else collator)
         if is_datasets_available():
             import datasets
 

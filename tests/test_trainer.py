@@ -1,6 +1,7 @@
 """What the trainer promises: exact zeros at every step, one trajectory however the batch is cut, plain checkpoints."""
 
 import copy
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,13 @@ import torch
 from datasets import Dataset, DatasetDict
 from tiny import FAMILIES, losses, make, make_config, make_rows, make_trainer, same, weights_of
 from torch import nn
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    default_data_collator,
+)
 
 from hf_maskselect import MaskSet, PruningState, PruningTrainer, prunable_weights, sparsity_report, verify
 from hf_maskselect.level_best import LevelBest
@@ -508,6 +515,25 @@ def test_rows_that_cannot_be_drawn_are_refused_though_they_are_counted(tmp_path,
     with pytest.raises(ValueError, match="selection_dataset is an IterableDataset.*map-style"):
         make_trainer(tmp_path, keywords={"selection_dataset": CountedStream()}, **changes, level_eval_steps=2)
     make_trainer(tmp_path, keywords={"train_dataset": CountedStream()}).train()
+
+
+class LockedCollator:
+    """A collator that cannot be copied."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def __call__(self, rows):
+        with self.lock:
+            return default_data_collator(rows)
+
+
+@pytest.mark.parametrize("changes", [{"method": "random"}, {"method": "taylor"}, {"level_eval_steps": 2}], ids=str)
+def test_a_collator_is_copied_only_where_something_is_drawn_beside_the_training(tmp_path, changes):
+    collator = {"data_collator": LockedCollator()}
+    with pytest.raises(ValueError, match="data collator, a LockedCollator, cannot be copied.*__deepcopy__"):
+        make_trainer(tmp_path, keywords=collator, **changes)
+    make_trainer(tmp_path, keywords=collator).train()
 
 
 def test_a_plain_module_cannot_be_distilled(tmp_path):
