@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 from transformers.utils.generic import find_labels
 
 if TYPE_CHECKING:
@@ -246,12 +247,18 @@ def load_teacher(teacher: PreTrainedModel | str | os.PathLike, student: PreTrain
         student: the model to be taught; named in the messages.
 
     Raises:
-        ValueError: if the checkpoint names no model class of `transformers`, one of another model type, or lacks some
-            of its weights, which would be random (typically the head of a model that was never fine-tuned).
+        ValueError: if `teacher` is neither, or the checkpoint names no model class of `transformers`, one of another
+            model type, or lacks some of its weights, which would be random (typically the head of a model that was
+            never fine-tuned).
         OSError: from `transformers`, if there is no checkpoint or it has no safetensors file.
     """
     if isinstance(teacher, PreTrainedModel):
         return teacher
+    if not isinstance(teacher, str | os.PathLike):
+        raise ValueError(
+            f"The teacher must be a model of transformers or the name of one, got {type(teacher).__name__}: pass one "
+            f"of the task of this {type(student).__name__}."
+        )
     config = AutoConfig.from_pretrained(teacher, trust_remote_code=False)
     name = (config.architectures or [""])[0]
     model_class = getattr(transformers, name, None) if name else None
@@ -286,7 +293,8 @@ def _token_weights(mask: Tensor | None, like: Tensor) -> Tensor:
     elif mask.shape != like.shape[:2]:
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)} but the model returns states of {tuple(like.shape[:2])} "
-            "(batch, tokens): pass a 0/1 mask of that shape so that padding can be left out of the distillation."
+            "(batch, tokens): pass a 0/1 mask of that shape so that padding can be left out of the distillation, or "
+            "set distill_hidden=0 and distill_attention=0."
         )
     mask = mask.ne(0).float()
     return mask / (mask.sum(1, keepdim=True).clamp(min=1) * len(mask))
@@ -370,6 +378,11 @@ def _check_fit(
         differ("num_attention_heads", "set distill_attention=0 or use a teacher with as many heads as the student")
     if hidden == 0 and attention == 0:
         return 1
+    if type(student).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():
+        raise ValueError(
+            f"The student is a {type(student).__name__}, which takes every choice as a row, so its layers do not fit "
+            "the attention mask: set distill_hidden=0 and distill_attention=0, which leaves the logits."
+        )
     theirs, ours = t.num_hidden_layers, s.num_hidden_layers
     if theirs % ours:
         raise ValueError(

@@ -329,6 +329,17 @@ class TestErrors:
         with pytest.raises(ValueError, match="attention_mask has shape"):
             distil(distiller, student, batch)
 
+    def test_choices_are_distilled_by_their_logits_alone(self):
+        teacher, student = (make(head="ForMultipleChoice", seed=seed) for seed in range(2))
+        for weights in ({}, only(attention=1.0)):
+            with pytest.raises(
+                ValueError, match="BertForMultipleChoice.*set distill_hidden=0 and distill_attention=0"
+            ):
+                Distiller(teacher, student, **weights)
+        batch = make_batch(labels=2)
+        batch |= {name: torch.stack([batch[name]] * 2, 1) for name in ("input_ids", "attention_mask")}
+        distil(Distiller(teacher, student, **only(logits=1.0)), student, batch).backward()
+
     def test_a_missing_label_loss(self):
         student, batch = make(), make_batch(labels=2)
         del batch["labels"]

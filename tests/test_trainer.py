@@ -475,6 +475,7 @@ def test_what_the_refusal_of_no_gradients_advises_works(tmp_path, keywords):
         ({}, {"train_dataset": DatasetDict(train=Dataset.from_list([{"a": 1}]))}, "is a DatasetDict of 'train', not"),
         (
             {},
+            {"teacher": torch.nn.Linear(3, 3)},
             "teacher must be a model of transformers or the name of one, got Lin",
         ),
         ({"method": "random", "train_sampling_strategy": "batch_rebalance"}, {}, "a trial runs on one"),
