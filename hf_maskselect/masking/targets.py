@@ -44,12 +44,10 @@ def prunable_weights(
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     lists = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     stacks = tuple(name for name in lists if name.startswith(_body(model)))
-    layers = {
-        name: module.weight
-        for name, module in model.named_modules()
-        if is_layer(module) and id(module.weight) not in embeddings
-    }
-    targets, excluded = _matched(layers, target_modules), _matched(layers, exclude_modules)
+    every = {name: module.weight for name, module in model.named_modules() if is_layer(module)}
+    layers = {name: weight for name, weight in every.items() if id(weight) not in embeddings}
+    # What stays dense anyway may be excluded by name.
+    targets, excluded = _matched(layers, target_modules), _matched(every, exclude_modules)
     named, left = set().union(*targets.values()), set().union(*excluded.values())
     saved = _ties(model)
     weights: dict[str, nn.Parameter] = {}
