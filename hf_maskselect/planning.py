@@ -72,6 +72,8 @@ def plan_text(
     args: PruningConfig,
     plan: LevelPlan,
     rungs: Sequence[Sequence[tuple[int, int]]],
+    peak: float | None,
+    given: Sequence[object] = (),
     held_out: int = 0,
     start: float = 0.0,
 ) -> str:
@@ -79,10 +81,12 @@ def plan_text(
 
     Args:
         rungs: for each level, (candidates, steps) of every rung of its search.
+        peak: learning rate before its schedule; None where the optimizer or the schedule has its own.
+        given: the optimizer and the schedule that the caller made.
         held_out: rows that masks are chosen on; 0 where nothing is chosen.
         start: sparsity of the model the run begins with.
     """
-    rows = []
+    rows, rate = [], "(its own)" if peak is None else f"{peak:g}"
     for level in range(-1, len(plan.levels)):
         if plan.length(level) == 0:
             continue
@@ -93,7 +97,7 @@ def plan_text(
                 _phase(plan, level, args.emergent),
                 f"{plan.levels[level]:.4f}" if level >= 0 else _rising(args) if args.soft else f"{start:.4g}",
                 f"{first}-{last - 1}",
-                f"{args.learning_rate:g}" if args.lr_rewind or first == 0 else "(one schedule)",
+                rate if args.lr_rewind or first == 0 else "(one schedule)",
                 rungs_text(trials) or "-",
                 sum(count * steps for count, steps in trials),
             ]
@@ -108,4 +112,6 @@ def plan_text(
         + text_table(["phase", "sparsity", "steps", "peak lr", "trials (count x steps)", "trial steps"], rows)
         + f"\n{plan.max_steps} training steps and {sum(row[-1] for row in rows)} trial steps"
         + f"; {compared} masks are fitted and compared before they are trained" * bool(compared)
+        + f"\nThe caller's own: {' and '.join(type(made).__name__ for made in given)}" * bool(given)
+        + ", whose rates do not start again at a level" * (bool(given) and peak is None)
     )

@@ -262,7 +262,7 @@ class MaskSearch:
     def _race(self, search: LevelSearch, plan: LevelPlan) -> None:
         config, bench, racing = self._config, self._bench, search.candidates
         early = config.selection == "early"
-        rate = config.trial_learning_rate or config.learning_rate * (4 if early else 1)
+        rate = config.trial_learning_rate or bench.peak_rate * (4 if early else 1)
         rungs = self.rungs(plan, search.level)
         steps_of_fit = bench.steps_of_refit(search.level) if config.refit_rows else 0.0
         # Duplicates have left the pool, so a rung may have fewer candidates than planned.

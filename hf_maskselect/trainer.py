@@ -35,6 +35,7 @@ from .masking.targets import prunable_weights, transposed_weights
 from .methods.gumbel import Gumbel
 from .methods.hard import HardMasks
 from .methods.pdp import Pdp
+from .optimizers import check_renewable, first_rate, renewed
 from .packing import pack
 from .permutation import couplings_of, permute_channels
 from .planning import plan_text, rewound_rate
@@ -106,6 +107,9 @@ class PruningTrainer(HubTrainer):
         check_adapter(self.model)
         check_modules(args, self.model)
         check_names(self.model, self._find_weights(self.model))
+        self._given_optimizer = self.optimizer
+        if self._given_optimizer is not None and args.searches and not args.compares_fitted:
+            check_renewable(self._given_optimizer, self.lr_scheduler)
         # BERT-family heads take **kwargs but ignore num_items_in_batch: believing them would scale the loss by the
         # accumulation steps and by the ranks (transformers#47688).
         self.model_accepts_loss_kwargs = False
@@ -203,12 +207,23 @@ class PruningTrainer(HubTrainer):
         self._method.detach()  # zeros have moved
         self._say(f"Channels permuted, mean gain in kept magnitude {report.mean_gain:.2%}\n{report}")
 
+    @property
+    def peak_rate(self) -> float:
+        """Learning rate of the run before its schedule; of a given optimizer that of its first group."""
+        made = self._given_optimizer is None and self.optimizer_cls_and_kwargs is None
+        if made or self.optimizer is None:
+            return self.args.learning_rate
+        return first_rate(self.optimizer)
+
     def new_optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
         """A fresh optimizer of the run's own class and parameter groups; the run's own is left alone."""
-        kept, self.optimizer = self.optimizer, None
-        optimizer, self.optimizer = super().create_optimizer(), kept
+        if self._given_optimizer is not None:
+            optimizer = renewed(self._given_optimizer)
+        else:
+            kept, self.optimizer = self.optimizer, None
+            optimizer, self.optimizer = super().create_optimizer(), kept
         for group in optimizer.param_groups:
-            group["lr"] *= learning_rate / self.args.learning_rate
+            group["lr"] *= learning_rate / self.peak_rate
         return optimizer
 
     def _prepare_for_training(self, max_steps: int, train_dataloader, resume_from_checkpoint: str | None):
@@ -232,12 +247,16 @@ class PruningTrainer(HubTrainer):
             if self._level_best and self.state.global_step == 0:
                 self._level_best.forget()  # of an earlier run in the same folder
         rungs = [self._search.rungs(self._plan, level) for level in range(len(self._plan.levels))]
+        given = [made for made in (self._given_optimizer, self.lr_scheduler) if made is not None]
+        if self._given_optimizer is not None and any(steps for level in rungs for _, steps in level):
+            check_renewable(self._given_optimizer, self.lr_scheduler)
         # Between trials a rank waits for the slowest: ddp_timeout for every hundred steps of one.
         longest = max((steps for level in rungs for _, steps in level), default=0)
         self._ranks.open(args.ddp_timeout * max(1, -(-longest // 100)))
         self.accelerator.wait_for_everyone()
         held_out = len(self.selection_dataset) if args.needs_selection_split else 0
-        self._say(plan_text(args, self._plan, rungs, held_out, self._start))
+        peak = None if self.lr_scheduler is not None else self.peak_rate
+        self._say(plan_text(args, self._plan, rungs, peak, given, held_out, self._start))
         if args.needs_selection_split and self.selection_metric not in SELECTION_LOSSES and not self._resumed:
             self._bench.score()  # a metric that cannot be had is to be told now, not when the first search begins
         if self.lr_scheduler is None and args.lr_rewind:

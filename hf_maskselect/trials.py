@@ -166,6 +166,9 @@ class TrialBench:
         told |= {"level": level, "metric": trainer.selection_metric}
         told |= {"rows": [len(trainer.train_dataset), len(self._selection)]}
         told |= {"step": [trainer._train_batch_size, self.rows_per_step()]}
+        own = trainer._given_optimizer or trainer.optimizer_cls_and_kwargs
+        if own is not None:
+            told["optimizer"] = str(own)
         if isinstance(trainer.model, PreTrainedModel):
             told["model"] = {k: v for k, v in trainer.model.config.to_dict().items() if k not in _ANY}
         with self.random_state():  # what the data look like when the model gets them
@@ -368,6 +371,11 @@ class TrialBench:
 
     def _steps_of_pass(self) -> float:
         return len(self._selection) / (3 * self.rows_of_training())
+
+    @property
+    def peak_rate(self) -> float:
+        """Learning rate of the run before its schedule."""
+        return self._trainer.peak_rate
 
     @property
     def device(self) -> torch.device:
