@@ -3,8 +3,10 @@ depend on other fields."""
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -65,6 +67,28 @@ NUMBERS = (
     "distill_temperature",
     "hard_label_weight",
 )
+
+
+# What the defaults of other fields were derived from.
+DECIDING = ("method", "sparsity", "pattern", "num_levels", "criterion", "proposals")
+DECIDING += ("gumbel_untrained", "gumbel_budget", "gumbel_signed_constant")
+
+
+def decided(config: PruningConfig) -> dict[str, object]:
+    """A copy of those fields."""
+    return {name: copy.copy(getattr(config, name)) for name in DECIDING}
+
+
+def check_unchanged(config: PruningConfig, before: Mapping[str, object]) -> None:
+    """Fields may be set after the configuration was made, as a hyper-parameter search does, but not those from which
+    others follow; before: `decided` when it was made."""
+    for name, then in before.items():
+        if getattr(config, name) != then:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} was {then!r} when the PruningConfig was made, and other fields "
+                f"follow from it: make a new PruningConfig with {name}={getattr(config, name)!r}"
+            )
+    check_pruning(config)
 
 
 def check_pruning(config: PruningConfig) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from transformers import TrainingArguments
 
-from .checks import METHODS, SELECTIONS, SOFT_METHODS, check_pruning
+from .checks import METHODS, SELECTIONS, SOFT_METHODS, check_pruning, check_unchanged, decided
 from .masking.patterns import NM, Channel, Unstructured, parse_pattern
 from .masking.schedule import LevelPlan
 from .masking.votes import SAMPLING_RATIOS
@@ -256,9 +258,20 @@ class PruningConfig(TrainingArguments):
 
     pack_on_save: bool = field(default=False, metadata={"help": "Also write the packed file beside a saved model."})
 
+    _decided: ClassVar[Mapping[str, object]] = {}  # of one that an earlier version has pickled
+
     def __post_init__(self) -> None:
         check_pruning(self)
+        self._decided = decided(self)
         super().__post_init__()
+
+    def check_again(self) -> None:
+        """Before a run: what was set since the configuration was made.
+
+        Raises:
+            ValueError: a field is out of range, or one from which others follow is another.
+        """
+        check_unchanged(self, self._decided)
 
     @property
     def mask_pattern(self) -> Unstructured | NM | Channel:

@@ -97,6 +97,7 @@ class PruningTrainer(HubTrainer):
             raise ValueError(
                 f"args must be a PruningConfig, got {type(args).__name__}: it takes every TrainingArguments field"
             )
+        args.check_again()
         check_devices(args)
         check_packs(args, model)
         check_batches(args)
@@ -236,6 +237,7 @@ class PruningTrainer(HubTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         args = self.args
+        args.check_again()  # it may have been changed after this trainer was made
         self._method.attach(self.model)  # FSDP has put other parameters in the place of those it found
         masks = None if self._resumed else self._method.masks
         self._start = self._start if masks is None else masks.sparsity()

@@ -1,5 +1,6 @@
 """`PruningConfig`: defaults, refusals that say what to do, the command line."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -71,6 +72,21 @@ def test_masks_are_compared_as_they_are_fitted_where_they_are_fitted(make, field
     assert not dataclasses.replace(config, trial_steps=3).compares_fitted
     config.refit_rows = 0  # as a hyper-parameter search sets fields
     assert not config.compares_fitted
+
+
+FIELDS = [{}, {"pattern": "2:4"}, {"proposals": "paper"}, {"method": "pdp"}, {"method": "pdp", "pattern": "channel"}]
+FIELDS += [{"method": "gumbel"}, {"method": "gumbel", "gumbel_untrained": True}, {"method": "taylor", "num_levels": 2}]
+FIELDS += [{"trial_steps": 0}, {"levels": [0.5, 0.9], "sparsity": 0.9}, {"target_modules": "query"}]
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_what_was_resolved_passes_the_checks_again(make, fields):
+    config = make(**fields)
+    resolved = config.to_dict()
+    config.check_again()
+    copy.deepcopy(config).check_again()
+    dataclasses.replace(config).check_again()
+    assert config.to_dict() == resolved and not [name for name in resolved if name.startswith("_")]
 
 
 def test_a_given_scope_and_floor_reach_the_pattern(make):

@@ -537,6 +537,41 @@ def test_a_collator_is_copied_only_where_something_is_drawn_beside_the_training(
     make_trainer(tmp_path, keywords=collator).train()
 
 
+@pytest.mark.parametrize(
+    ("changes", "name", "value"),
+    [
+        ({}, "sparsity", 0.5),
+        ({}, "num_levels", 3),
+        ({}, "method", "random"),
+        ({}, "pattern", "2:4"),
+        ({"method": "random"}, "criterion", "fisher"),
+        ({"method": "random"}, "proposals", ["paper"]),
+        ({"method": "gumbel", "num_levels": None}, "gumbel_untrained", True),
+    ],
+)
+def test_a_field_from_which_others_followed_is_not_changed_afterwards(tmp_path, changes, name, value):
+    args = make_config(tmp_path, **changes)
+    trainer = PruningTrainer(make(), args, train_dataset=make_rows())
+    setattr(args, name, value)
+    for work in (lambda: PruningTrainer(make(), args, train_dataset=make_rows()), trainer.train):
+        with pytest.raises(ValueError) as refusal:
+            work()
+        assert f"make a new PruningConfig with {name}={value!r}" in str(refusal.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_fields_may_be_set_afterwards_and_are_checked(tmp_path):
+    args = make_config(tmp_path)
+    args.max_steps, args.levels, args.level_eval_steps = 4, [0.25, 0.75], 2
+    trainer = PruningTrainer(make(), args, train_dataset=make_rows())
+    args.learning_rate = 1e-4
+    trainer.train()
+    assert trainer.state.global_step == 4 and [s.sparsity for s in trainer._search.history] == [0.25, 0.75]
+    args.levels = [0.25, 0.5]
+    with pytest.raises(ValueError, match="end at 0.5 but sparsity=0.75"):
+        PruningTrainer(make(), args, train_dataset=make_rows())
+
+
 def test_a_plain_module_cannot_be_distilled(tmp_path):
     with pytest.raises(ValueError, match="a teacher needs a model of transformers"):
         make_trainer(tmp_path, make().bert.encoder.layer[0], target_modules=["dense"], keywords={"teacher": make()})
