@@ -391,8 +391,8 @@ def verify(folder: str | os.PathLike, pattern: str | None = None) -> PruningStat
         found, kept = int(tensor.count_nonzero()), int(state.masks[name].count_nonzero())
         if found != kept:
             raise ValueError(
-                f"{folder}: {name} has {found} non-zero weights but its mask keeps {kept}; the file was changed after "
-                "pruning, so save it again from the trainer"
+                f"{folder}: {name} has {found} non-zero weights but its mask keeps {kept}: weights that are kept were "
+                "still zero when they were saved, so train longer, or start from a model without zeros at these places"
             )
     pruned_to = parse_pattern(state.pattern)
     wanted = pruned_to.keeps([mask.shape for mask in state.masks.values()], state.sparsity)

@@ -54,7 +54,8 @@ class PruningConfig(TrainingArguments):
         keep_zeros (`bool`, defaults to `True`): weights that are zero in the model a run starts from stay zero, so
             that a pruned model is fine-tuned with its zeros kept, or pruned further. An N:M or channel pattern is
             refused where a group has fewer weights left than it keeps, or a matrix fewer whole rows. `False` lets
-            zeros return: for that, and for a model with matrices that are zero at their initialisation.
+            zeros return, but for those of frozen weights: for that, and for a model with matrices that are zero at
+            their initialisation.
         pruning_warmup_steps (`float`, defaults to 0): dense optimizer steps before the first cut; below 1 a share of
             all. The paper of `"pdp"` has 0.16 (16 of 100 epochs): for a model that is not fine-tuned yet.
         lr_rewind (`bool`, defaults to `True`): restart `lr_scheduler_type` (with `warmup_steps`) at every level.

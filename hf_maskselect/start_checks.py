@@ -141,7 +141,7 @@ def check_start(args: PruningConfig, masks: MaskSet, plan: LevelPlan) -> None:
     if masks.kept < pattern.keeps([mask.shape for mask in masks.values()], args.sparsity):
         raise ValueError(
             f"sparsity={args.sparsity} is less than the {masks.sparsity():.6f} that the model has already, and pruned "
-            f"weights do not return: set {_same_zeros(pattern, masks)}keep_zeros=False to let them return"
+            f"weights do not return: set {_same_zeros(pattern, masks)}{_returning(args)}"
         )
     found = ((level, _shortage(pattern, masks, level)) for level in plan.levels)
     short = {level: text for level, text in found if text}
@@ -150,9 +150,15 @@ def check_start(args: PruningConfig, masks: MaskSet, plan: LevelPlan) -> None:
         in_one = "" if target in short else f", or go to {target:g} in one level (num_levels=1)"
         raise ValueError(
             f"pattern={args.pattern!r} at sparsity {level:g} needs places of zeros that the model has already, and "
-            f"pruned weights do not return: {short[level]}; set keep_zeros=False to let them return, start from a "
-            f"denser model{in_one}"
+            f"pruned weights do not return: {short[level]}; set {_returning(args)}, start from a denser "
+            f"model{in_one}"
         )
+
+
+def _returning(args: PruningConfig) -> str:
+    if args.keep_zeros:
+        return "keep_zeros=False to let them return"
+    return "requires_grad=True for weights that are frozen, whose zeros stay in any case"
 
 
 def _same_zeros(pattern: Unstructured | NM | Channel, masks: MaskSet) -> str:

@@ -21,6 +21,13 @@ def sparse(sparsity, scope="layer", seed=0, pattern=None):
     return model, masks
 
 
+def frozen_at_zero():
+    """A dense model with one matrix that is zero and not trained."""
+    model = make()
+    model.bert.encoder.layer[0].attention.self.query.weight.requires_grad_(False).zero_()
+    return model
+
+
 METHODS = [
     {"method": "magnitude"},
     {"method": "random", "num_candidates": 3, "trial_steps": 2},
@@ -222,6 +229,32 @@ def test_a_count_alone_is_no_pattern(tmp_path, pattern, sparsity):
     again.train()
     again.save_model()
     verify(tmp_path)
+
+
+@each_method
+def test_zeros_of_a_frozen_weight_stay_in_any_case(tmp_path, method):
+    """Nothing could bring them back; other matrices keep what this one lacks."""
+    model = frozen_at_zero()
+    frozen = model.bert.encoder.layer[0].attention.self.query.weight
+    other = model.bert.encoder.layer[1].attention.self.value.weight
+    other.data.zero_()
+    trainer = make_trainer(tmp_path, model, **method, scope="layer", sparsity=0.5, keep_zeros=False)
+    trainer.train()
+    trainer.save_model()
+    assert verify(tmp_path).masks.sparsity() == 0.5 and not frozen.any() and other.any()
+    with pytest.raises(ValueError, match=r"query.weight 256 of its groups .* set requires_grad=True"):
+        again = {**method, "pattern": "2:4", "sparsity": None, "num_levels": None, "keep_zeros": False}
+        make_trainer(tmp_path, frozen_at_zero(), **again).train()
+
+
+def test_a_kept_weight_that_stayed_zero_is_told(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    name, weight = next(iter(prunable_weights(trainer.model).items()))
+    weight.data.zero_()
+    trainer.save_model()
+    with pytest.raises(ValueError, match=f"{name} has 0 non-zero weights.*were still zero when they were saved"):
+        verify(tmp_path)
 
 
 def test_an_early_save_of_a_sparse_model_knows_its_zeros(tmp_path):

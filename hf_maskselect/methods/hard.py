@@ -29,7 +29,8 @@ class HardMasks:
     Args:
         find_weights: model -> its prunable weights.
         choose: level -> its masks.
-        keep_zeros: whether weights that are zero in the model to begin with are pruned ones.
+        keep_zeros: whether weights that are zero in the model to begin with are pruned ones; those of a frozen weight,
+            which nothing could bring back, are in any case.
     """
 
     def __init__(self, find_weights: FindWeights, choose: Choose, keep_zeros: bool = True) -> None:
@@ -47,7 +48,7 @@ class HardMasks:
         known, self.weights = self.weights, self._find_weights(model)
         self.shards = shards_of(self.weights)
         if any(known.get(name) is not weight for name, weight in self.weights.items()):  # the first, or a new model
-            self._keep = self._zeros_of_the_start() if self._keep_zeros else {}
+            self._keep = self._zeros_of_the_start()
         if self.shards is None:
             self._keep = {name: keep.to(self.weights[name]) for name, keep in self._keep.items()}
 
@@ -56,11 +57,15 @@ class HardMasks:
         self.weights = {}
 
     def _zeros_of_the_start(self) -> dict[str, Tensor]:
-        """Masks of a model that is sparse already; none for a dense one."""
-        dead = sum(part(weight).numel() - int(torch.count_nonzero(part(weight))) for weight in self.weights.values())
+        """Masks of the zeros that stay; none where there are none, as in a dense model."""
+        stay = {name: weight for name, weight in self.weights.items() if self._keep_zeros or not weight.requires_grad}
+        dead = sum(part(weight).numel() - int(torch.count_nonzero(part(weight))) for weight in stay.values())
         if not (dead if self.shards is None else self.shards.sums([dead])[0]):
             return {}
-        return {name: (weight != 0).to(weight.dtype) for name, weight in self.weights.items()}
+        return {
+            name: (weight != 0).to(weight.dtype) if name in stay else torch.ones_like(weight, requires_grad=False)
+            for name, weight in self.weights.items()
+        }
 
     def begin(self, plan: LevelPlan, optimizer: torch.optim.Optimizer) -> None:
         self.plan, self.optimizer = plan, optimizer
