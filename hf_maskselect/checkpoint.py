@@ -21,6 +21,7 @@ from .masking.maskset import MaskSet
 from .masking.patterns import NM, parse_pattern
 from .masking.semi_structured import check_groups
 from .masking.targets import transposed_weights
+from .methods.hard import diverged
 from .packed_file import PACKED_FILE
 
 STATE_FILE = "pruning_state.safetensors"
@@ -247,6 +248,8 @@ def check_zeros(folder: str | os.PathLike, name: str, tensor: torch.Tensor, mask
         )
     alive = int(torch.count_nonzero(tensor.ne(0).gt_(mask.cpu())))  # not zero, and not kept
     if alive:
+        if not bool(torch.isfinite(tensor).all()):  # NaN times 0 is NaN
+            raise ValueError(f"{folder}: {diverged(name)}")
         raise ValueError(
             f"{folder}: {name} has {alive} non-zero weights where its mask is zero; the file was changed after "
             "pruning or written without it, so save it again from the trainer"

@@ -306,6 +306,34 @@ def test_the_best_checkpoint_is_found_in_a_relative_folder(tmp_path, monkeypatch
     assert masks_of(trainer).sparsity() == 0.75
 
 
+class Diverging(PruningTrainer):
+    """Loses its loss at the ninth step."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        factor = float("nan") if self.state.global_step >= 8 and model.training else 1.0
+        return (found[0] * factor, found[1]) if return_outputs else found * factor
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({}, r"[\w.]+\.weight"),
+        ({"method": "gumbel", "num_levels": None}, r"the logit matrix of [\w.]+\.weight"),
+        ({"method": "gumbel", "num_levels": None, "scope": "layer", "frozen_steps": 0}, r"the logit matrix of"),
+        ({"method": "gumbel", "num_levels": None, "sparsity": None, "pattern": "2:4"}, r"the logit matrix of"),
+        ({"method": "gumbel", "num_levels": None, "frozen_steps": 4}, r"[\w.]+\.weight"),
+    ],
+    ids=["magnitude", "gumbel", "last step", "groups", "frozen"],
+)
+def test_a_run_that_diverged_is_told(tmp_path, changes, what):
+    trainer = make_trainer(tmp_path, trainer=Diverging, **changes)
+    with pytest.raises(ValueError, match=f"{what}.* holds NaN or infinity.*, training has diverged: use a lower"):
+        trainer.train()
+        trainer.save_model()
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_a_folder_keeps_files_of_its_own_when_a_model_is_saved(tmp_path):
     trainer = make_trainer(tmp_path, pack_on_save=True)
     trainer.train()

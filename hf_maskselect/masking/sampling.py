@@ -8,6 +8,7 @@ Log Parametrization) needs only the difference of its two Gumbels, which is logi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -59,15 +60,17 @@ def budget_shift(logits: Sequence[Tensor], keep: float, start: float = 0.0, tole
     constraint. Newton's steps from `start`, kept inside a bracket that always holds the answer.
 
     Raises:
-        ValueError: `keep` is not inside (0, number of logits).
+        ValueError: `keep` is not inside (0, number of logits), or a logit is NaN or infinite.
     """
     total = sum(t.numel() for t in logits)
     if not 0 < keep < total:
         raise ValueError(f"keep must lie in (0, {total}) (the number of logits), got {keep}")
     allowed = max(tolerance * min(keep, total - keep), 0.5)
+    smallest, largest = [float(t.min()) for t in logits], [float(t.max()) for t in logits]
+    if not all(map(math.isfinite, smallest + largest)):
+        raise ValueError("NaN or infinity among the logits")
     # At these ends even the extreme logits are surely kept or surely dropped.
-    low = min(float(t.min()) for t in logits) - 40.0
-    high = max(float(t.max()) for t in logits) + 40.0
+    low, high = min(smallest) - 40.0, max(largest) + 40.0
     theta = min(max(start, low), high)
     while high - low > 1e-6:
         expected, slope = 0.0, 0.0

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ..masking.maskset import MaskSet
 from ..masking.patterns import NM, Unstructured, allocate, kept_count
 from ..masking.sampling import budget_shift, perturbed, sample
-from .hard import Choose, FindWeights
+from .hard import Choose, FindWeights, diverged
 from .soft import SoftMasks
 
 _LOGITS, _SCALE, _SHIFT = "logits.", "scale.", "shift."  # prefixes in a checkpoint
@@ -149,13 +149,24 @@ class Gumbel(SoftMasks):
                 pool = [self._logits[name] for name in names]
                 shift = _NEVER / 2  # what lives is kept
                 if keep is not None:
-                    shift = budget_shift(pool, keep, self._shifts.get(names[0], 0.0))
+                    try:
+                        shift = budget_shift(pool, keep, self._shifts.get(names[0], 0.0))
+                    except ValueError:
+                        self._finite_logits()
+                        raise
                 self._shifts.update(dict.fromkeys(names, shift))
 
     def _pools(self) -> list[list[str]]:
         """Names that share one budget."""
         names = list(self._logits)
         return [names] if self._pattern.scope == "global" else [[name] for name in names]
+
+    def _finite_logits(self) -> dict[str, Tensor]:
+        """The logits by name, or a ValueError where training has diverged."""
+        for name, logits in self._logits.items():
+            if not bool(torch.isfinite(torch.stack(logits.data.aminmax())).all()):
+                raise ValueError(diverged(f"the logit matrix of {name}", f" at step {self._step}"))
+        return {name: logits.data for name, logits in self._logits.items()}
 
     def _budgets(self, pools: list[list[str]], sparsity: float) -> list[float | None]:
         """How many weights each pool is to keep on average; None for all that live."""
@@ -214,7 +225,7 @@ class Gumbel(SoftMasks):
 
     def hard_masks(self) -> MaskSet:
         self._start()
-        logits = {name: t.data for name, t in self._logits.items()}
+        logits = self._finite_logits()
         if not self._options.budget:
             return MaskSet({name: t >= 0 for name, t in logits.items()})
         if isinstance(self._pattern, Unstructured):
@@ -231,7 +242,7 @@ class Gumbel(SoftMasks):
 
     def candidate(self, ratio: float | None, seed: int) -> MaskSet:
         self._start()
-        scores = {name: t.data for name, t in self._logits.items()}
+        scores = self._finite_logits()
         if ratio is not None:  # a sample of the learned law with the exact count
             generator = torch.Generator(device=next(iter(scores.values())).device).manual_seed(seed)
             scores = {name: perturbed(t, generator) for name, t in scores.items()}

@@ -28,7 +28,7 @@ from ..masking.soft import (
     soft_weight,
 )
 from ..masking.votes import number_of_draws, rank_by_votes_
-from .hard import Choose, FindWeights
+from .hard import Choose, FindWeights, diverged
 from .soft import SoftMasks
 
 _ZEROS = "zeros."  # prefix of the fixed counts in a checkpoint
@@ -78,10 +78,7 @@ class Pdp(SoftMasks):
         return found
 
     def _diverged(self, name: str) -> str:
-        return (
-            f"{name} holds NaN or infinity at step {self._step}, training has diverged: use a lower learning_rate or "
-            "a smaller max_grad_norm"
-        )
+        return diverged(name, f" at step {self._step}")
 
     def prepare(self, step: int) -> None:
         if not self._zeros:

@@ -77,3 +77,9 @@ def test_a_shift_that_still_holds_is_kept():
 def test_a_budget_lies_inside(keep):
     with pytest.raises(ValueError, match=r"keep must lie in \(0, 10\)"):
         budget_shift([torch.zeros(10)], keep)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_budget_is_not_sought_among_what_diverged(value):
+    with pytest.raises(ValueError, match="NaN or infinity among the logits"):
+        budget_shift([torch.zeros(8), torch.tensor([0.0, value])], 4)
