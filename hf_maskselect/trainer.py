@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -362,9 +363,21 @@ class PruningTrainer(HubTrainer):
             if self.args.should_save:
                 self._level_best.forget()
         self._method.finalize()
+        self._warn_if_short()
         if self.state.global_step >= self.state.max_steps:
             self._search.forget()  # else it was stopped, and may go on
         return super()._finalize_training(*args, **kwargs)
+
+    def _warn_if_short(self) -> None:
+        """Hard masks stay at their level where a run is stopped; soft ones are cut to their target."""
+        if not self.args.emergent and not self._reached(len(self._plan.levels) - 1):
+            warnings.warn(
+                f"training ended after {self.state.global_step} of {self._plan.max_steps} steps at sparsity "
+                f"{self._method.masks.sparsity():.4f}, before the last level cut to the target "
+                f"{self.args.sparsity:g}: resume from a checkpoint (resume_from_checkpoint), or start a new run from "
+                "this model",
+                stacklevel=2,
+            )
 
     def search_summary(self) -> dict[str, float]:
         """`search_*` totals of the run so far, in optimizer-step equivalents and seconds."""

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -304,6 +305,29 @@ def test_the_best_checkpoint_is_found_in_a_relative_folder(tmp_path, monkeypatch
     trainer.train()
     assert Path(trainer.state.best_model_checkpoint).is_dir()
     assert masks_of(trainer).sparsity() == 0.75
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, step):
+        self._step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self._step
+
+
+def test_a_run_stopped_short_of_its_target_says_so(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, keywords={"callbacks": [StopAfter(2)]})
+    with pytest.warns(UserWarning, match=r"after 2 of 12 steps at sparsity 0.6562, .* the target 0.75: resume from"):
+        trainer.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed = make_trainer(tmp_path)
+        resumed.train(resume_from_checkpoint=True)
+        assert masks_of(resumed).sparsity() == 0.75
+        make_trainer(tmp_path / "b", trainer.model).train()
+        make_trainer(tmp_path / "c", keywords={"callbacks": [StopAfter(9)]}).train()  # inside the last level
+        emergent = {"method": "gumbel", "gumbel_untrained": True, "sparsity": None, "num_levels": None}
+        make_trainer(tmp_path / "d", **emergent, keywords={"callbacks": [StopAfter(11)]}).train()
 
 
 class Diverging(PruningTrainer):
