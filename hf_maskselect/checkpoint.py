@@ -20,7 +20,7 @@ from .files import bytes_of, read_object, replacing
 from .masking.maskset import MaskSet
 from .masking.patterns import NM, parse_pattern
 from .masking.semi_structured import check_groups
-from .masking.targets import transposed_weights
+from .masking.targets import known_modules, transposed_weights
 from .methods.hard import diverged
 from .packed_file import PACKED_FILE
 
@@ -320,6 +320,12 @@ def pruned_modules(config: PretrainedConfig) -> dict[str, list[str]]:
     told = vars(config).get("pruning")
     names = ("target_modules", "exclude_modules")
     return {name: told[name] for name in names if told.get(name)} if isinstance(told, dict) else {}
+
+
+def pruned_modules_of(model: PreTrainedModel) -> dict[str, list[str]]:
+    """The same, of what the model still has: its head may have been dropped, and names with it."""
+    told = {name: known_modules(model, patterns) for name, patterns in pruned_modules(model.config).items()}
+    return {name: patterns for name, patterns in told.items() if patterns}
 
 
 def skeleton(folder: str | os.PathLike) -> PreTrainedModel:

@@ -273,6 +273,7 @@ class PruningConfig(TrainingArguments):
             ValueError: a field is out of range, or one from which others follow is another.
         """
         check_unchanged(self, self._decided)
+        self._decided = decided(self)  # other levels have set their number
 
     @property
     def mask_pattern(self) -> Unstructured | NM | Channel:

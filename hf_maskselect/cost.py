@@ -136,7 +136,7 @@ def workload(config: PruningConfig, path: str | Path, train_rows: int) -> Worklo
     """Of the model in `path` (a folder, or a name on the Hub), of which only config.json is read.
 
     Raises:
-        ValueError: no such model, or a run of these arguments would refuse it; or `check_run`.
+        ValueError: no such model, or one that a run of these arguments would refuse.
     """
     try:
         told = AutoConfig.from_pretrained(path)
@@ -151,7 +151,9 @@ def workload(config: PruningConfig, path: str | Path, train_rows: int) -> Worklo
     if config.permute_channels:
         couplings_of(model, config.mask_pattern, weights)
     parameters, prunable = model.base_model.num_parameters(), sum(weight.numel() for weight in weights.values())
-    return Workload(config, parameters, prunable, train_rows, teaches=config.selection_metric == "teacher")
+    return Workload(
+        config, parameters, prunable, train_rows, teaches=config.selection_metric in ("teacher", "eval_teacher")
+    )
 
 
 def _trained(told: PretrainedConfig) -> PreTrainedModel:

@@ -7,10 +7,10 @@ from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
 
 
 def first_rate(optimizer: Optimizer) -> float | None:
-    """Learning rate of the first group before any schedule; None where the optimizer finds its own (Adafactor)."""
-    group = optimizer.param_groups[0]
-    rate = group.get("initial_lr", group.get("lr"))
-    return None if rate is None else float(rate)
+    """Learning rate before any schedule, of the first group that has one above 0; None where there is none (frozen
+    by their rates, or found by the optimizer itself, as Adafactor does)."""
+    rates = [group.get("initial_lr", group.get("lr")) for group in optimizer.param_groups]
+    return next((float(rate) for rate in rates if rate), None)
 
 
 def check_renewable(optimizer: Optimizer, schedule: LRScheduler | None) -> None:

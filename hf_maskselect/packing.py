@@ -26,7 +26,7 @@ from .checkpoint import (
     config_digest,
     load_strictly,
     model_class,
-    pruned_modules,
+    pruned_modules_of,
     saved_tensors,
     skeleton,
 )
@@ -237,7 +237,7 @@ def load_pruned(path_or_repo: str | os.PathLike, **options) -> tuple[PreTrainedM
 
 def _of_zeros(model: PreTrainedModel) -> MaskSet:
     """`MaskSet.from_zeros`, over what the model's run pruned where its configuration tells that."""
-    return MaskSet.from_zeros(model, **pruned_modules(model.config))
+    return MaskSet.from_zeros(model, **pruned_modules_of(model))
 
 
 def find_folder(

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import is_peft_available
 
-from .checkpoint import pruned_modules
+from .checkpoint import pruned_modules_of
 from .checks import SELECTION_LOSSES
 from .config import PruningConfig
 from .masking.maskset import MaskSet
@@ -66,20 +66,22 @@ def check_proposals(args: PruningConfig, criteria: Mapping[str, Criterion]) -> N
 
 def check_names(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """What could not be found again, by its name, in a file of the model."""
-    saved = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    saved = {name: t.to("meta") for name, t in model.state_dict().items() if isinstance(t, Tensor)}
     if isinstance(model, PreTrainedModel):
         saved = revert_weight_conversion(model, saved)
+    lost = weights.keys() - saved.keys()
     for name, weight in weights.items():
-        remedy = f"or leave it dense with exclude_modules=[{name.removesuffix('.weight')!r}]"
+        remedy = f"leave it dense with exclude_modules=[{name.removesuffix('.weight')!r}]"
         if not isinstance(weight, nn.Parameter):
             raise ValueError(
                 f"{name} is no parameter but computed from others, so zeros in it do not last: remove its "
-                f"parametrization, {remedy}"
+                f"parametrization, or {remedy}"
             )
-        if name not in saved:
+        if name in lost:
             raise ValueError(
-                f"{name} is saved by transformers under another name, where its mask would not be found: a "
-                f"{type(model).__name__}, whose file is converted, is not supported; train another model, {remedy}"
+                f"{name} of {type(model).__name__}, one of {len(lost)} of its {len(weights)} prunable weights, would "
+                "be saved under another name, where its mask would not be found: "
+                + ("such models are not supported" if len(lost) == len(weights) else remedy)
             )
 
 
@@ -87,7 +89,9 @@ def check_modules(args: PruningConfig, model: nn.Module) -> None:
     """A model that was pruned in part goes on in part, unless it is told otherwise."""
     if args.target_modules is not None or args.exclude_modules is not None or not isinstance(model, PreTrainedModel):
         return
-    if told := pruned_modules(model.config):
+    told = pruned_modules_of(model)
+    # A configuration alone says nothing of the weights: a fresh model may have been made from it.
+    if told and args.keep_zeros and MaskSet.from_zeros(model, **told).sparsity():
         fields = ", ".join(f"{name}={value!r}" for name, value in told.items())
         raise ValueError(
             f"the model was pruned with {fields}, and without that a run would cut its other matrices as well: set "

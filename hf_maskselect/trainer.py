@@ -103,16 +103,17 @@ class PruningTrainer(PrunedCheckpoints):
         check_engine(args, self, score_fn)
         check_adapter(self.model)
         check_modules(args, self.model)
-        check_names(self.model, self._find_weights(self.model))
         self._given_optimizer = self.optimizer
         if self._given_optimizer is not None and args.searches and not args.compares_fitted:
             check_renewable(self._given_optimizer, self.lr_scheduler)
         # BERT-family heads take **kwargs but ignore num_items_in_batch: believing them would scale the loss by the
         # accumulation steps and by the ranks (transformers#47688).
         self.model_accepts_loss_kwargs = False
-        check_shapes(args, self._find_weights(self.model), transposed_weights(self.model))
+        weights = self._find_weights(self.model)
+        check_names(self.model, weights)
+        check_shapes(args, weights, transposed_weights(self.model))
         if args.permute_channels:
-            couplings_of(self.model, args.mask_pattern, self._find_weights(self.model))
+            couplings_of(self.model, args.mask_pattern, weights)
         if teacher is not None and self.compute_loss_func is not None:
             raise ValueError("compute_loss_func and a teacher do not go together: its loss is scaled in another way")
         self._distiller = None if teacher is None else make_distiller(teacher, self.model, args)
@@ -121,14 +122,13 @@ class PruningTrainer(PrunedCheckpoints):
         wants = set() if self._distiller is None else set(self._distiller.teacher_arguments)
         self._teacher_only = {"token_type_ids"} & (wants - takes)
         soft_labels = self._distiller is not None and args.distill_logits > 0 and not self._distiller.is_regression
-        if args.selection_metric == "teacher" and not soft_labels:
+        metric = (args.selection_metric or "").removeprefix("eval_")
+        if metric == "teacher" and not soft_labels:
             raise ValueError(
                 "selection_metric='teacher' needs a teacher of a classification task and distill_logits > 0: "
                 "choose 'loss'"
             )
-        self.selection_metric = (args.selection_metric or "").removeprefix("eval_") or (
-            "teacher" if soft_labels else "loss"
-        )
+        self.selection_metric = metric or ("teacher" if soft_labels else "loss")
         self.selection_dataset = selection_dataset
         self._plan: LevelPlan | None = None
         self._start = 0.0  # sparsity of the model the run began with
@@ -230,6 +230,7 @@ class PruningTrainer(PrunedCheckpoints):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         args = self.args
+        check_batches(args)
         args.check_again()  # it may have been changed after this trainer was made
         self._method.attach(self.model)  # FSDP has put other parameters in the place of those it found
         masks = None if self._resumed else self._method.masks
@@ -362,7 +363,8 @@ class PruningTrainer(PrunedCheckpoints):
 
     def _warn_if_short(self) -> None:
         """Hard masks stay at their level where a run is stopped; soft ones are cut to their target."""
-        if not self.args.emergent and not self._reached(len(self._plan.levels) - 1):
+        reached = self.args.emergent or self._reached(len(self._plan.levels) - 1)
+        if not reached and self.is_world_process_zero():
             warnings.warn(
                 f"training ended after {self.state.global_step} of {self._plan.max_steps} steps at sparsity "
                 f"{self._method.masks.sparsity():.4f}, before the last level cut to the target "

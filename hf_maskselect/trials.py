@@ -88,7 +88,7 @@ def _text(value) -> str:
 def _copy_of(collator: Callable) -> Callable:
     try:
         return copy.deepcopy(collator)
-    except TypeError as error:
+    except Exception as error:  # of whatever kind what cannot be copied raises
         raise ValueError(
             f"the data collator, a {type(collator).__name__}, cannot be copied ({error}), but trials, gradient "
             "samples, refits and scores must leave that of the training as it is: give it a __deepcopy__, or use "
@@ -166,9 +166,12 @@ class TrialBench:
         told |= {"level": level, "metric": trainer.selection_metric}
         told |= {"rows": [len(trainer.train_dataset), len(self._selection)]}
         told |= {"step": [trainer._train_batch_size, self.rows_per_step()]}
-        own = trainer._given_optimizer or trainer.optimizer_cls_and_kwargs
-        if own is not None:
-            told["optimizer"] = str(own)
+        if trainer._given_optimizer is not None:
+            told["optimizer"] = str(trainer._given_optimizer)
+        elif trainer.optimizer_cls_and_kwargs is not None:
+            made, given = trainer.optimizer_cls_and_kwargs
+            plain = {k: v for k, v in given.items() if isinstance(v, int | float | str | tuple)}  # an address changes
+            told["optimizer"] = [made.__qualname__, plain]
         if isinstance(trainer.model, PreTrainedModel):
             told["model"] = {k: v for k, v in trainer.model.config.to_dict().items() if k not in _ANY}
         with self.random_state():  # what the data look like when the model gets them
@@ -238,11 +241,12 @@ class TrialBench:
 
     def _wants_labels(self) -> bool:
         """Whether the model's forward pass may need labels: as an argument, to make a decoder's inputs from them, or
-        because it is none of transformers, which do without, and gets them in training, too."""
+        because it takes them and is none of transformers, which do without."""
         trainer, model, labels = self._trainer, self._trainer.model, self._trainer.label_names
-        if not type(model).forward.__module__.startswith("transformers."):
-            return trainer.compute_loss_func is None and trainer.label_smoother is None
         takes = inspect.signature(model.forward).parameters
+        if not type(model).forward.__module__.startswith("transformers."):
+            takes_any = any(name in takes for name in labels)
+            return takes_any and trainer.compute_loss_func is None and trainer.label_smoother is None
         if any(takes[name].default is inspect.Parameter.empty for name in labels if name in takes):
             return True
         return isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import make, make_trainer, same, weights_of
+from transformers import BertForSequenceClassification, BertModel
 
 from hf_maskselect import MaskSet, PruningState, load_pruned, prunable_weights, verify
 from hf_maskselect.masking.patterns import NM, Channel, Unstructured
@@ -284,6 +285,18 @@ def test_a_model_pruned_in_part_goes_on_in_part(tmp_path, part):
     for name in ("pruning_state.safetensors", "model.safetensors"):  # the zeros alone, then the packed file
         (tmp_path / "first" / name).unlink()
         assert load_pruned(tmp_path / "first")[1].digest() == masks.digest()
+
+
+@pytest.mark.parametrize("names", [["key", "classifier"], [r".*key", r"classifier"]])
+def test_what_was_pruned_in_part_may_have_lost_its_head_or_its_weights(tmp_path, names):
+    first = make_trainer(tmp_path / "first", exclude_modules=names)
+    first.train()
+    first.save_model()
+    BertModel.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "encoder")
+    _, masks = load_pruned(tmp_path / "encoder")
+    assert len(masks) == 10 and masks.sparsity() == 0.75
+    fresh = BertForSequenceClassification(first.model.config)
+    make_trainer(tmp_path / "second", fresh).train()  # dense, whatever its configuration tells
 
 
 def test_more_of_a_model_pruned_in_part_is_pruned_where_it_is_named(tmp_path):

@@ -11,6 +11,7 @@ from transformers import (
     ResNetForImageClassification,
 )
 
+from hf_maskselect import PruningTrainer
 from hf_maskselect.masking.maskset import MaskSet
 from hf_maskselect.masking.patterns import parse_pattern
 from hf_maskselect.masking.targets import prunable_weights
@@ -435,6 +436,25 @@ def test_a_model_of_the_users_own_gets_what_it_gets_in_training(tmp_path, loss):
             return (logits,) if labels is None else (functional.cross_entropy(logits, labels), logits)
 
     trainer = make_trainer(tmp_path, Own(make().config), method="taylor", keywords={"compute_loss_func": loss})
+    trainer.train()
+    assert all(search.refit_error < search.cut_error for search in trainer._search.history)
+
+
+def test_a_model_that_takes_no_labels_gets_none(tmp_path):
+    class Own(BertForSequenceClassification):
+        def forward(self, input_ids, attention_mask=None):
+            return self.classifier(self.bert(input_ids, attention_mask)[1])
+
+    class Outside(PruningTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            logits = model(**inputs)
+            loss = functional.cross_entropy(logits, labels)
+            return (loss, (loss, logits)) if return_outputs else loss
+
+    keywords = {"eval_dataset": None}
+    config = {"method": "taylor", "label_names": ["labels"]}
+    trainer = make_trainer(tmp_path, Own(make().config), trainer=Outside, keywords=keywords, **config)
     trainer.train()
     assert all(search.refit_error < search.cut_error for search in trainer._search.history)
 

@@ -232,8 +232,9 @@ def test_selection_by_teacher_is_its_cross_entropy(tmp_path):
     expected = -(taught.softmax(-1) * student.log_softmax(-1)).mean()
     assert trainer._bench.score() == pytest.approx(float(expected), rel=1e-5)
     trainer.train()
-    with pytest.raises(ValueError, match="selection_metric='teacher' needs a teacher"):
-        make_trainer(tmp_path, selection_metric="teacher", **SEARCH)
+    for name in ("teacher", "eval_teacher"):
+        with pytest.raises(ValueError, match="selection_metric='teacher' needs a teacher"):
+            make_trainer(tmp_path, selection_metric=name, **SEARCH)
 
 
 @pytest.mark.parametrize("most", [1 << 24, 0])

@@ -121,6 +121,12 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.Conv2d) or _is_transposed(module)
 
 
+def known_modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Those of the patterns that match a layer of the model."""
+    names = [name for name, module in model.named_modules() if is_layer(module)]
+    return [pattern for pattern, found in _matched(names, patterns).items() if found]
+
+
 def _matched(names: Collection[str], patterns: str | Sequence[str] | None) -> dict[str, set[str]]:
     """Pattern -> those of the names that it matches."""
     patterns = [patterns] if isinstance(patterns, str) else patterns or ()
