@@ -17,11 +17,11 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 from transformers import set_seed
-from trials import bench_of, level_flags
+from trials import bench_of, cut, level_flags
 
 from arguments import parse_arguments
 from hf_maskselect.masking.scores import CRITERIA
-from hf_maskselect.proposals import Proposal, propose
+from hf_maskselect.proposals import Proposal
 from job import prepare
 
 CENTRES = [Proposal("taylor", "balanced"), Proposal("magnitude", "layer")]
@@ -31,7 +31,7 @@ RATIO = 1e-4
 
 
 def main() -> None:
-    """Make what is missing, then print the table."""
+    """Cut, fit and score every mask, then print the table."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=formatter)
     parser.add_argument("--output_dir", type=Path, required=True)
@@ -46,31 +46,19 @@ def main() -> None:
     set_seed(config.seed)
     trainer, bench = bench_of(prepare(data, model, config), model, config, options.dense)
     stats = bench.gradient_stats({"product"}, 0)
-    weights, whole = trainer._method.weights, trainer._method.masks
-    before_cut = {name: weight.detach().clone() for name, weight in weights.items()}
+    before_cut = {name: weight.detach().clone() for name, weight in trainer._method.weights.items()}
     tried = [(centre, power) for centre in CENTRES for power in (None, *(p for p in EXPONENTS for _ in range(DRAWS)))]
-    centres, rows = {}, []
+    cuts, centres, rows = [], {}, []
+    for index, (centre, power) in enumerate(tried):
+        proposal, criterion = centre, CRITERIA[centre.criterion]
+        if power is not None:
+            proposal = dataclasses.replace(centre, ratio=RATIO)
+            criterion = dataclasses.replace(criterion, vote_exponent=power)
+        cuts.append(cut(trainer, proposal, index, stats, {**CRITERIA, centre.criterion: criterion}))
     with bench.untouched():
-        for index, (centre, power) in enumerate(tqdm(tried, unit="mask")):
-            bench.restore()  # scores are those of the dense weights
-            criterion = CRITERIA[centre.criterion]
-            proposal = centre
-            if power is not None:
-                criterion = dataclasses.replace(criterion, vote_exponent=power)
-                proposal = dataclasses.replace(centre, ratio=RATIO)
-            masks = propose(
-                proposal,
-                index,
-                weights=weights,
-                stats=stats,
-                masks=whole,
-                sparsity=options.sparsity,
-                level=0,
-                seed=config.seed,
-                pattern=config.mask_pattern,
-                criteria={**CRITERIA, centre.criterion: criterion},
-            )
+        for (centre, power), masks in zip(tqdm(tried, unit="mask"), cuts, strict=True):
             centres.setdefault(centre, masks)
+            bench.restore()
             trainer._method.set_masks(masks)
             bench.refit(before_cut, 0)
             found = [bench.measure(part) for part in (0, 1)]

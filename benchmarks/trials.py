@@ -190,6 +190,23 @@ def bench_of(job: Job, model, config, dense: str) -> tuple[PruningTrainer, Scrib
     return trainer, Scribe(trainer, parts, job.task.main_metric)
 
 
+def cut(trainer: PruningTrainer, proposal: Proposal, index: int, stats, criteria: dict[str, Criterion]) -> MaskSet:
+    """The masks of a proposal at the trainer's sparsity, in one level from the weights and masks it has."""
+    args, method = trainer.args, trainer._method
+    return propose(
+        proposal,
+        index,
+        weights=method.weights,
+        stats=stats,
+        masks=method.masks,
+        sparsity=args.sparsity,
+        level=0,
+        seed=args.seed,
+        pattern=args.mask_pattern,
+        criteria=criteria,
+    )
+
+
 def run(job: Job, model, config, options: argparse.Namespace, folder: Path) -> None:
     """Make the curves that are missing."""
     trainer, bench = bench_of(job, model, config, options.dense)
@@ -203,23 +220,8 @@ def run(job: Job, model, config, options: argparse.Namespace, folder: Path) -> N
     stats = bench.gradient_stats({"square", "product"}, 0)
     norms = input_norms(trainer)
     criteria = {**CRITERIA, "activation": Criterion(lambda n, w, _: w.detach().abs().float() * norms[n], (), 5.0)}
-    before, weights = trainer._method.masks, trainer._method.weights
-    before_cut = {name: weight.detach().clone() for name, weight in weights.items()}
-    masks: list[MaskSet] = [
-        propose(
-            proposal,
-            index,
-            weights=weights,
-            stats=stats,
-            masks=before,
-            sparsity=options.sparsity,
-            level=0,
-            seed=config.seed,
-            pattern=config.mask_pattern,
-            criteria=criteria,
-        )
-        for index, proposal in enumerate(POOL)
-    ]
+    before_cut = {name: weight.detach().clone() for name, weight in trainer._method.weights.items()}
+    masks = [cut(trainer, proposal, index, stats, criteria) for index, proposal in enumerate(POOL)]
     with bench.untouched():
         for kind, trial, seed, index in tqdm(missing, desc=folder.name, unit="curve"):
             bench.seen = []

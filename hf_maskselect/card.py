@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .checkpoint import model_class, of_transformers, pruned_modules
+from .named_model import model_class, of_transformers, pruned_modules
 from .packed_file import PACKED_FILE
 from .packing import pack
 from .plots import DENSITY, HISTORY, SEARCH
@@ -190,9 +190,9 @@ def _loading(folder: Path, name: str) -> str:
         return (
             "Its class is not one of transformers: build it with its own code, then load `model.safetensors` into it."
         )
-    kind, config = model_class(folder)
-    kind = kind.__name__
-    fields = ["sparsity=masks.sparsity()", *(f"{name}={value!r}" for name, value in pruned_modules(config).items())]
+    cls, config = model_class(folder)
+    kind = cls.__name__
+    fields = ["sparsity=masks.sparsity()", *(f"{field}={value!r}" for field, value in pruned_modules(config).items())]
     text = (
         f'```python\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained("{name}")\n```\n\n'
         "With its masks, to be fine-tuned on with its zeros kept, or (at a higher `sparsity`) pruned further:\n\n"

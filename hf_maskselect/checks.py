@@ -70,8 +70,17 @@ NUMBERS = (
 
 
 # What the defaults of other fields were derived from.
-DECIDING = ("method", "sparsity", "pattern", "num_levels", "criterion", "proposals")
-DECIDING += ("gumbel_untrained", "gumbel_budget", "gumbel_signed_constant")
+DECIDING = (
+    "method",
+    "sparsity",
+    "pattern",
+    "num_levels",
+    "criterion",
+    "proposals",
+    "gumbel_untrained",
+    "gumbel_budget",
+    "gumbel_signed_constant",
+)
 
 
 def decided(config: PruningConfig) -> dict[str, object]:
@@ -96,6 +105,8 @@ def check_pruning(config: PruningConfig) -> None:
         if isinstance(getattr(config, name), str):
             setattr(config, name, [getattr(config, name)])
     check_types(config)
+    if config.selection_metric is not None:  # as metric_for_best_model, with or without its prefix
+        config.selection_metric = config.selection_metric.removeprefix("eval_")
     for name in ("target_modules", "exclude_modules"):
         check_module_names(getattr(config, name) or ())
     check_choice("method", config.method, METHODS)

@@ -122,7 +122,7 @@ class PruningConfig(TrainingArguments):
             devices, so that the choice does not depend on their number; one device runs a trial alone, so with many
             of them fewer rows are cheaper (`hf-maskselect plan` tells the cost).
         trial_learning_rate (`float`, *optional*): peak, decayed linearly to 0. Defaults to `learning_rate`, or to that
-            of the first group of an optimizer that the trainer is given (`"early"`: 4x).
+            of the first group that learns in an optimizer that the trainer is given (`"early"`: 4x).
         sampling_ratios (`list[float]`): draws per removed weight of votes, rotating over the candidates.
         selection_fraction (`float`, defaults to 0.1): share of the train split held out to choose on, where no
             `selection_dataset` is given and the run chooses anything.

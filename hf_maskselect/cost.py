@@ -21,11 +21,11 @@ from transformers import (
 )
 
 from .best_fit import FitErrors
-from .checkpoint import named_class
 from .config import PruningConfig
 from .level_search import Candidate
 from .masking.scores import CRITERIA
 from .masking.targets import prunable_weights, transposed_weights
+from .named_model import named_class
 from .permutation import couplings_of
 from .planning import rewound_rate
 from .pool import statistics_needed
@@ -151,9 +151,7 @@ def workload(config: PruningConfig, path: str | Path, train_rows: int) -> Worklo
     if config.permute_channels:
         couplings_of(model, config.mask_pattern, weights)
     parameters, prunable = model.base_model.num_parameters(), sum(weight.numel() for weight in weights.values())
-    return Workload(
-        config, parameters, prunable, train_rows, teaches=config.selection_metric in ("teacher", "eval_teacher")
-    )
+    return Workload(config, parameters, prunable, train_rows, teaches=config.selection_metric == "teacher")
 
 
 def _trained(told: PretrainedConfig) -> PreTrainedModel:

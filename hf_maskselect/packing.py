@@ -24,14 +24,11 @@ from .checkpoint import (
     check_weights,
     check_zeros,
     config_digest,
-    load_strictly,
-    model_class,
-    pruned_modules_of,
     saved_tensors,
-    skeleton,
 )
 from .files import bytes_of, replacing, write_safetensors
 from .masking.maskset import MaskSet, pack_bits, packed_digest, unpack_bits
+from .named_model import load_strictly, model_class, pruned_modules_of, skeleton
 from .packed_file import DENSE, PACKED_FILE, PackedFile, PackedWriter
 
 # What makes a model folder besides its weights; not what a checkpoint keeps for the trainer.

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .checkpoint import PruningState, saved_tensors, skeleton
+from .checkpoint import PruningState, saved_tensors
 from .masking.targets import prunable_weights
+from .named_model import skeleton
 
 
 @dataclass(frozen=True)

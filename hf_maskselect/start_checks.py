@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import is_peft_available
 
-from .checkpoint import pruned_modules_of
 from .checks import SELECTION_LOSSES
 from .config import PruningConfig
 from .masking.maskset import MaskSet
 from .masking.patterns import NM, Channel, Unstructured
 from .masking.schedule import LevelPlan
 from .masking.scores import Criterion, ScoreFn
+from .named_model import pruned_modules_of
 from .pool import candidate_pool
 
 
@@ -42,7 +42,7 @@ def check_setting(args: PruningConfig, score_fn: ScoreFn | None, compute_metrics
             f"score_fn has no meaning with method={args.method!r}: use method='random' (num_candidates=1 for one mask)"
         )
     metric = args.selection_metric
-    by_metric = metric is not None and metric.removeprefix("eval_") not in SELECTION_LOSSES
+    by_metric = metric is not None and metric not in SELECTION_LOSSES
     if args.needs_selection_split and by_metric and compute_metrics is None:
         raise ValueError(f"selection_metric={metric!r} needs compute_metrics: pass it, or choose 'loss'")
     if args.needs_selection_split and by_metric and (args.batch_eval_metrics or args.include_for_metrics):

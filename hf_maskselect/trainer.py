@@ -122,13 +122,12 @@ class PruningTrainer(PrunedCheckpoints):
         wants = set() if self._distiller is None else set(self._distiller.teacher_arguments)
         self._teacher_only = {"token_type_ids"} & (wants - takes)
         soft_labels = self._distiller is not None and args.distill_logits > 0 and not self._distiller.is_regression
-        metric = (args.selection_metric or "").removeprefix("eval_")
-        if metric == "teacher" and not soft_labels:
+        if args.selection_metric == "teacher" and not soft_labels:
             raise ValueError(
                 "selection_metric='teacher' needs a teacher of a classification task and distill_logits > 0: "
                 "choose 'loss'"
             )
-        self.selection_metric = metric or ("teacher" if soft_labels else "loss")
+        self.selection_metric = args.selection_metric or ("teacher" if soft_labels else "loss")
         self.selection_dataset = selection_dataset
         self._plan: LevelPlan | None = None
         self._start = 0.0  # sparsity of the model the run began with
@@ -203,7 +202,7 @@ class PruningTrainer(PrunedCheckpoints):
 
     @property
     def peak_rate(self) -> float:
-        """Learning rate of the run before its schedule; of a given optimizer that of its first group."""
+        """Learning rate of the run before its schedule; of a given optimizer the first above 0."""
         made = self._given_optimizer is None and self.optimizer_cls_and_kwargs is None
         if made or self.optimizer is None:
             return self.args.learning_rate
@@ -230,8 +229,8 @@ class PruningTrainer(PrunedCheckpoints):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         args = self.args
-        check_batches(args)
         args.check_again()  # it may have been changed after this trainer was made
+        check_batches(args)
         self._method.attach(self.model)  # FSDP has put other parameters in the place of those it found
         masks = None if self._resumed else self._method.masks
         self._start = self._start if masks is None else masks.sparsity()

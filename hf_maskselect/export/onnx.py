@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..checkpoint import PruningState, check_unpacked, load_strictly, model_class
+from ..checkpoint import PruningState, check_unpacked
 from ..masking.targets import prunable_weights
+from ..named_model import load_strictly, model_class
 from ..packing import check_output, copy_companions, find_folder
 
 ONNX_FILE = "model.onnx"

@@ -23,10 +23,11 @@ from torch.sparse import (
 from transformers import PreTrainedModel
 
 from ..card import without_section
-from ..checkpoint import PruningState, config_digest, load_strictly, model_class, saved_tensors, skeleton
+from ..checkpoint import PruningState, config_digest, saved_tensors
 from ..files import read_json, write_json
 from ..masking.semi_structured import check_groups, compress, layout_of
 from ..masking.targets import prunable_weights, transposed_weights
+from ..named_model import load_strictly, model_class, skeleton
 from ..packed_file import PackedFile, PackedWriter
 from ..packing import check_output, copy_companions, find_folder, open_packed
 
