@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -191,6 +191,16 @@ def shard_names(path: Path) -> list[str]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as an index of weights ({error}); restore the file") from error
     return names
+
+
+def check_present(folder: str | os.PathLike, prunable: Set[str], saved: Iterable[str]) -> None:
+    """Raise a ValueError unless all prunable weights are among the names of those saved in `folder`."""
+    if missing := prunable - set(saved):
+        raise ValueError(
+            f"{folder}: {min(missing)} is prunable but not saved: its weights are of another model, or under the "
+            "names of older files; for those, load it with from_pretrained and save it again with "
+            "save_pretrained(..., save_original_format=False)"
+        )
 
 
 def check_weights(folder: str | os.PathLike, masks: MaskSet) -> str:

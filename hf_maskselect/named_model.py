@@ -1,9 +1,12 @@
-"""What a configuration tells of a saved model: its class, the modules it was pruned in, and the model itself."""
+"""What a configuration tells of a saved model: its class, the modules it was pruned in, and the model itself, whose
+weights are found by their names."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -97,3 +100,20 @@ def load_strictly(
                 "weights are of another model"
             )
     return model
+
+
+@contextlib.contextmanager
+def own_names(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, `model.save_pretrained` keeps the names that the weights have in memory.
+
+    transformers writes some models (NomicBERT, GTE, ViT) under the names of older files instead. By those neither a
+    mask nor `Trainer`, when it resumes or loads its best model, finds a weight again; `from_pretrained` reads both.
+    """
+    if not isinstance(model, PreTrainedModel):
+        yield
+        return
+    model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+    try:
+        yield
+    finally:
+        del model.save_pretrained

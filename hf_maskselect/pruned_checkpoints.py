@@ -16,6 +16,7 @@ from .level_best import LevelBest
 from .masking.dtensors import class_name, exchange, part, whole
 from .masking.targets import prunable_weights
 from .methods.hard import HardMasks
+from .named_model import own_names
 from .packing import pack
 from .selection import MaskSearch
 
@@ -81,7 +82,7 @@ class PrunedCheckpoints(HubTrainer):
             baked = {name: whole(tensor) for name, tensor in (self._method.baked_state_dict() or {}).items()}
             state_dict |= {name: tensor.to(state_dict[name]) for name, tensor in baked.items() if name in state_dict}
         with self._whole(self.args.output_dir if output_dir is None else output_dir) as folder:
-            with self._baked():
+            with self._baked(), own_names(self.model):
                 super()._save(folder, state_dict)
             if self.args.should_save:
                 self._while_writing(folder, lambda: state.sealed(folder).save(folder, extra))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .checkpoint import PruningState, saved_tensors
+from .checkpoint import PruningState, check_present, saved_tensors
 from .masking.targets import prunable_weights
 from .named_model import skeleton
 
@@ -84,10 +84,7 @@ def sparsity_report(
     else:
         prunable = set(prunable_weights(skeleton(model_or_path), target_modules, exclude_modules))
     tensors = tuple(_count(name, t, name in prunable) for name, t in saved_tensors(model_or_path))
-    if missing := prunable - {t.name for t in tensors}:
-        raise ValueError(
-            f"{model_or_path}: {sorted(missing)[0]} is prunable but not saved; its weights are of another model"
-        )
+    check_present(model_or_path, prunable, (tensor.name for tensor in tensors))
     return SparsityReport(tensors)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import is_peft_available
 
 from .checks import SELECTION_LOSSES
@@ -64,24 +63,13 @@ def check_proposals(args: PruningConfig, criteria: Mapping[str, Criterion]) -> N
             )
 
 
-def check_names(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """What could not be found again, by its name, in a file of the model."""
-    saved = {name: t.to("meta") for name, t in model.state_dict().items() if isinstance(t, Tensor)}
-    if isinstance(model, PreTrainedModel):
-        saved = revert_weight_conversion(model, saved)
-    lost = weights.keys() - saved.keys()
+def check_parameters(weights: Mapping[str, Tensor]) -> None:
+    """What a mask has no hold on, though a module of the model multiplies by it."""
     for name, weight in weights.items():
-        remedy = f"leave it dense with exclude_modules=[{name.removesuffix('.weight')!r}]"
         if not isinstance(weight, nn.Parameter):
             raise ValueError(
                 f"{name} is no parameter but computed from others, so zeros in it do not last: remove its "
-                f"parametrization, or {remedy}"
-            )
-        if name in lost:
-            raise ValueError(
-                f"{name} of {type(model).__name__}, one of {len(lost)} of its {len(weights)} prunable weights, would "
-                "be saved under another name, where its mask would not be found: "
-                + ("such models are not supported" if len(lost) == len(weights) else remedy)
+                f"parametrization, or leave it dense with exclude_modules=[{name.removesuffix('.weight')!r}]"
             )
 
 

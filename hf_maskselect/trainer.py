@@ -45,8 +45,8 @@ from .start_checks import (
     check_adapter,
     check_batches,
     check_modules,
-    check_names,
     check_packs,
+    check_parameters,
     check_proposals,
     check_setting,
     check_shapes,
@@ -110,7 +110,7 @@ class PruningTrainer(PrunedCheckpoints):
         # accumulation steps and by the ranks (transformers#47688).
         self.model_accepts_loss_kwargs = False
         weights = self._find_weights(self.model)
-        check_names(self.model, weights)
+        check_parameters(weights)
         check_shapes(args, weights, transposed_weights(self.model))
         if args.permute_channels:
             couplings_of(self.model, args.mask_pattern, weights)

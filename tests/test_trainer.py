@@ -728,7 +728,7 @@ def test_tied_matrices_have_the_name_that_they_are_saved_by(tmp_path, changes):
     assert same(weights_of(model), weights_of(resumed.model))
 
 
-def test_what_has_no_name_in_the_file_is_refused_before_training(tmp_path):
+def test_a_weight_that_is_computed_is_refused_before_training(tmp_path):
     model = make()
     torch.nn.utils.parametrizations.weight_norm(model.bert.encoder.layer[0].attention.self.query)
     with pytest.raises(ValueError, match=f"{FIRST} is no parameter but computed.*parametrization.*exclude_modules"):
@@ -736,12 +736,3 @@ def test_what_has_no_name_in_the_file_is_refused_before_training(tmp_path):
     trainer = make_trainer(tmp_path, model, exclude_modules=[FIRST.removesuffix(".weight")])
     trainer.train()
     trainer.save_model()
-
-
-def test_what_is_saved_under_another_name_is_refused_before_training(tmp_path):
-    from transformers.core_model_loading import WeightRenaming
-
-    model = make()
-    model._weight_conversions = [WeightRenaming(r"\.self\.wq\.", ".self.query.")]  # as a file of others may have it
-    with pytest.raises(ValueError, match=f"{FIRST} of .* one of .* would be saved under another name"):
-        make_trainer(tmp_path, model)

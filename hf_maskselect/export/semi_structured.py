@@ -23,7 +23,7 @@ from torch.sparse import (
 from transformers import PreTrainedModel
 
 from ..card import without_section
-from ..checkpoint import PruningState, config_digest, saved_tensors
+from ..checkpoint import PruningState, check_present, config_digest, saved_tensors
 from ..files import read_json, write_json
 from ..masking.semi_structured import check_groups, compress, layout_of
 from ..masking.targets import prunable_weights, transposed_weights
@@ -129,7 +129,7 @@ def export_semi_structured(
                 "with: use torch.sparse.to_sparse_semi_structured on its weights"
             )
         with tempfile.TemporaryDirectory() as folder:
-            model_or_path.save_pretrained(folder)
+            model_or_path.save_pretrained(folder, save_original_format=False)
             return export_semi_structured(folder, output, dtype, exclude_modules)
     folder, output = find_folder(model_or_path), Path(output)
     check_output(folder, output)
@@ -139,6 +139,7 @@ def export_semi_structured(
     chosen, excluded = _choose(folder, None if state is None else state.masks.keys(), exclude_modules)
     wide = EXPORT_DTYPES[dtype]
     stored = torch.int8 if dtype == "int8" else wide
+    check_present(folder, chosen, (name for name, _ in saved_tensors(folder)))
     sparse, dense = [], []
     for name, tensor in saved_tensors(folder):
         if wide == torch.float16 and bool((tensor.to(wide).isinf() & ~tensor.isinf()).any()):
