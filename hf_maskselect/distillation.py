@@ -362,6 +362,8 @@ def _check_fit(
             "such as copy.deepcopy(model)."
         )
     t, s = teacher.config, student.config
+    if not s.return_dict:
+        raise ValueError("The student returns tuples, in which nothing has a name: set config.return_dict=True.")
     if logits > 0:
         _check_task(teacher, student)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -109,11 +110,20 @@ def own_names(model: torch.nn.Module) -> Iterator[None]:
     transformers writes some models (NomicBERT, GTE, ViT) under the names of older files instead. By those neither a
     mask nor `Trainer`, when it resumes or loads its best model, finds a weight again; `from_pretrained` reads both.
     """
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel) or not _takes_names(model.save_pretrained):
         yield
         return
+    given = vars(model).get("save_pretrained")  # of this one model, which a user has set
     model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
     try:
         yield
     finally:
         del model.save_pretrained
+        if given is not None:
+            model.save_pretrained = given
+
+
+def _takes_names(save: Callable) -> bool:
+    """Whether it can be told which names to save under; a user's own class may save as it is named in any case."""
+    takes = inspect.signature(save).parameters
+    return "save_original_format" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())

@@ -363,9 +363,12 @@ class MaskSearch:
             temporary.write_text(json.dumps([asdict(search) for search in self.history], indent=1))
 
     def clean(self, anew: bool) -> None:
-        """Remove the masks that a killed run left waiting, and the tables of an earlier run where a new one begins."""
+        """Remove the masks that a killed run left waiting, and the tables of an earlier trainer where a new run
+        begins."""
         if anew:
             (Path(self._config.output_dir) / SEARCH_FILE).unlink(missing_ok=True)
+        if self.history:  # the same model is trained once more
+            self.write()
         for folder in Path(self._config.output_dir).glob(f"{_FOLDER}*"):
             if folder.is_dir():
                 shutil.rmtree(folder)

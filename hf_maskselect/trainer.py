@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
 import warnings
@@ -42,15 +41,20 @@ from .ranks import Ranks
 from .selection import MaskSearch
 from .split import selection_rows
 from .start_checks import (
+    SPLIT,
+    assembling,
     check_adapter,
     check_batches,
     check_modules,
     check_packs,
     check_parameters,
     check_proposals,
+    check_rows,
     check_setting,
+    check_settings,
     check_shapes,
     check_start,
+    settings,
 )
 from .trials import TrialBench
 
@@ -73,6 +77,8 @@ class PruningTrainer(PrunedCheckpoints):
     Raises:
         ValueError: something does not fit together (checked here, before training starts).
     """
+
+    loss_is_scaled_for_ga: bool | None = None  # as `Trainer` has it since transformers 5.2x
 
     def __init__(
         self,
@@ -98,6 +104,7 @@ class PruningTrainer(PrunedCheckpoints):
         check_packs(args, model)
         check_batches(args)
         check_setting(args, score_fn, kwargs.get("compute_metrics"))
+        self._split = settings(args, () if selection_dataset is not None else SPLIT)
         train_dataset, selection_dataset = selection_rows(args, train_dataset, selection_dataset)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         check_engine(args, self, score_fn)
@@ -106,9 +113,10 @@ class PruningTrainer(PrunedCheckpoints):
         self._given_optimizer = self.optimizer
         if self._given_optimizer is not None and args.searches and not args.compares_fitted:
             check_renewable(self._given_optimizer, self.lr_scheduler)
-        # BERT-family heads take **kwargs but ignore num_items_in_batch: believing them would scale the loss by the
-        # accumulation steps and by the ranks (transformers#47688).
-        self.model_accepts_loss_kwargs = False
+        if self.loss_is_scaled_for_ga is None:  # else a subclass says it of its own loss
+            # BERT-family heads take **kwargs but ignore num_items_in_batch: believing them would scale the loss by the
+            # accumulation steps and by the ranks (transformers#47688).
+            self.model_accepts_loss_kwargs = False
         weights = self._find_weights(self.model)
         check_parameters(weights)
         check_shapes(args, weights, transposed_weights(self.model))
@@ -116,6 +124,22 @@ class PruningTrainer(PrunedCheckpoints):
             couplings_of(self.model, args.mask_pattern, weights)
         if teacher is not None and self.compute_loss_func is not None:
             raise ValueError("compute_loss_func and a teacher do not go together: its loss is scaled in another way")
+        self.selection_dataset = selection_dataset
+        self._criteria = (
+            CRITERIA if score_fn is None else {**CRITERIA, "score_fn": Criterion(score_fn, ("square", "product"), 5.0)}
+        )
+        check_proposals(args, self._criteria)
+        self._ranks = Ranks()
+        self._assemble(teacher)
+        self.add_callback(_StepEvents(self))
+        if args.enable_jit_checkpoint:
+            self.add_callback(CheckpointTogether(self.pop_callback(JITCheckpointCallback), self._ranks))
+
+    # -- setting up --------------------------------------------------------------------------------------------------
+
+    def _assemble(self, teacher: PreTrainedModel | str | os.PathLike | None) -> None:
+        """Make what a run consists of, by the arguments as they are now."""
+        args = self.args
         self._distiller = None if teacher is None else make_distiller(teacher, self.model, args)
         # A BERT teacher of a DistilBERT student: the pair's segment ids must reach the one and not the other.
         takes = set(inspect.signature(self.model.forward).parameters)
@@ -128,25 +152,20 @@ class PruningTrainer(PrunedCheckpoints):
                 "choose 'loss'"
             )
         self.selection_metric = args.selection_metric or ("teacher" if soft_labels else "loss")
-        self.selection_dataset = selection_dataset
         self._plan: LevelPlan | None = None
         self._start = 0.0  # sparsity of the model the run began with
         self._resumed = False  # whether that is known from a checkpoint
         self._method = self.make_method()
-        self._bench = TrialBench(self, self._method, selection_dataset)
-        criteria = (
-            CRITERIA if score_fn is None else {**CRITERIA, "score_fn": Criterion(score_fn, ("square", "product"), 5.0)}
-        )
-        self._ranks = Ranks()
+        self._bench = TrialBench(self, self._method, self.selection_dataset)
         told = Journal(args.output_dir), self._ranks, not self._speaks
-        self._search = MaskSearch(args, self._bench, self._method, criteria, *told)
-        check_proposals(args, criteria)
+        self._search = MaskSearch(args, self._bench, self._method, self._criteria, *told)
         self._level_best = LevelBest(args.output_dir) if args.level_eval_steps else None
-        self.add_callback(_StepEvents(self))
-        if args.enable_jit_checkpoint:
-            self.add_callback(CheckpointTogether(self.pop_callback(JITCheckpointCallback), self._ranks))
+        self._made_by = settings(args, assembling(args))
 
-    # -- setting up --------------------------------------------------------------------------------------------------
+    def _hp_search_setup(self, trial) -> None:
+        super()._hp_search_setup(trial)
+        if self.model_init is not None:  # a run of another model, by what a hyper-parameter search has set for it
+            self._assemble(self.teacher)
 
     def make_method(self) -> HardMasks:
         """The method that keeps the masks in force; override it to train under another one."""
@@ -155,7 +174,10 @@ class PruningTrainer(PrunedCheckpoints):
         if args.method == "pdp":
             return Pdp(*common, self.log, pattern, args.sparsity, args.pdp_tau, args.keep_zeros)
         if args.method == "gumbel":
-            seed_of = functools.partial(key_seed, args.seed, "gumbel")
+
+            def seed_of(*keys: object) -> int:
+                return key_seed(args.seed, "gumbel", *keys)
+
             return Gumbel(*common, self.log, pattern, args.sparsity, args.gumbel_options, seed_of, args.keep_zeros)
         return HardMasks(*common, args.keep_zeros)
 
@@ -180,8 +202,6 @@ class PruningTrainer(PrunedCheckpoints):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.args.permute_channels and not self._resumed:
             self._permute()
-        if self._distiller is not None and self.model_init is not None:
-            self._distiller.bind(self.model)
         self._method.attach(self.model)
         optimizer = super().create_optimizer(model)
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -230,7 +250,9 @@ class PruningTrainer(PrunedCheckpoints):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         args = self.args
         args.check_again()  # it may have been changed after this trainer was made
+        check_settings(args, {**self._made_by, **self._split})
         check_batches(args)
+        check_rows(args, self.train_dataset, self.selection_dataset)
         self._method.attach(self.model)  # FSDP has put other parameters in the place of those it found
         masks = None if self._resumed else self._method.masks
         self._start = self._start if masks is None else masks.sparsity()
@@ -285,7 +307,8 @@ class PruningTrainer(PrunedCheckpoints):
         """What a trial is scored by on one batch, with the model in eval mode: mean over rows, lower is better.
         Without soft labels it is the label loss."""
         if soft_labels is None:
-            return self.compute_loss(self.model, inputs)
+            items = self._get_num_items_in_batch([inputs], self.args.device)
+            return self.compute_loss(self.model, inputs, num_items_in_batch=items)
         with self.accelerator.autocast():
             return self._distiller.disagreement(inputs, self.model(**self.own_inputs(inputs)), soft_labels)
 

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import inspect
-import json
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, Trainer, get_scheduler, set_seed
 from transformers.trainer_pt_utils import find_batch_size, nested_concat, nested_numpify
 from transformers.utils import is_datasets_available
 
 from .checks import SELECTION_LOSSES
-from .files import bytes_of
+from .fingerprint import digest_of, plain_batch, relevant
 from .masking.maskset import MaskSet
 from .masking.scores import GradientStats
 from .methods.hard import HardMasks
@@ -34,15 +33,6 @@ TRIAL_WARMUP = 0.1
 REFIT_COST = 2  # rows of training that one row of a refit takes as long as
 MOST_POSITIONS = 1 << 14  # tokens of a refit, padding too, all of which pass the model at once, twice
 MOST_SOFT_LABELS = 1 << 24  # numbers of the teacher that are kept to score with
-# What says where a run writes, what it resumes from and how far it got, and nothing about what it computes.
-_ANY = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "hub_token", "push_to_hub_token")
-_ANY += ("ddp_timeout", "enable_jit_checkpoint", "save_strategy", "save_steps", "save_total_limit", "disable_tqdm")
-_ANY += ("local_rank", "pruning", "_name_or_path", "transformers_version")
-_ANY += (
-    "architectures",
-    "dtype",
-    "problem_type",
-)  # written into a model's configuration by its first save and forward
 
 
 @dataclass(frozen=True)
@@ -80,14 +70,12 @@ def _deterministic(device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def _text(value) -> str:
-    """A value that JSON does not know, with all its digits."""
-    return str(value.tolist()) if isinstance(value, np.ndarray) else str(value)
-
-
-def _copy_of(collator: Callable) -> Callable:
+def _copy_of(collator: Callable, model: nn.Module) -> Callable:
+    """A deep copy, but for the model that a collator may hold to make a decoder's inputs with (or any other)."""
+    held = vars(collator).values() if is_dataclass(collator) else ()
+    shared = [model, *(value for value in held if isinstance(value, nn.Module))]
     try:
-        return copy.deepcopy(collator)
+        return copy.deepcopy(collator, {id(module): module for module in shared})
     except Exception as error:  # of whatever kind what cannot be copied raises
         raise ValueError(
             f"the data collator, a {type(collator).__name__}, cannot be copied ({error}), but trials, gradient "
@@ -113,8 +101,9 @@ class TrialBench:
         args = trainer.args
         borrows = args.needs_selection_split or args.criterion != "magnitude" or args.refit_rows
         # The selection split must look the same whenever it is scored: a collator may draw.
-        self._collator = _copy_of(trainer.data_collator) if borrows else None
+        self._collator = _copy_of(trainer.data_collator, trainer.model) if borrows else None
         self._soft_labels: list[torch.Tensor] = []  # of the batches of the selection split
+        self._taught_rows = 0  # of each of these
         self.fit: Refit | None = None  # of the last trial, if it began with one
         self._keeps_soft_labels = True
 
@@ -162,7 +151,7 @@ class TrialBench:
     def fingerprint(self, level: int) -> str:
         """SHA-256 of all that the scores of a search depend on: weights, teacher, arguments, sizes of the data."""
         trainer = self._trainer
-        told = {k: v for k, v in trainer.args.to_dict().items() if k not in _ANY}
+        told = relevant(trainer.args.to_dict())
         told |= {"level": level, "metric": trainer.selection_metric}
         told |= {"rows": [len(trainer.train_dataset), len(self._selection)]}
         told |= {"step": [trainer._train_batch_size, self.rows_per_step()]}
@@ -173,18 +162,13 @@ class TrialBench:
             plain = {k: v for k, v in given.items() if isinstance(v, int | float | str | tuple)}  # an address changes
             told["optimizer"] = [made.__qualname__, plain]
         if isinstance(trainer.model, PreTrainedModel):
-            told["model"] = {k: v for k, v in trainer.model.config.to_dict().items() if k not in _ANY}
+            told["model"] = relevant(trainer.model.config.to_dict())
         with self.random_state():  # what the data look like when the model gets them
             for dataset in (trainer.train_dataset, self._selection):
                 spread = range(0, len(dataset), max(1, len(dataset) // 32))
                 some = self._loader(dataset, 4, spread)
-                told[f"batch of {len(told)}"] = [nested_numpify(batch) for batch in some]
-        sha = hashlib.sha256(json.dumps(told, sort_keys=True, default=_text).encode())
-        for model in (trainer.model, trainer.teacher):
-            for name, tensor in () if model is None else model.state_dict().items():
-                sha.update(name.encode())
-                sha.update(bytes_of(tensor))
-        return sha.hexdigest()
+                told[f"batch of {len(told)}"] = [plain_batch(batch) for batch in some]
+        return digest_of(told, [model for model in (trainer.model, trainer.teacher) if model is not None])
 
     @contextlib.contextmanager
     def random_state(self) -> Iterator[None]:
@@ -199,6 +183,22 @@ class TrialBench:
                 np.random.set_state(numpy_state)
                 self._trainer.model.train(training)
 
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Inside, labels are counted on this device only: others do not join in what it runs alone."""
+        args, before = self._trainer.args, self._trainer.args.average_tokens_across_devices
+        args.average_tokens_across_devices = False
+        try:
+            yield
+        finally:
+            args.average_tokens_across_devices = before
+
+    @property
+    def _scaled(self) -> bool:
+        """Whether losses of micro-batches are shares of a step's loss already, as `Trainer.training_step` tells."""
+        told = self._trainer.loss_is_scaled_for_ga
+        return self._trainer.compute_loss_func is not None if told is None else told
+
     def gradient_stats(self, needs: set[str], level: int) -> GradientStats:
         """Statistics of the label loss over `criterion_batches` small train batches, dropout off.
 
@@ -210,13 +210,21 @@ class TrialBench:
         available = len(trainer.train_dataset)
         indices = torch.cat([torch.randperm(available, generator=order) for _ in range(-(-rows // available))])[:rows]
         stats = GradientStats(trainer.model, self._method.weights, needs)
-        with self.random_state(), _deterministic(trainer.args.device), stats:
+        with self.random_state(), self._alone(), _deterministic(trainer.args.device), stats:
             set_seed(key_seed(args.seed, "gradients", level) % 2**32)  # for a collator that draws
             trainer.model.eval()
             for inputs in self._loader(trainer.train_dataset, args.criterion_batch_size, indices.tolist()):
                 with trainer.compute_loss_context_manager():
-                    stats.sample(trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs)))
+                    stats.sample(self._loss(inputs, self._items([inputs])))
         return stats
+
+    def _items(self, micro_batches: Sequence[dict]) -> torch.Tensor | int | None:
+        """Labels of one step; None where the loss does not ask for their number, as `Trainer` counts them."""
+        return self._trainer._get_num_items_in_batch(micro_batches, self.device)
+
+    def _loss(self, inputs: dict, items: torch.Tensor | int | None) -> torch.Tensor:
+        trainer = self._trainer
+        return trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs), num_items_in_batch=items)
 
     def refit(self, before: Mapping[str, torch.Tensor], level: int) -> Refit:
         """Fit what the masks in force have left to what it computed with the weights `before`, by name."""
@@ -298,10 +306,12 @@ class TrialBench:
         marks, scores = trial.marks, []
         for done, micro_batches in enumerate(self._train_batches(steps), start=1):
             trainer.model.train()
-            for inputs in micro_batches:
-                with trainer.compute_loss_context_manager():
-                    loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs))
-                (loss / len(micro_batches)).backward()
+            with self._alone():
+                items = self._items(micro_batches)
+                for inputs in micro_batches:
+                    with trainer.compute_loss_context_manager():
+                        loss = self._loss(inputs, items)
+                    (loss if self._scaled else loss / len(micro_batches)).backward()
             method.before_clipping()
             if args.max_grad_norm > 0:
                 torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -321,7 +331,10 @@ class TrialBench:
         trainer, args = self._trainer, self._trainer.args
         by_loss = trainer.selection_metric in SELECTION_LOSSES
         total, rows, logits, labels = 0.0, 0, None, None
-        with self.random_state():
+        if self._taught_rows != args.per_device_eval_batch_size:
+            self._soft_labels.clear()
+            self._taught_rows = args.per_device_eval_batch_size
+        with self.random_state(), self._alone():
             set_seed(key_seed(args.seed, "score") % 2**32)
             trainer.model.eval()
             loader = self._loader(self._selection, args.per_device_eval_batch_size, collator=self._collator)
@@ -425,7 +438,7 @@ class TrialBench:
         """Not prepared by accelerate, which would shard it; its own generator keeps the global one still, and its own
         copy of the collator that of a collator which draws (masked language modelling with a seed)."""
         trainer = self._trainer
-        collate = _copy_of(trainer.data_collator if collator is None else collator)
+        collate = _copy_of(trainer.data_collator if collator is None else collator, trainer.model)
         if is_datasets_available():
             import datasets
 

@@ -1,0 +1,272 @@
+"""What people use of `Trainer` besides its defaults: own losses, odd batches, several runs, changed arguments."""
+
+import copy
+import functools
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from test_continue import METHODS
+from tiny import losses, make, make_config, make_rows, make_trainer, same, weights_of
+from tokenizers import Tokenizer, models
+from torch.testing import assert_close
+from transformers import Trainer
+
+from hf_maskselect import PruningTrainer, verify
+from hf_maskselect.level_search import SEARCH_FILE
+
+SEARCHES = [
+    {"method": "random", "num_candidates": 3},
+    {"method": "random", "num_candidates": 3, "trial_steps": 2, "refit_rows": 0},
+]
+each_search = pytest.mark.parametrize("search", SEARCHES, ids=["as fitted", "trials"])
+
+
+def share_of_all(outputs, labels, num_items_in_batch):
+    """As `compute_loss_func` is documented: the labels of all micro-batches are counted together."""
+    return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+
+class ScaledLoss:
+    """As `loss_is_scaled_for_ga` is documented."""
+
+    loss_is_scaled_for_ga = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = share_of_all(outputs, inputs["labels"], num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+
+class ScaledPruning(ScaledLoss, PruningTrainer):
+    pass
+
+
+class ScaledPlain(ScaledLoss, Trainer):
+    pass
+
+
+def scores_of(trainer):
+    return [score for search in trainer._search.history for c in search.candidates for score in c.scores]
+
+
+# -- losses -----------------------------------------------------------------------------------------------------------
+
+
+@each_search
+@pytest.mark.parametrize("given", ["compute_loss_func", "loss_is_scaled_for_ga"])
+def test_a_loss_that_counts_the_labels_of_a_step_is_that_of_the_model(tmp_path, search, given):
+    # Plain gradient steps: neither Adam nor clipping would tell a loss from its double.
+    steps = {"optim": "sgd", "learning_rate": 0.02, "max_grad_norm": 0.0}
+    size = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_steps": 10}  # before rows run out
+    changes = {**size, **steps, **search}
+    plain = make_trainer(tmp_path / "plain", **changes)
+    plain.train()
+    own = {"keywords": {"compute_loss_func": share_of_all}} if given == "compute_loss_func" else {}
+    own = own or {"trainer": ScaledPruning}
+    counted = make_trainer(tmp_path / "counted", **own, **changes)
+    counted.train()
+    assert_close(scores_of(counted), scores_of(plain), rtol=1e-4, atol=1e-4)
+    assert_close(weights_of(counted.model), weights_of(plain.model), rtol=1e-3, atol=1e-3)
+    assert_close(losses(counted), losses(plain), rtol=1e-4, atol=1e-5)
+    assert counted.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-4)
+
+
+def test_a_loss_scaled_by_a_subclass_is_trained_as_trainer_trains_it(tmp_path):
+    dense = {"pruning_warmup_steps": 11, "num_levels": 1, "lr_rewind": False, "gradient_accumulation_steps": 2}
+    pruning = make_trainer(tmp_path / "pruning", trainer=ScaledPruning, **dense)
+    pruning.train()
+    plain = ScaledPlain(make(), make_config(tmp_path / "plain", **dense), train_dataset=make_rows())
+    plain.train()
+    assert losses(pruning)[:11] == losses(plain)[:11]
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------
+
+
+class OfTensors(PruningTrainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        return super().compute_loss(model, tensors, *args, **kwargs)
+
+
+@pytest.mark.parametrize("extra", [None, False, 8, ["text"] * 8, {"of": object()}], ids=lambda v: type(v).__name__)
+def test_a_batch_may_hold_what_is_no_tensor(tmp_path, extra):
+    def collate(rows):
+        return {**{name: torch.stack([row[name] for row in rows]) for name in rows[0]}, "extra": extra}
+
+    trainer = make_trainer(
+        tmp_path,
+        trainer=OfTensors,
+        keywords={"data_collator": collate},
+        remove_unused_columns=False,
+        **SEARCHES[1],
+    )
+    trainer.train()
+    assert trainer.pruning_state().masks.sparsity() == 0.75
+
+
+@pytest.mark.parametrize("wrap", [False, True], ids=["collator", "partial"])
+def test_the_model_that_a_collator_holds_is_never_copied(tmp_path, monkeypatch, wrap):
+    words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+    config = transformers.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)
+    model = transformers.T5ForConditionalGeneration(config)
+    collator = transformers.DataCollatorForSeq2Seq(tokenizer, model=model)
+    if wrap:
+        collator = functools.partial(lambda rows, holder, made=collator: made(rows), holder=model)
+    ids = [row["input_ids"] for row in make_rows()]
+    rows = [{"input_ids": i.tolist(), "attention_mask": [1] * 8, "labels": i.flip(0)[:5].tolist()} for i in ids]
+    keywords = {"processing_class": tokenizer, "train_dataset": rows, "data_collator": collator}
+
+    def refuse(self, memo):
+        raise AssertionError("a parameter is copied")
+
+    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", refuse)
+    make_trainer(tmp_path, model, keywords=keywords, **SEARCHES[0]).train()
+
+
+def test_an_own_dataloader_does_not_replace_the_rows_of_a_search(tmp_path):
+    class Own(PruningTrainer):
+        def get_train_dataloader(self):
+            return torch.utils.data.DataLoader(make_rows(), batch_size=8)
+
+    keywords = {"train_dataset": None}
+    with pytest.raises(ValueError, match="there is no train_dataset, and trials.*method='magnitude'"):
+        make_trainer(tmp_path, trainer=Own, keywords=keywords, **SEARCHES[0]).train()
+    make_trainer(tmp_path, trainer=Own, keywords=keywords).train()
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_run_of_a_model_init_begins_anew(tmp_path):
+    keywords = {"model_init": lambda: make()}
+    trainer = make_trainer(tmp_path, keywords=keywords, trainer=fresh, **SEARCHES[0])
+    runs = []
+    for _ in range(2):
+        trainer.train()
+        found = trainer.search_summary()
+        runs.append((weights_of(trainer.model), found["search_step_equivalents"], found["search_cost_ratio"]))
+        assert len(json.loads((tmp_path / SEARCH_FILE).read_text())) == len(trainer._search.history) == 2
+    assert same(runs[0][0], runs[1][0]) and runs[0][1:] == runs[1][1:]
+
+
+def fresh(model, config, **keywords):
+    """A trainer that makes its model itself."""
+    return PruningTrainer(None, config, **keywords)
+
+
+def test_a_second_run_of_one_model_keeps_the_table_of_its_searches(tmp_path):
+    trainer = make_trainer(tmp_path, **SEARCHES[0])
+    trainer.train()
+    table = (tmp_path / SEARCH_FILE).read_text()
+    trainer.train()
+    assert (tmp_path / SEARCH_FILE).read_text() == table
+    make_trainer(tmp_path, method="magnitude").train()
+    assert len(json.loads((tmp_path / SEARCH_FILE).read_text())[0]["candidates"]) == 1
+
+
+# -- arguments that are set later -------------------------------------------------------------------------------------
+
+LATER = [
+    (METHODS[2], {"pdp_tau": 1.0}),
+    (METHODS[2], {"scope": "layer"}),
+    (METHODS[3], {"gumbel_learning_rate": 0.01}),
+    (METHODS[3], {"seed": 11}),
+    (METHODS[1], {"level_eval_steps": 2}),
+    (METHODS[1], {"distill_hidden": 0.0}),
+    (METHODS[1], {"selection_metric": "loss"}),
+]
+each_later = pytest.mark.parametrize(
+    ("method", "later"), LATER, ids=lambda fields: "-".join(map(str, fields.values()))
+)
+
+
+def set_later(trainer, later):
+    for name, value in later.items():
+        setattr(trainer.args, name, value)
+
+
+@each_later
+def test_what_is_set_later_counts_for_a_model_init(tmp_path, method, later):
+    keywords = {"model_init": lambda: make(), "teacher": make(seed=3)}
+    told = make_trainer(tmp_path / "told", keywords=keywords, trainer=fresh, **{**method, **later})
+    told.train()
+    asked = make_trainer(tmp_path / "asked", keywords=keywords, trainer=fresh, **method)
+    asked.train()
+    before = weights_of(asked.model)
+    set_later(asked, later)
+    asked.train()
+    assert "seed" in later or same(weights_of(asked.model), weights_of(told.model))  # the split is of the first seed
+    assert not same(weights_of(asked.model), before)
+
+
+@pytest.mark.parametrize(
+    ("method", "later", "names"),
+    [
+        *((method, later, list(later)) for method, later in LATER if "seed" not in later),
+        (METHODS[0], {"keep_zeros": False}, ["keep_zeros"]),
+        (METHODS[1], {"selection_fraction": 0.3}, ["selection_fraction"]),
+        (METHODS[1], {"max_selection_samples": 4}, ["max_selection_samples"]),
+    ],
+    ids=str,
+)
+def test_what_a_trainer_has_used_is_not_changed_in_silence(tmp_path, method, later, names):
+    trainer = make_trainer(tmp_path, **method)
+    set_later(trainer, later)
+    with pytest.raises(ValueError, match=f"{names[0]}=.* when the PruningTrainer was made.*make a new PruningTrainer"):
+        trainer.train()
+
+
+def test_rows_to_choose_on_are_asked_for_where_none_were_held_out(tmp_path):
+    trainer = make_trainer(tmp_path, method="random", num_candidates=1)
+    trainer.args.num_candidates = 3
+    with pytest.raises(ValueError, match="num_candidates=3 .* rows to choose on.*pass selection_dataset"):
+        trainer.train()
+    keywords = {"selection_dataset": make_rows(16, seed=5)}
+    trainer = make_trainer(tmp_path, method="random", num_candidates=1, keywords=keywords)
+    trainer.args.num_candidates, trainer.args.selection_fraction = 3, 0.5
+    trainer.train()
+    assert scores_of(trainer)
+
+
+def test_scores_follow_another_evaluation_batch_size(tmp_path):
+    trainer = make_trainer(tmp_path, keywords={"teacher": make(seed=3)}, **SEARCHES[0])
+    before = trainer._bench.score()
+    trainer.args.per_device_eval_batch_size = 3
+    assert trainer._bench.score() == pytest.approx(before, rel=1e-5)
+
+
+# -- saving -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_save_pretrained_of_the_users_own_is_called_and_kept(tmp_path):
+    model, folders = make(), []
+    saves = model.save_pretrained
+
+    def own(folder, **options):
+        folders.append(folder)
+        saves(folder, **options)
+
+    model.save_pretrained = own
+    trainer = make_trainer(tmp_path, model, save_strategy="steps", save_steps=6)
+    trainer.train()
+    trainer.save_model()
+    assert len(folders) == 3 and model.save_pretrained is own
+    verify(tmp_path)
+
+
+class Narrow(transformers.BertForSequenceClassification):
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None):
+        super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict)
+
+
+def test_a_class_may_save_with_fewer_options(tmp_path):
+    trainer = make_trainer(tmp_path, Narrow(copy.deepcopy(make().config)))
+    trainer.train()
+    trainer.save_model()
+    assert trainer.pruning_state().masks.sparsity() == 0.75
