@@ -24,6 +24,8 @@ METHODS = {
     "survivors": {**SEARCH, "selection": "survivors", "max_steps": 24},
     "refit": {**SEARCH, "refit_rows": 32},
     "fitted": {**SEARCH, "refit_rows": 32, "trial_steps": 0},
+    "own_loss": {**SEARCH, "own_loss": True},
+    "own_loss_by_metric": {**SEARCH, "own_loss": True, "selection_metric": "accuracy"},
 }
 METHODS["fitted_elsewhere"] = METHODS["fitted"] | {  # rank 1 tries the winner of both levels
     "num_candidates": 2,
