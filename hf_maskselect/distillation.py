@@ -80,7 +80,13 @@ class Distiller:
         self.logits, self.hidden, self.attention = logits, hidden, attention
         self.temperature, self.hard_label = temperature, hard_label
         self.teacher = teacher
-        self.bind(student)
+        self.layer_ratio = _check_fit(teacher, student, logits=logits, hidden=hidden, attention=attention)
+        # The config, not its problem type: the student's first forward with labels may still fill that in.
+        self._config = student.config
+        self._attention_of_teacher = teacher.config._attn_implementation
+        if attention > 0:
+            for model in (student, teacher):
+                model.set_attn_implementation("eager")
         teacher.eval().requires_grad_(False)
         self.teacher_arguments = _argument_names(teacher) - set(find_labels(type(teacher)))
         self.student_kwargs = {}
@@ -89,20 +95,10 @@ class Distiller:
         if attention > 0:
             self.student_kwargs["output_attentions"] = True
 
-    def bind(self, student: PreTrainedModel) -> None:
-        """From now on it is this student that learns: a `model_init` makes another one when training begins.
-
-        Raises:
-            ValueError: as the class does, for a teacher that does not fit it.
-        """
-        self.layer_ratio = _check_fit(
-            self.teacher, student, logits=self.logits, hidden=self.hidden, attention=self.attention
-        )
-        # The config, not its problem type: the student's first forward with labels may still fill that in.
-        self._config = student.config
+    def release(self) -> None:
+        """The teacher as it was given, but frozen: another student may want no attention maps of it."""
         if self.attention > 0:
-            for model in (student, self.teacher):
-                model.set_attn_implementation("eager")
+            self.teacher.set_attn_implementation(self._attention_of_teacher)
 
     def to(self, device: torch.device | str) -> None:
         """Moves the teacher to `device`."""
@@ -362,7 +358,7 @@ def _check_fit(
             "such as copy.deepcopy(model)."
         )
     t, s = teacher.config, student.config
-    if not s.return_dict:
+    if not s.return_dict and (logits > 0 or hidden > 0 or attention > 0):
         raise ValueError("The student returns tuples, in which nothing has a name: set config.return_dict=True.")
     if logits > 0:
         _check_task(teacher, student)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import transformers
 from torch import Tensor, nn
@@ -19,36 +18,10 @@ from .masking.scores import Criterion, ScoreFn
 from .named_model import pruned_modules_of
 from .pool import candidate_pool
 
-# Read when a trainer is made and not again: the split; and what a run is assembled from, again for every `model_init`.
-SPLIT = ("selection_fraction", "max_selection_samples")
-_ASSEMBLING = ("keep_zeros", "pdp_tau", "level_eval_steps", "selection", "selection_metric")
-_ASSEMBLING += ("distill_logits", "distill_hidden", "distill_attention", "distill_temperature", "hard_label_weight")
-_ASSEMBLING += tuple(name for name in PruningConfig.__dataclass_fields__ if name.startswith("gumbel_"))
 
-
-def assembling(args: PruningConfig) -> tuple[str, ...]:
-    """The fields that a run is assembled from."""
-    return (*_ASSEMBLING, "scope", "layer_floor") if args.soft else _ASSEMBLING
-
-
-def settings(args: PruningConfig, names: Sequence[str]) -> dict[str, object]:
-    """A copy of those fields."""
-    return {name: copy.copy(getattr(args, name)) for name in names}
-
-
-def check_settings(args: PruningConfig, before: Mapping[str, object]) -> None:
-    """Fields may be set after the trainer was made, but not those that it has used; before: what these were then."""
-    for name, then in before.items():
-        if getattr(args, name) != then:
-            raise ValueError(
-                f"{name}={getattr(args, name)!r} was {then!r} when the PruningTrainer was made, which has used it: "
-                f"make a new PruningTrainer with {name}={getattr(args, name)!r}"
-            )
-
-
-def check_rows(args: PruningConfig, train, selection) -> None:
-    """The rows that a search and a fit draw from must be there when a run begins."""
-    if train is None and (args.searches or args.criterion != "magnitude" or args.refit_rows):
+def check_rows(args: PruningConfig, train, selection, draws: bool) -> None:
+    """The rows that a run draws from must be there when it begins; draws: whether it is to make masks."""
+    if draws and train is None and (args.searches or args.criterion != "magnitude" or args.refit_rows):
         raise ValueError(
             "there is no train_dataset, and trials, gradient samples and refits draw their rows from it, whatever "
             "get_train_dataloader gives: pass it, or use method='magnitude' with refit_rows=0"
@@ -75,12 +48,16 @@ def check_batches(args: PruningConfig) -> None:
         )
 
 
-def check_setting(args: PruningConfig, score_fn: ScoreFn | None, compute_metrics) -> None:
-    """What the arguments of the trainer beside `args` do not go with."""
+def check_score_fn(args: PruningConfig, score_fn: ScoreFn | None) -> None:
+    """A user's scores are those of a random mask."""
     if score_fn is not None and args.method != "random":
         raise ValueError(
             f"score_fn has no meaning with method={args.method!r}: use method='random' (num_candidates=1 for one mask)"
         )
+
+
+def check_metric(args: PruningConfig, compute_metrics) -> None:
+    """What masks are chosen by must be there to be computed."""
     metric = args.selection_metric
     by_metric = metric is not None and metric not in SELECTION_LOSSES
     if args.needs_selection_split and by_metric and compute_metrics is None:

@@ -41,22 +41,20 @@ from .ranks import Ranks
 from .selection import MaskSearch
 from .split import selection_rows
 from .start_checks import (
-    SPLIT,
-    assembling,
     check_adapter,
     check_batches,
+    check_metric,
     check_modules,
     check_packs,
     check_parameters,
     check_proposals,
     check_rows,
-    check_setting,
-    check_settings,
+    check_score_fn,
     check_shapes,
     check_start,
-    settings,
 )
 from .trials import TrialBench
+from .used_fields import Used, check_used, run_fields, split_fields
 
 
 class PruningTrainer(PrunedCheckpoints):
@@ -103,8 +101,9 @@ class PruningTrainer(PrunedCheckpoints):
         check_devices(args)
         check_packs(args, model)
         check_batches(args)
-        check_setting(args, score_fn, kwargs.get("compute_metrics"))
-        self._split = settings(args, () if selection_dataset is not None else SPLIT)
+        check_score_fn(args, score_fn)
+        check_metric(args, kwargs.get("compute_metrics"))
+        self._split = split_fields(args, args.needs_selection_split and selection_dataset is None)
         train_dataset, selection_dataset = selection_rows(args, train_dataset, selection_dataset)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         check_engine(args, self, score_fn)
@@ -122,8 +121,9 @@ class PruningTrainer(PrunedCheckpoints):
         check_shapes(args, weights, transposed_weights(self.model))
         if args.permute_channels:
             couplings_of(self.model, args.mask_pattern, weights)
-        if teacher is not None and self.compute_loss_func is not None:
-            raise ValueError("compute_loss_func and a teacher do not go together: its loss is scaled in another way")
+        own = "compute_loss_func" if self.compute_loss_func is not None else "loss_is_scaled_for_ga=True"
+        if teacher is not None and (self.compute_loss_func is not None or self.loss_is_scaled_for_ga):
+            raise ValueError(f"{own} and a teacher do not go together: its loss is scaled in another way")
         self.selection_dataset = selection_dataset
         self._criteria = (
             CRITERIA if score_fn is None else {**CRITERIA, "score_fn": Criterion(score_fn, ("square", "product"), 5.0)}
@@ -145,13 +145,13 @@ class PruningTrainer(PrunedCheckpoints):
         takes = set(inspect.signature(self.model.forward).parameters)
         wants = set() if self._distiller is None else set(self._distiller.teacher_arguments)
         self._teacher_only = {"token_type_ids"} & (wants - takes)
-        soft_labels = self._distiller is not None and args.distill_logits > 0 and not self._distiller.is_regression
-        if args.selection_metric == "teacher" and not soft_labels:
+        self.selection_metric = self._metric()
+        regression = self._distiller is None or self._distiller.is_regression
+        if self.selection_metric == "teacher" and (regression or not args.distill_logits > 0):
             raise ValueError(
                 "selection_metric='teacher' needs a teacher of a classification task and distill_logits > 0: "
                 "choose 'loss'"
             )
-        self.selection_metric = args.selection_metric or ("teacher" if soft_labels else "loss")
         self._plan: LevelPlan | None = None
         self._start = 0.0  # sparsity of the model the run began with
         self._resumed = False  # whether that is known from a checkpoint
@@ -160,11 +160,23 @@ class PruningTrainer(PrunedCheckpoints):
         told = Journal(args.output_dir), self._ranks, not self._speaks
         self._search = MaskSearch(args, self._bench, self._method, self._criteria, *told)
         self._level_best = LevelBest(args.output_dir) if args.level_eval_steps else None
-        self._made_by = settings(args, assembling(args))
+        self._made_by = self._fields()
+
+    def _metric(self) -> str:
+        """What masks are chosen by."""
+        taught = self._distiller is not None and not self._distiller.is_regression
+        return self.args.selection_metric or ("teacher" if taught and self.args.distill_logits > 0 else "loss")
+
+    def _fields(self) -> Used:
+        return {**run_fields(self.args, self._distiller is not None, self._metric()), **self._split}
 
     def _hp_search_setup(self, trial) -> None:
         super()._hp_search_setup(trial)
         if self.model_init is not None:  # a run of another model, by what a hyper-parameter search has set for it
+            self.args.check_again()
+            check_metric(self.args, self.compute_metrics)
+            if self._distiller is not None:
+                self._distiller.release()
             self._assemble(self.teacher)
 
     def make_method(self) -> HardMasks:
@@ -250,15 +262,16 @@ class PruningTrainer(PrunedCheckpoints):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         args = self.args
         args.check_again()  # it may have been changed after this trainer was made
-        check_settings(args, {**self._made_by, **self._split})
+        check_used(self._made_by, {**self._fields(), **split_fields(args, held_out=True)})
         check_batches(args)
-        check_rows(args, self.train_dataset, self.selection_dataset)
         self._method.attach(self.model)  # FSDP has put other parameters in the place of those it found
         masks = None if self._resumed else self._method.masks
         self._start = self._start if masks is None else masks.sparsity()
         self._plan = args.plan(num_training_steps, self._start)
         if masks is not None:
             check_start(args, masks, self._plan)
+        draws = masks is None or not self._reached(len(self._plan.levels) - 1)
+        check_rows(args, self.train_dataset, self.selection_dataset, draws)
         if args.should_save:
             self._search.clean(anew=self.state.global_step == 0)
             if self._level_best and self.state.global_step == 0:

@@ -8,7 +8,7 @@ import inspect
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -71,8 +71,9 @@ def _deterministic(device: torch.device) -> Iterator[None]:
 
 
 def _copy_of(collator: Callable, model: nn.Module) -> Callable:
-    """A deep copy, but for the model that a collator may hold to make a decoder's inputs with (or any other)."""
-    held = vars(collator).values() if is_dataclass(collator) else ()
+    """A deep copy, but for the trained model, which a collator may hold to make a decoder's inputs with, and any other
+    that a dataclass, as transformers' collators are, has in a field."""
+    held = [getattr(collator, f.name) for f in fields(collator)] if is_dataclass(collator) else []
     shared = [model, *(value for value in held if isinstance(value, nn.Module))]
     try:
         return copy.deepcopy(collator, {id(module): module for module in shared})

@@ -1,6 +1,6 @@
 """What people use of `Trainer` besides its defaults: own losses, odd batches, several runs, changed arguments."""
 
-import copy
+import dataclasses
 import functools
 import json
 
@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 from torch.testing import assert_close
 from transformers import Trainer
 
-from hf_maskselect import PruningTrainer, verify
+from hf_maskselect import PruningTrainer, export_semi_structured, verify
 from hf_maskselect.level_search import SEARCH_FILE
 
 SEARCHES = [
@@ -83,6 +83,11 @@ def test_a_loss_scaled_by_a_subclass_is_trained_as_trainer_trains_it(tmp_path):
     assert losses(pruning)[:11] == losses(plain)[:11]
 
 
+def test_a_loss_scaled_by_a_subclass_has_no_teacher(tmp_path):
+    with pytest.raises(ValueError, match="loss_is_scaled_for_ga=True and a teacher do not go together"):
+        make_trainer(tmp_path, trainer=ScaledPruning, keywords={"teacher": make(seed=3)})
+
+
 # -- batches ----------------------------------------------------------------------------------------------------------
 
 
@@ -108,15 +113,16 @@ def test_a_batch_may_hold_what_is_no_tensor(tmp_path, extra):
     assert trainer.pruning_state().masks.sparsity() == 0.75
 
 
-@pytest.mark.parametrize("wrap", [False, True], ids=["collator", "partial"])
-def test_the_model_that_a_collator_holds_is_never_copied(tmp_path, monkeypatch, wrap):
+@pytest.mark.parametrize("holder", ["collator", "partial", "collator of another"])
+def test_the_model_that_a_collator_holds_is_never_copied(tmp_path, monkeypatch, holder):
     words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
     sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
     config = transformers.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)
     model = transformers.T5ForConditionalGeneration(config)
-    collator = transformers.DataCollatorForSeq2Seq(tokenizer, model=model)
-    if wrap:
+    held = transformers.T5ForConditionalGeneration(config) if "another" in holder else model
+    collator = transformers.DataCollatorForSeq2Seq(tokenizer, model=held)
+    if holder == "partial":
         collator = functools.partial(lambda rows, holder, made=collator: made(rows), holder=model)
     ids = [row["input_ids"] for row in make_rows()]
     rows = [{"input_ids": i.tolist(), "attention_mask": [1] * 8, "labels": i.flip(0)[:5].tolist()} for i in ids]
@@ -137,7 +143,22 @@ def test_an_own_dataloader_does_not_replace_the_rows_of_a_search(tmp_path):
     keywords = {"train_dataset": None}
     with pytest.raises(ValueError, match="there is no train_dataset, and trials.*method='magnitude'"):
         make_trainer(tmp_path, trainer=Own, keywords=keywords, **SEARCHES[0]).train()
-    make_trainer(tmp_path, trainer=Own, keywords=keywords).train()
+    trainer = make_trainer(tmp_path, trainer=Own, keywords=keywords)
+    trainer.train()  # by magnitude
+    # At its target no mask is made.
+    make_trainer(tmp_path, trainer.model, trainer=Own, keywords=keywords, method="taylor").train()
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    keys: tuple = ("input_ids", "attention_mask", "labels")
+
+    def __call__(self, rows):
+        return {key: torch.stack([row[key] for row in rows]) for key in self.keys}
+
+
+def test_a_collator_needs_no_dictionary(tmp_path):
+    make_trainer(tmp_path, keywords={"data_collator": Slotted()}, **SEARCHES[0]).train()
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
@@ -205,21 +226,62 @@ def test_what_is_set_later_counts_for_a_model_init(tmp_path, method, later):
     assert not same(weights_of(asked.model), before)
 
 
-@pytest.mark.parametrize(
-    ("method", "later", "names"),
-    [
-        *((method, later, list(later)) for method, later in LATER if "seed" not in later),
-        (METHODS[0], {"keep_zeros": False}, ["keep_zeros"]),
-        (METHODS[1], {"selection_fraction": 0.3}, ["selection_fraction"]),
-        (METHODS[1], {"max_selection_samples": 4}, ["max_selection_samples"]),
-    ],
-    ids=str,
-)
-def test_what_a_trainer_has_used_is_not_changed_in_silence(tmp_path, method, later, names):
-    trainer = make_trainer(tmp_path, **method)
+REFUSED = [(method, later) for method, later in LATER if "seed" not in later and "distill_hidden" not in later]
+REFUSED += [(METHODS[0], {"keep_zeros": False}), (METHODS[1], {"selection": "survivors"})]
+REFUSED += [(METHODS[1], {"selection_fraction": 0.3}), (METHODS[1], {"max_selection_samples": 4})]
+
+
+@pytest.mark.parametrize(("method", "later"), [*REFUSED, (METHODS[1], {"distill_hidden": 0.0})], ids=str)
+def test_what_a_trainer_has_used_is_not_changed_in_silence(tmp_path, method, later):
+    trainer = make_trainer(tmp_path, keywords={"teacher": make(seed=3)}, **method)
     set_later(trainer, later)
-    with pytest.raises(ValueError, match=f"{names[0]}=.* when the PruningTrainer was made.*make a new PruningTrainer"):
+    (name,) = later
+    with pytest.raises(ValueError, match=f"{name}=.* when the PruningTrainer was made.*make a new PruningTrainer"):
         trainer.train()
+
+
+COUNTS = [
+    ({**METHODS[3], "data_seed": 1}, {"seed": 11}),
+    (METHODS[0], {"scope": "global"}),
+    ({**METHODS[1], "selection": "halving"}, {"selection": "early"}),
+    ({**METHODS[1], "level_eval_steps": 2}, {"level_eval_steps": 3}),
+    (METHODS[1], {"selection_metric": "eval_loss"}),  # as it is without a teacher
+    (METHODS[0], {"selection_fraction": 0.3, "distill_logits": 0.0}),  # nobody has used them
+]
+
+
+@pytest.mark.parametrize(("method", "later"), COUNTS, ids=str)
+def test_what_is_set_later_counts_where_it_can(tmp_path, method, later):
+    told = make_trainer(tmp_path / "told", **{**method, **later})
+    told.train()
+    asked = make_trainer(tmp_path / "asked", **method)
+    set_later(asked, later)
+    asked.train()
+    assert same(weights_of(asked.model), weights_of(told.model))
+
+
+def test_a_hyper_parameter_search_may_write_what_a_configuration_may(tmp_path):
+    trainer = make_trainer(tmp_path, keywords={"model_init": lambda: make()}, trainer=fresh, **METHODS[1])
+    trainer.args.selection_metric = "eval_loss"
+    trainer.train()
+    trainer.args.selection_metric = "accuracy"
+    with pytest.raises(ValueError, match="selection_metric='accuracy' needs compute_metrics"):
+        trainer.train()
+    trainer.args.selection_metric, trainer.args.trial_learning_rate = None, "1"
+    with pytest.raises(ValueError, match="trial_learning_rate='1' must be"):
+        trainer.train()
+
+
+def test_runs_of_a_model_init_do_not_depend_on_their_order(tmp_path):
+    """Attention maps want another implementation of the teacher's attention, too."""
+    keywords = {"model_init": lambda: make(), "teacher": make(seed=3)}
+    trainer = make_trainer(tmp_path, keywords=keywords, trainer=fresh, distill_hidden=0.0)
+    found = []
+    for weight in (0.0, 1.0, 0.0):
+        trainer.args.distill_attention = weight
+        trainer.train()
+        found.append(weights_of(trainer.model))
+    assert same(found[0], found[2]) and not same(found[0], found[1])
 
 
 def test_rows_to_choose_on_are_asked_for_where_none_were_held_out(tmp_path):
@@ -266,7 +328,14 @@ class Narrow(transformers.BertForSequenceClassification):
 
 
 def test_a_class_may_save_with_fewer_options(tmp_path):
-    trainer = make_trainer(tmp_path, Narrow(copy.deepcopy(make().config)))
+    trainer = make_trainer(tmp_path, Narrow(make().config))
     trainer.train()
     trainer.save_model()
     assert trainer.pruning_state().masks.sparsity() == 0.75
+
+
+def test_a_class_may_be_exported_though_it_saves_with_fewer_options(tmp_path):
+    named = type("BertForSequenceClassification", (Narrow,), {})  # as a file can tell it
+    trainer = make_trainer(tmp_path / "run", named(make().config), pattern="2:4", sparsity=None)
+    trainer.train()
+    export_semi_structured(trainer.model, tmp_path / "out")

@@ -27,7 +27,7 @@ from ..checkpoint import PruningState, check_present, config_digest, saved_tenso
 from ..files import read_json, write_json
 from ..masking.semi_structured import check_groups, compress, layout_of
 from ..masking.targets import prunable_weights, transposed_weights
-from ..named_model import load_strictly, model_class, skeleton
+from ..named_model import load_strictly, model_class, own_names, skeleton
 from ..packed_file import PackedFile, PackedWriter
 from ..packing import check_output, copy_companions, find_folder, open_packed
 
@@ -129,7 +129,8 @@ def export_semi_structured(
                 "with: use torch.sparse.to_sparse_semi_structured on its weights"
             )
         with tempfile.TemporaryDirectory() as folder:
-            model_or_path.save_pretrained(folder, save_original_format=False)
+            with own_names(model_or_path):
+                model_or_path.save_pretrained(folder)
             return export_semi_structured(folder, output, dtype, exclude_modules)
     folder, output = find_folder(model_or_path), Path(output)
     check_output(folder, output)
