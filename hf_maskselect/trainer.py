@@ -76,7 +76,7 @@ class PruningTrainer(PrunedCheckpoints):
         ValueError: something does not fit together (checked here, before training starts).
     """
 
-    loss_is_scaled_for_ga: bool | None = None  # as `Trainer` has it since transformers 5.2x
+    loss_is_scaled_for_ga: bool | None = None  # `Trainer` of the oldest transformers that are supported has none
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class PruningTrainer(PrunedCheckpoints):
         self._given_optimizer = self.optimizer
         if self._given_optimizer is not None and args.searches and not args.compares_fitted:
             check_renewable(self._given_optimizer, self.lr_scheduler)
-        if self.loss_is_scaled_for_ga is None:  # else a subclass says it of its own loss
+        if not self.loss_is_scaled_for_ga:  # else a subclass counts the labels itself
             # BERT-family heads take **kwargs but ignore num_items_in_batch: believing them would scale the loss by the
             # accumulation steps and by the ranks (transformers#47688).
             self.model_accepts_loss_kwargs = False
@@ -146,8 +146,7 @@ class PruningTrainer(PrunedCheckpoints):
         wants = set() if self._distiller is None else set(self._distiller.teacher_arguments)
         self._teacher_only = {"token_type_ids"} & (wants - takes)
         self.selection_metric = self._metric()
-        regression = self._distiller is None or self._distiller.is_regression
-        if self.selection_metric == "teacher" and (regression or not args.distill_logits > 0):
+        if self.selection_metric == "teacher" and not self._has_soft_labels:
             raise ValueError(
                 "selection_metric='teacher' needs a teacher of a classification task and distill_logits > 0: "
                 "choose 'loss'"
@@ -160,15 +159,18 @@ class PruningTrainer(PrunedCheckpoints):
         told = Journal(args.output_dir), self._ranks, not self._speaks
         self._search = MaskSearch(args, self._bench, self._method, self._criteria, *told)
         self._level_best = LevelBest(args.output_dir) if args.level_eval_steps else None
-        self._made_by = self._fields()
+        self._made_by = {**self._fields(), **self._split}
+
+    @property
+    def _has_soft_labels(self) -> bool:
+        return self._distiller is not None and self.args.distill_logits > 0 and not self._distiller.is_regression
 
     def _metric(self) -> str:
         """What masks are chosen by."""
-        taught = self._distiller is not None and not self._distiller.is_regression
-        return self.args.selection_metric or ("teacher" if taught and self.args.distill_logits > 0 else "loss")
+        return self.args.selection_metric or ("teacher" if self._has_soft_labels else "loss")
 
     def _fields(self) -> Used:
-        return {**run_fields(self.args, self._distiller is not None, self._metric()), **self._split}
+        return run_fields(self.args, self._distiller is not None, self._metric())
 
     def _hp_search_setup(self, trial) -> None:
         super()._hp_search_setup(trial)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 from torch.testing import assert_close
 from transformers import Trainer
 
-from hf_maskselect import PruningTrainer, export_semi_structured, verify
+from hf_maskselect import PruningTrainer, export_semi_structured, load_semi_structured, verify
 from hf_maskselect.level_search import SEARCH_FILE
 
 SEARCHES = [
@@ -83,6 +83,17 @@ def test_a_loss_scaled_by_a_subclass_is_trained_as_trainer_trains_it(tmp_path):
     assert losses(pruning)[:11] == losses(plain)[:11]
 
 
+def test_a_loss_that_is_told_not_to_be_scaled_is_that_of_the_model(tmp_path):
+    """The model must not be believed then, either: on several ranks `Trainer` would multiply its loss by them."""
+    unscaled = make_trainer(
+        tmp_path / "unscaled", trainer=type("Unscaled", (PruningTrainer,), {"loss_is_scaled_for_ga": False})
+    )
+    unscaled.train()
+    plain = make_trainer(tmp_path / "plain")
+    plain.train()
+    assert not unscaled.model_accepts_loss_kwargs and losses(unscaled) == losses(plain)
+
+
 def test_a_loss_scaled_by_a_subclass_has_no_teacher(tmp_path):
     with pytest.raises(ValueError, match="loss_is_scaled_for_ga=True and a teacher do not go together"):
         make_trainer(tmp_path, trainer=ScaledPruning, keywords={"teacher": make(seed=3)})
@@ -132,7 +143,9 @@ def test_the_model_that_a_collator_holds_is_never_copied(tmp_path, monkeypatch, 
         raise AssertionError("a parameter is copied")
 
     monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", refuse)
-    make_trainer(tmp_path, model, keywords=keywords, **SEARCHES[0]).train()
+    trainer = make_trainer(tmp_path, model, keywords=keywords, **SEARCHES[0])
+    trainer.train()
+    assert len(scores_of(trainer)) > 2
 
 
 def test_an_own_dataloader_does_not_replace_the_rows_of_a_search(tmp_path):
@@ -158,7 +171,9 @@ class Slotted:
 
 
 def test_a_collator_needs_no_dictionary(tmp_path):
-    make_trainer(tmp_path, keywords={"data_collator": Slotted()}, **SEARCHES[0]).train()
+    trainer = make_trainer(tmp_path, keywords={"data_collator": Slotted()}, **SEARCHES[0])
+    trainer.train()
+    assert len(scores_of(trainer)) > 2
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
@@ -339,3 +354,5 @@ def test_a_class_may_be_exported_though_it_saves_with_fewer_options(tmp_path):
     trainer = make_trainer(tmp_path / "run", named(make().config), pattern="2:4", sparsity=None)
     trainer.train()
     export_semi_structured(trainer.model, tmp_path / "out")
+    exported = load_semi_structured(tmp_path / "out")
+    assert same(weights_of(exported), weights_of(trainer.model.bfloat16()))
