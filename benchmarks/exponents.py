@@ -20,8 +20,8 @@ from transformers import set_seed
 from trials import bench_of, cut, level_flags
 
 from arguments import parse_arguments
+from hf_maskselect.masking.proposals import Proposal
 from hf_maskselect.masking.scores import CRITERIA
-from hf_maskselect.proposals import Proposal
 from job import prepare
 
 CENTRES = [Proposal("taylor", "balanced"), Proposal("magnitude", "layer")]

@@ -2,7 +2,7 @@
 
 One search of eight candidates on MiniLM, by one process that is pinned to one core and accumulates two micro-batches,
 and by two gloo processes on a core each; in turns. The ideal is half the time. Beside it: what a rank sent, and the
-step-equivalents, against `hf_maskselect.cost`.
+step-equivalents, against `hf_maskselect.training.search_cost`.
 
     python benchmarks/ranks.py
     python benchmarks/ranks.py --criterion-batches 256 --trial-steps 40 --length 32    # longer trials
@@ -26,8 +26,8 @@ from common import TokenRows, encoder, machine, spread
 from transformers.utils import logging
 
 from hf_maskselect import PruningConfig, PruningTrainer
-from hf_maskselect.cost import Workload, search_cost
-from hf_maskselect.report import text_table
+from hf_maskselect.reporting.sparsity import text_table
+from hf_maskselect.training.search_cost import Workload, search_cost
 
 
 def settings(args, folder: str, ranks: int) -> PruningConfig:

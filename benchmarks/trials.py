@@ -32,9 +32,9 @@ from trials_table import print_tables
 from arguments import parse_arguments
 from hf_maskselect import PruningTrainer
 from hf_maskselect.masking.maskset import MaskSet
+from hf_maskselect.masking.proposals import Proposal, propose
 from hf_maskselect.masking.scores import CRITERIA, Criterion
-from hf_maskselect.proposals import Proposal, propose
-from hf_maskselect.trials import Trial, TrialBench
+from hf_maskselect.search.bench import Trial, TrialBench
 from job import Job, load_model, prepare
 
 MARKS = (5, 10, 20, 40, 80, 160)

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from hf_maskselect.proposals import Proposal
+from hf_maskselect.masking.proposals import Proposal
 
 Curve = dict  # one file of `trials.py`
 DRAWS = 200  # of unpaired seeds

@@ -39,9 +39,9 @@ from transformers import set_seed
 
 from arguments import parse_arguments, read_recipe
 from dense import check_recipe, dense_recipe, fine_tune_dense
-from hf_maskselect.cost import Workload, search_cost
-from hf_maskselect.files import replacing
-from hf_maskselect.level_search import SEARCH_FILE, read_searches
+from hf_maskselect.search.results import SEARCH_FILE, read_searches
+from hf_maskselect.training.search_cost import Workload, search_cost
+from hf_maskselect.utils.files import replacing
 from job import prepare
 from panel import write_panel
 from records import CELL, Records, check_origin, read_cell, write_origin

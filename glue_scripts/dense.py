@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from arguments import ModelArguments
 from hf_maskselect import PruningConfig
-from hf_maskselect.files import read_object
+from hf_maskselect.utils.files import read_object
 from job import Job, evaluate, load_model
 
 SHAPING = (  # what else in `TrainingArguments` its weights depend on, but for what is hardly ever changed

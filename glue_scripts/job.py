@@ -19,7 +19,7 @@ from transformers import (
 
 from arguments import DataArguments, ModelArguments
 from hf_maskselect import PruningConfig
-from hf_maskselect.split import hold_out
+from hf_maskselect.training.held_out import hold_out
 from metrics import make_compute_metrics
 from tasks import GlueTask, get_task, load_task, tokenize
 

@@ -15,7 +15,7 @@ import transformers
 
 import hf_maskselect
 from dense import read_dense
-from hf_maskselect.files import read_object
+from hf_maskselect.utils.files import read_object
 
 if TYPE_CHECKING:
     from compare import Cell

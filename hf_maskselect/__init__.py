@@ -1,18 +1,18 @@
 """Prune BERT-family models while you fine-tune them: a Trainer that draws, tries and keeps the best sparsity masks."""
 
-from .adapters import merge_adapter_with_masks
-from .checkpoint import PruningState, verify
 from .config import PruningConfig
-from .distillation import Distiller
+from .distillation.losses import Distiller
 from .export.onnx import OnnxReport, export_onnx
 from .export.semi_structured import ExportReport, export_semi_structured, load_semi_structured
 from .masking.maskset import MaskSet
 from .masking.scores import WeightStats
 from .masking.targets import prunable_weights
-from .packing import PackReport, load_pruned, pack, unpack
-from .permutation import PermutationReport, permute_channels
-from .refitting import Refit, refit
-from .report import SparsityReport, sparsity_report
+from .reporting.sparsity import SparsityReport, sparsity_report
+from .storage.pack import PackReport, load_pruned, pack, unpack
+from .storage.state import PruningState, verify
+from .surgery.merge_adapter import merge_adapter_with_masks
+from .surgery.permute_channels import PermutationReport, permute_channels
+from .surgery.refit import Refit, refit
 from .trainer import PruningTrainer
 
 __version__ = "0.1.0"

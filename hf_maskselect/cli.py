@@ -10,18 +10,18 @@ from pathlib import Path
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
-from .checkpoint import parse_groups, verify
 from .config import PruningConfig
-from .cost import check_run, cost_text, workload
 from .export.onnx import export_onnx
 from .export.semi_structured import EXPORT_DTYPES, export_semi_structured
 from .export.timing import time_export
 from .masking.targets import check_module_names
-from .packed_file import LOSSY
-from .packing import find_folder, pack, unpack
-from .plots import plot
-from .record import RunRecord
-from .report import sparsity_report
+from .reporting.plots import plot
+from .reporting.record import RunRecord
+from .reporting.sparsity import sparsity_report
+from .storage.pack import find_folder, pack, unpack
+from .storage.packed_file import LOSSY
+from .storage.state import parse_groups, verify
+from .training.search_cost import check_run, cost_text, workload
 
 PLAN_USAGE = "hf-maskselect plan PATH [--ranks N ...] [--train_rows N] --max_steps N [any field of PruningConfig]"
 

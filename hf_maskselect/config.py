@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from transformers import TrainingArguments
 
-from .checks import METHODS, SELECTIONS, SOFT_METHODS, check_pruning, check_unchanged, decided
+from .fields.rules import METHODS, SELECTIONS, SOFT_METHODS, check_pruning, check_unchanged, decided
 from .masking.patterns import NM, Channel, Unstructured, parse_pattern
 from .masking.schedule import LevelPlan
 from .masking.votes import SAMPLING_RATIOS

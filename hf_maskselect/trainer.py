@@ -16,31 +16,26 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
-from .checkpoint import PruningState
-from .checks import SELECTION_LOSSES
 from .config import PruningConfig
-from .distillation import make_distiller
-from .engines import check_devices, check_engine
-from .jit_checkpoint import CheckpointTogether
-from .journal import Journal
-from .level_best import LevelBest
+from .distillation.losses import make_distiller
+from .fields.rules import SELECTION_LOSSES
 from .masking.dtensors import reshard
 from .masking.maskset import MaskSet
+from .masking.proposals import key_seed
 from .masking.schedule import LevelPlan
 from .masking.scores import CRITERIA, Criterion, ScoreFn
 from .masking.targets import transposed_weights
 from .methods.gumbel import Gumbel
 from .methods.hard import HardMasks
 from .methods.pdp import Pdp
-from .optimizers import check_renewable, first_rate, renewed
-from .permutation import couplings_of, permute_channels
-from .planning import plan_text, rewound_rate
-from .proposals import key_seed
-from .pruned_checkpoints import PrunedCheckpoints
-from .ranks import Ranks
-from .selection import MaskSearch
-from .split import selection_rows
-from .start_checks import (
+from .search.bench import TrialBench
+from .search.journal import Journal
+from .search.level_best import LevelBest
+from .search.search import MaskSearch
+from .storage.state import PruningState
+from .surgery.permute_channels import couplings_of, permute_channels
+from .training.checkpoints import PrunedCheckpoints
+from .training.checks import (
     check_adapter,
     check_batches,
     check_metric,
@@ -53,8 +48,13 @@ from .start_checks import (
     check_shapes,
     check_start,
 )
-from .trials import TrialBench
-from .used_fields import Used, check_used, run_fields, split_fields
+from .training.engines import check_devices, check_engine
+from .training.held_out import selection_rows
+from .training.optimizers import check_renewable, first_rate, renewed
+from .training.plan import plan_text, rewound_rate
+from .training.sigterm import CheckpointTogether
+from .training.used_fields import Used, check_used, run_fields, split_fields
+from .utils.processes import Ranks
 
 
 class PruningTrainer(PrunedCheckpoints):

@@ -24,13 +24,13 @@ import transformers.modeling_utils
 from tiny import losses, make, make_trainer, weights_of
 from transformers.trainer_utils import get_last_checkpoint
 
-import hf_maskselect.best_fit
-import hf_maskselect.level_best
 import hf_maskselect.masking.maskset
-import hf_maskselect.packed_file
-import hf_maskselect.survivors
-from hf_maskselect.saving import last_checkpoint
-from hf_maskselect.trials import TrialBench
+import hf_maskselect.search.best_fit
+import hf_maskselect.search.level_best
+import hf_maskselect.search.weight_files
+import hf_maskselect.storage.packed_file
+from hf_maskselect.search.bench import TrialBench
+from hf_maskselect.training.atomic_checkpoints import last_checkpoint
 
 SETTINGS = {
     "random": {
@@ -98,9 +98,9 @@ class Events:
             (torch, "save", 1),
             (transformers.modeling_utils, "safe_save_file", 1),
             (hf_maskselect.masking.maskset, "save_file", 1),
-            (hf_maskselect.best_fit, "save_file", 1),
-            (hf_maskselect.level_best, "save_file", 1),
-            (hf_maskselect.survivors, "save_file", 1),
+            (hf_maskselect.search.best_fit, "save_file", 1),
+            (hf_maskselect.search.level_best, "save_file", 1),
+            (hf_maskselect.search.weight_files, "save_file", 1),
         ):
             setattr(module, name, self.watched(getattr(module, name), path_at))
 

@@ -47,7 +47,7 @@ def test_the_dropped_share_is_told(monkeypatch):
     whole = sum(float((change[n] - before[n]).square().sum()) for n in masks)
     dropped = sum(float(((change[n] - before[n]) * ~masks[n]).square().sum()) for n in masks)
     told = []
-    monkeypatch.setattr("hf_maskselect.adapters.logger.warning", told.append)
+    monkeypatch.setattr("hf_maskselect.surgery.merge_adapter.logger.warning", told.append)
     merge_adapter_with_masks(wrapped, masks)
     assert told == [f"{dropped / whole:.1%} of the adapter's update (squared) fell on pruned weights: dropped"]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import make_trainer, same, weights_of
 
-from hf_maskselect.best_fit import BestFit, errors_of
-from hf_maskselect.refitting import Refit
+from hf_maskselect.search.best_fit import BestFit, errors_of
+from hf_maskselect.surgery.refit import Refit
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_the_winner_is_not_fitted_twice(tmp_path, monkeypatch):
 
         monkeypatch.setattr(trainer._bench, "refit", counted)
         if name == "lost":
-            monkeypatch.setattr("hf_maskselect.best_fit.BestFit.find", lambda *_: None)
+            monkeypatch.setattr("hf_maskselect.search.best_fit.BestFit.find", lambda *_: None)
         trainer.train()
         told = [(s.cut_error, s.refit_error, s.step_equivalents) for s in trainer._search.history]
         found[name] = weights_of(trainer.model), told, len(fits)

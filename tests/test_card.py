@@ -8,10 +8,10 @@ import sys
 import pytest
 from tiny import make, make_rows, make_trainer
 
-from hf_maskselect.card import card_text, markdown_table
 from hf_maskselect.cli import main
-from hf_maskselect.plots import DENSITY, HISTORY, SEARCH, draw_density, draw_history, draw_search
-from hf_maskselect.record import RunRecord, metrics_of
+from hf_maskselect.reporting.card import card_text, markdown_table
+from hf_maskselect.reporting.plots import DENSITY, HISTORY, SEARCH, draw_density, draw_history, draw_search
+from hf_maskselect.reporting.record import RunRecord, metrics_of
 
 pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure  # noqa: E402

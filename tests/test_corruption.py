@@ -16,15 +16,15 @@ from tiny import make, make_trainer, same, weights_of
 
 from hf_maskselect import export_semi_structured, load_pruned, load_semi_structured
 from hf_maskselect.export.semi_structured import SEMI_STRUCTURED_FILE, TIMING_FILE, Choice, Timing
-from hf_maskselect.journal import JOURNAL_FILE, Journal
-from hf_maskselect.level_best import FILE as LEVEL_FILE
-from hf_maskselect.level_best import LevelBest
-from hf_maskselect.level_search import SEARCH_FILE
-from hf_maskselect.packed_file import PACKED_FILE
-from hf_maskselect.packing import pack
-from hf_maskselect.ranks import Ranks
-from hf_maskselect.selection import MaskSearch
-from hf_maskselect.survivors import FOLDER, Survivors
+from hf_maskselect.search.journal import JOURNAL_FILE, Journal
+from hf_maskselect.search.level_best import FILE as LEVEL_FILE
+from hf_maskselect.search.level_best import LevelBest
+from hf_maskselect.search.results import SEARCH_FILE
+from hf_maskselect.search.search import MaskSearch
+from hf_maskselect.search.weight_files import FOLDER, Survivors
+from hf_maskselect.storage.pack import pack
+from hf_maskselect.storage.packed_file import PACKED_FILE
+from hf_maskselect.utils.processes import Ranks
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 

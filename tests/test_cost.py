@@ -4,8 +4,8 @@ import pytest
 from tiny import FAMILIES, make, make_config, make_rows, make_trainer
 
 from hf_maskselect.cli import main
-from hf_maskselect.cost import Workload, exchanged, search_cost, workload
 from hf_maskselect.masking.targets import prunable_weights
+from hf_maskselect.training.search_cost import Workload, exchanged, search_cost, workload
 
 NO_SEARCH = {"num_candidates": None, "trial_steps": None}
 SEARCH = {"method": "random", "num_candidates": 4, "trial_steps": 2}

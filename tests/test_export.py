@@ -7,19 +7,12 @@ from tiny import make, weights_of
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
-from hf_maskselect import (
-    MaskSet,
-    PruningState,
-    export_semi_structured,
-    load_semi_structured,
-    prunable_weights,
-    verify,
-)
+from hf_maskselect import MaskSet, PruningState, export_semi_structured, load_semi_structured, prunable_weights, verify
 from hf_maskselect.cli import main
 from hf_maskselect.export.semi_structured import SEMI_STRUCTURED_FILE, available_backends, make_sparse, sparse_weight
 from hf_maskselect.masking.patterns import NM
-from hf_maskselect.masking.semi_structured import decompress
-from hf_maskselect.packed_file import PackedFile, quantize_rows
+from hf_maskselect.storage.packed_file import PackedFile, quantize_rows
+from hf_maskselect.storage.two_of_four import decompress
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, ResNetConfig
 from hf_maskselect import export_onnx
 from hf_maskselect.cli import main
 from hf_maskselect.export import onnx as module
-from hf_maskselect.packing import pack
+from hf_maskselect.storage.pack import pack
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),

@@ -15,12 +15,12 @@ from tiny import make, same, weights_of
 from transformers import AutoModelForSequenceClassification
 
 from hf_maskselect import MaskSet, PruningState, load_pruned, prunable_weights, verify
-from hf_maskselect.checkpoint import STATE_FILE, saved_tensors
 from hf_maskselect.cli import main
 from hf_maskselect.masking.maskset import header_checksum
 from hf_maskselect.masking.patterns import NM, Unstructured
-from hf_maskselect.packed_file import PACKED_FILE, PackedFile, quantize_rows
-from hf_maskselect.packing import pack, unpack
+from hf_maskselect.storage.pack import pack, unpack
+from hf_maskselect.storage.packed_file import PACKED_FILE, PackedFile, quantize_rows
+from hf_maskselect.storage.state import STATE_FILE, saved_tensors
 
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
 TABLE = "bert.embeddings.word_embeddings.weight"
@@ -184,7 +184,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path, saved, packed, monkeypatch)
             yield name, tensor
 
     read = PackedFile.tensor_and_mask
-    monkeypatch.setattr("hf_maskselect.packing.saved_tensors", watched_saved)
+    monkeypatch.setattr("hf_maskselect.storage.pack.saved_tensors", watched_saved)
     pack(saved, tmp_path / "b")
     count = len(seen)
     seen.clear()

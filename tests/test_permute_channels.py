@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from hf_maskselect import MaskSet, permute_channels, prunable_weights, verify
 from hf_maskselect.masking.patterns import NM
-from hf_maskselect.permutation import COUPLINGS, couplings_of
+from hf_maskselect.surgery.permute_channels import COUPLINGS, couplings_of
 
 
 def logits(model):

@@ -8,8 +8,8 @@ import torch
 
 from hf_maskselect import MaskSet
 from hf_maskselect.masking.patterns import NM, SCOPES, Unstructured, kept_count
+from hf_maskselect.masking.proposals import Proposal, gradient_needs, parse_proposal, proposal_pool, propose
 from hf_maskselect.masking.scores import CRITERIA, Criterion, WeightStats
-from hf_maskselect.proposals import Proposal, gradient_needs, parse_proposal, proposal_pool, propose
 
 RATIOS = [5e-5, 1e-4, 8e-5, 3e-4]
 SHAPES = {"q": (48, 32), "k": (32, 32), "up": (64, 32), "down": (31, 64)}

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from hf_maskselect.ranks import Ranks, deal
+from hf_maskselect.utils.processes import Ranks, deal
 
 
 def test_shares_differ_by_at_most_one_and_nothing_is_lost():

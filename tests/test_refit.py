@@ -15,7 +15,7 @@ from hf_maskselect import PruningTrainer
 from hf_maskselect.masking.maskset import MaskSet
 from hf_maskselect.masking.patterns import parse_pattern
 from hf_maskselect.masking.targets import prunable_weights
-from hf_maskselect.refitting import fittable, refit
+from hf_maskselect.surgery.refit import fittable, refit
 
 
 def batch(count=96, length=8):
@@ -396,7 +396,7 @@ def test_masks_are_compared_as_they_are_fitted(tmp_path, monkeypatch, capsys):
 
 def test_long_rows_are_fewer(tmp_path, monkeypatch):
     """As many as their tokens allow; the search counts those."""
-    monkeypatch.setattr("hf_maskselect.trials.MOST_POSITIONS", 8 * 32)
+    monkeypatch.setattr("hf_maskselect.search.bench.MOST_POSITIONS", 8 * 32)
     cost = {}
     for rows in (32, 256):
         trainer = make_trainer(tmp_path / f"{rows}", method="taylor", num_levels=1, refit_rows=rows)

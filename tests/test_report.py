@@ -11,9 +11,9 @@ from tiny import make
 from transformers import BertForSequenceClassification
 
 from hf_maskselect import MaskSet, PruningState, prunable_weights, sparsity_report, verify
-from hf_maskselect.checkpoint import STATE_FILE
 from hf_maskselect.cli import main
 from hf_maskselect.masking.patterns import Unstructured
+from hf_maskselect.storage.state import STATE_FILE
 
 WEIGHTS = "model.safetensors"
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"

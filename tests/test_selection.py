@@ -10,12 +10,12 @@ from tiny import losses, make, make_rows, make_trainer, same, weights_of
 from tqdm import tqdm
 from transformers import default_data_collator
 
-from hf_maskselect.level_search import Candidate, LevelSearch
+from hf_maskselect.masking.proposals import Proposal, propose
 from hf_maskselect.masking.scores import CRITERIA
-from hf_maskselect.pool import candidate_pool
-from hf_maskselect.proposals import Proposal, propose
-from hf_maskselect.rungs import halving_rungs, survivors
-from hf_maskselect.trials import Trial
+from hf_maskselect.search.bench import Trial
+from hf_maskselect.search.pool import candidate_pool
+from hf_maskselect.search.results import Candidate, LevelSearch
+from hf_maskselect.search.schedule import halving_rungs, survivors
 
 PROPOSALS = [Proposal("magnitude", "layer"), Proposal("taylor", "global")]
 NO_BAR = tqdm(disable=True)
@@ -168,7 +168,7 @@ def test_identical_masks_are_tried_once(tmp_path, monkeypatch):
     def two_kinds(proposal, index, **given):
         return propose(PROPOSALS[index % 2], 0, **given)
 
-    monkeypatch.setattr("hf_maskselect.selection.propose", two_kinds)
+    monkeypatch.setattr("hf_maskselect.search.search.propose", two_kinds)
     trainer = make_trainer(tmp_path, num_levels=1, **SEARCH)
     trainer.train()
     tried = trainer._search.history[0].candidates
@@ -240,7 +240,7 @@ def test_selection_by_teacher_is_its_cross_entropy(tmp_path):
 @pytest.mark.parametrize("most", [1 << 24, 0])
 def test_the_teacher_sees_the_selection_split_once(tmp_path, monkeypatch, most):
     """Its logits are kept, unless they are large; the score and its cost follow."""
-    monkeypatch.setattr("hf_maskselect.trials.MOST_SOFT_LABELS", most)
+    monkeypatch.setattr("hf_maskselect.search.bench.MOST_SOFT_LABELS", most)
     keywords = {"selection_dataset": make_rows(24), "teacher": make(seed=3)}
     bench = make_trainer(tmp_path, keywords=keywords, **SEARCH, per_device_eval_batch_size=8)._bench
     seen = []
@@ -261,7 +261,7 @@ def test_soft_labels_that_are_large_once_are_never_kept(tmp_path, monkeypatch):
     ]
     keywords = {"selection_dataset": rows, "teacher": make(seed=3)}
     trainer = make_trainer(tmp_path, keywords=keywords, **SEARCH, per_device_eval_batch_size=8)
-    monkeypatch.setattr("hf_maskselect.trials.MOST_SOFT_LABELS", 16 * 8 * 2 - 1)
+    monkeypatch.setattr("hf_maskselect.search.bench.MOST_SOFT_LABELS", 16 * 8 * 2 - 1)
     seen = []
 
     def selection_loss(inputs, taught):

@@ -7,10 +7,11 @@ import torch
 from tiny import losses, make, make_rows, make_trainer, same, weights_of
 from tqdm import tqdm
 
-from hf_maskselect import ranks, rungs
 from hf_maskselect.masking.maskset import MaskSet
-from hf_maskselect.survivors import FOLDER, Survivors
-from hf_maskselect.trials import Trial
+from hf_maskselect.search import schedule as rungs
+from hf_maskselect.search.bench import Trial
+from hf_maskselect.search.weight_files import FOLDER, Survivors
+from hf_maskselect.utils import processes as ranks
 
 RUN = {"method": "random", "num_candidates": 4, "selection": "survivors", "trial_steps": 2, "max_steps": 24}
 

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from hf_maskselect import MaskSet, PruningState, PruningTrainer, prunable_weights, sparsity_report, verify
-from hf_maskselect.level_best import LevelBest
-from hf_maskselect.split import hold_out
+from hf_maskselect.search.level_best import LevelBest
+from hf_maskselect.training.held_out import hold_out
 
 
 class Watch(TrainerCallback):

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from transformers import Trainer
 
 from hf_maskselect import PruningTrainer, export_semi_structured, load_semi_structured, verify
-from hf_maskselect.level_search import SEARCH_FILE
+from hf_maskselect.search.results import SEARCH_FILE
 
 SEARCHES = [
     {"method": "random", "num_candidates": 3},

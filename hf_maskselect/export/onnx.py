@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..checkpoint import PruningState, check_unpacked
 from ..masking.targets import prunable_weights
-from ..named_model import load_strictly, model_class
-from ..packing import check_output, copy_companions, find_folder
+from ..storage.models import load_strictly, model_class
+from ..storage.pack import check_output, copy_companions, find_folder
+from ..storage.state import PruningState, check_unpacked
 
 ONNX_FILE = "model.onnx"
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime", "transformers.exporters")

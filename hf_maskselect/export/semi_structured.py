@@ -22,14 +22,14 @@ from torch.sparse import (
 )
 from transformers import PreTrainedModel
 
-from ..card import without_section
-from ..checkpoint import PruningState, check_present, config_digest, saved_tensors
-from ..files import read_json, write_json
-from ..masking.semi_structured import check_groups, compress, layout_of
 from ..masking.targets import prunable_weights, transposed_weights
-from ..named_model import load_strictly, model_class, own_names, skeleton
-from ..packed_file import PackedFile, PackedWriter
-from ..packing import check_output, copy_companions, find_folder, open_packed
+from ..reporting.card import without_section
+from ..storage.models import load_strictly, model_class, own_names, skeleton
+from ..storage.pack import check_output, copy_companions, find_folder, open_packed
+from ..storage.packed_file import PackedFile, PackedWriter
+from ..storage.state import PruningState, check_present, config_digest, saved_tensors
+from ..storage.two_of_four import check_groups, compress, layout_of
+from ..utils.files import read_json, write_json
 
 SEMI_STRUCTURED_FILE = "semi_structured_model.safetensors"
 TIMING_FILE = "semi_structured_timing.json"

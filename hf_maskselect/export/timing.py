@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from ..card import markdown_table, without_section
-from ..packing import open_packed
-from ..report import text_table
+from ..reporting.card import markdown_table, without_section
+from ..reporting.sparsity import text_table
+from ..storage.pack import open_packed
 from .semi_structured import (
     MODES,
     SEMI_STRUCTURED_FILE,

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..masking.maskset import MaskSet
 from ..masking.patterns import NM, Unstructured, allocate, kept_count
-from ..masking.sampling import budget_shift, perturbed, sample
+from .gumbel_sample import budget_shift, perturbed, sample
 from .hard import Choose, FindWeights, diverged
 from .soft import SoftMasks
 

@@ -13,22 +13,15 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ..masking.boundary import Boundary
 from ..masking.dtensors import of_parts, whole
 from ..masking.maskset import MaskSet
 from ..masking.patterns import NM, Channel, Unstructured, grouped
 from ..masking.ranking import top_k_masks
 from ..masking.scores import CRITERIA
-from ..masking.soft import (
-    group_boundaries,
-    row_squares,
-    soft_gradient_,
-    soft_row_gradient_,
-    soft_row_weight,
-    soft_weight,
-)
 from ..masking.votes import number_of_draws, rank_by_votes_
+from .boundary import Boundary
 from .hard import Choose, FindWeights, diverged
+from .pdp_mask import group_boundaries, row_squares, soft_gradient_, soft_row_gradient_, soft_row_weight, soft_weight
 from .soft import SoftMasks
 
 _ZEROS = "zeros."  # prefix of the fixed counts in a checkpoint

@@ -22,9 +22,9 @@ from tiny import losses, make, make_config, make_rows  # noqa: E402
 from hf_maskselect import PruningTrainer, prunable_weights  # noqa: E402
 from hf_maskselect.masking.dtensors import whole  # noqa: E402
 from hf_maskselect.masking.patterns import parse_pattern  # noqa: E402
+from hf_maskselect.masking.proposals import Proposal, propose  # noqa: E402
 from hf_maskselect.masking.schedule import LevelPlan  # noqa: E402
 from hf_maskselect.methods.hard import HardMasks  # noqa: E402
-from hf_maskselect.proposals import Proposal, propose  # noqa: E402
 from run_glue import leave_process_group  # noqa: E402
 
 FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"], "state_dict_type": "FULL_STATE_DICT"}

@@ -13,7 +13,7 @@ import pytest
 from tiny import make, make_config
 
 from hf_maskselect import PruningState, prunable_weights
-from hf_maskselect.cost import Workload, exchanged, search_cost
+from hf_maskselect.training.search_cost import Workload, exchanged, search_cost
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 SEARCH = {"method": "random", "num_candidates": 4, "trial_steps": 2, "refit_rows": 0}

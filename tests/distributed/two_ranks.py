@@ -21,8 +21,8 @@ from tiny import losses, make, make_rows, make_trainer  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-from hf_maskselect.best_fit import BestFit  # noqa: E402
 from hf_maskselect.masking.scores import GradientStats  # noqa: E402
+from hf_maskselect.search.best_fit import BestFit  # noqa: E402
 from run_glue import leave_process_group  # noqa: E402
 
 

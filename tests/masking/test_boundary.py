@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_maskselect.masking import boundary as module
-from hf_maskselect.masking.boundary import Boundary
+from hf_maskselect.methods import boundary as module
+from hf_maskselect.methods.boundary import Boundary
 
 
 def expected(values, below):

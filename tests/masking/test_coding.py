@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_maskselect.masking.coding import decode_gaps, encode_gaps, entropy_bits, gaps_of, rice_parameter
+from hf_maskselect.storage.gap_coding import decode_gaps, encode_gaps, entropy_bits, gaps_of, rice_parameter
 
 DENSITIES = [0.001, 0.01, 0.0625, 0.1, 0.2, 0.3, 0.5, 0.9, 1.0]
 

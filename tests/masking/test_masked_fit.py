@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from hf_maskselect.masking import least_squares
-from hf_maskselect.masking.least_squares import fit_masked, ridge
+from hf_maskselect.surgery import least_squares
+from hf_maskselect.surgery.least_squares import fit_masked, ridge
 
 
 def problem(seed=0, rows=200, inputs=24, outputs=10):

@@ -5,7 +5,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from hf_maskselect.masking.permutation import deals, kept_magnitude, search_permutation
+from hf_maskselect.surgery.column_order import deals, kept_magnitude, search_permutation
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 2), (4, 8)])

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from hf_maskselect.masking.patterns import NM
-from hf_maskselect.masking.sampling import budget_shift, perturbed, sample
+from hf_maskselect.methods.gumbel_sample import budget_shift, perturbed, sample
 
 
 def generator(seed=0):

@@ -6,7 +6,7 @@ from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from hf_maskselect.masking.patterns import NM
-from hf_maskselect.masking.semi_structured import check_groups, compress, decompress, layout_of
+from hf_maskselect.storage.two_of_four import check_groups, compress, decompress, layout_of
 
 SHAPES = {torch.float16: (32, 32), torch.bfloat16: (32, 32), torch.int8: (16, 64)}
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_maskselect.masking.soft import (
+from hf_maskselect.methods.pdp_mask import (
     group_boundaries,
     soft_gradient_,
     soft_mask,

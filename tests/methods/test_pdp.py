@@ -8,7 +8,7 @@ from tiny import FAMILIES, losses, make, make_config, make_rows, make_trainer, s
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from hf_maskselect import MaskSet, PruningState, PruningTrainer, verify
-from hf_maskselect.checkpoint import load_method_state
+from hf_maskselect.storage.state import load_method_state
 
 PDP = {"method": "pdp", "num_levels": None, "pruning_warmup_steps": 2, "frozen_steps": 0, "pdp_tau": 1e-3}
 

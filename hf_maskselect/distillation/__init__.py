@@ -1,0 +1,1 @@
+"""Learning from a dense teacher: the losses, and how the teacher is loaded."""

@@ -1,0 +1,1 @@
+"""The fields of `PruningConfig`, by topic, each with the rules for its values."""

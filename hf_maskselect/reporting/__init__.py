@@ -1,0 +1,1 @@
+"""What people read about a pruned model: sparsity report, model card and plots."""

@@ -1,0 +1,113 @@
+"""How sparse is it, really: counts per tensor, over the prunable weights and over the whole model, each with its
+denominator, taken from the weights themselves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..masking.targets import prunable_weights
+from ..storage.models import skeleton
+from ..storage.state import PruningState, check_present, saved_tensors
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """Zeros and size of one tensor; prunable: whether it counts towards the target."""
+
+    name: str
+    shape: tuple[int, ...]
+    zeros: int
+    total: int
+    prunable: bool
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """Counts of a model or of a saved folder."""
+
+    tensors: tuple[TensorReport, ...]
+
+    @property
+    def prunable_zeros(self) -> int:
+        return sum(t.zeros for t in self.tensors if t.prunable)
+
+    @property
+    def prunable_total(self) -> int:
+        return sum(t.total for t in self.tensors if t.prunable)
+
+    @property
+    def zeros(self) -> int:
+        return sum(t.zeros for t in self.tensors)
+
+    @property
+    def total(self) -> int:
+        return sum(t.total for t in self.tensors)
+
+    @property
+    def sparsity(self) -> float:
+        """Zeros over the prunable weights, in [0, 1]."""
+        return self.prunable_zeros / self.prunable_total
+
+    def __str__(self) -> str:
+        rows = [_row(t.name, "x".join(map(str, t.shape)), t.zeros, t.total) for t in self.tensors if t.prunable]
+        rows.append(_row("all prunable weights", "", self.prunable_zeros, self.prunable_total))
+        rows.append(_row("whole model", "", self.zeros, self.total))
+        return text_table(["tensor", "shape", "zeros", "of", "sparsity"], rows)
+
+
+def sparsity_report(
+    model_or_path: nn.Module | str | os.PathLike,
+    target_modules: list[str] | None = None,
+    exclude_modules: list[str] | None = None,
+) -> SparsityReport:
+    """Count the zeros of a model in memory or of a saved folder (without building the model's weights).
+
+    In a folder with a pruning state the prunable tensors are those it names. Else they are
+    `prunable_weights(model, target_modules, exclude_modules)`, the model being the one given or the one that the
+    folder's `config.json` describes.
+
+    Raises:
+        ValueError: the folder holds no safetensors weights.
+    """
+    if isinstance(model_or_path, nn.Module):
+        prunable = {id(w): n for n, w in prunable_weights(model_or_path, target_modules, exclude_modules).items()}
+        named = ((prunable.get(id(p), n), p) for n, p in model_or_path.named_parameters())
+        return SparsityReport(tuple(_count(n, p.detach(), id(p) in prunable) for n, p in named))
+    state = PruningState.find(model_or_path)
+    if state is not None:
+        prunable = set(state.masks)
+    else:
+        prunable = set(prunable_weights(skeleton(model_or_path), target_modules, exclude_modules))
+    tensors = tuple(_count(name, t, name in prunable) for name, t in saved_tensors(model_or_path))
+    check_present(model_or_path, prunable, (tensor.name for tensor in tensors))
+    return SparsityReport(tensors)
+
+
+def _count(name: str, tensor: torch.Tensor, prunable: bool) -> TensorReport:
+    zeros = tensor.numel() - int(torch.count_nonzero(tensor))
+    return TensorReport(name, tuple(tensor.shape), zeros, tensor.numel(), prunable)
+
+
+def _row(name: str, shape: str, zeros: int, total: int) -> list[str]:
+    return [name, shape, f"{zeros:,}", f"{total:,}", f"{zeros / total:.4f}"]
+
+
+def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Aligned plain text: the first column left, numbers right."""
+    cells = [[str(c) for c in header], *([str(c) for c in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    numeric = [all(_is_number(row[i]) for row in cells[1:]) for i in range(len(header))]
+    lines = [
+        "  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)).rstrip()
+        for row in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def _is_number(text: str) -> bool:
+    return not text or text.replace(",", "").replace(".", "").replace("-", "").replace("e", "").isdigit()

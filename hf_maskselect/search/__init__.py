@@ -1,0 +1,1 @@
+"""Choosing one mask among several candidates at each sparsity level."""

@@ -1,0 +1,1 @@
+"""Changes to weights that need no training: refit, channel permutation, adapter merge."""

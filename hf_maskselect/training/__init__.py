@@ -1,0 +1,1 @@
+"""The parts of `PruningTrainer` that are not about masks: checkpoints, plan, checks, Hub."""
