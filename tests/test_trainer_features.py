@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from test_continue import METHODS
-from tiny import losses, make, make_config, make_rows, make_trainer, same, weights_of
+from tiny import METHODS, losses, make, make_config, make_rows, make_trainer, same, weights_of
 from tokenizers import Tokenizer, models
 from torch.testing import assert_close
 from transformers import Trainer

@@ -3,7 +3,8 @@
 import torch
 import transformers
 
-from hf_maskselect import PruningConfig, PruningTrainer
+from hf_maskselect import MaskSet, PruningConfig, PruningState, PruningTrainer, prunable_weights
+from hf_maskselect.masking.patterns import NM, Unstructured
 
 COMMON = {
     "vocab_size": 64,
@@ -33,6 +34,14 @@ FAMILIES = {
         "seq_classif_dropout": 0.0,
     },
 }
+
+# One short run of each kind of method.
+METHODS = [
+    {"method": "magnitude"},
+    {"method": "random", "num_candidates": 3, "trial_steps": 2},
+    {"method": "pdp", "num_levels": None, "frozen_steps": 3, "pdp_tau": 1e-3},
+    {"method": "gumbel", "num_levels": None, "frozen_steps": 3},
+]
 
 
 def make(family="Bert", head="ForSequenceClassification", seed=0, **changes):
@@ -79,6 +88,19 @@ def make_trainer(folder, model=None, rows=None, trainer=PruningTrainer, keywords
     rows = make_rows() if rows is None else rows
     given = {"train_dataset": rows, "eval_dataset": rows[:32]}
     return trainer(make() if model is None else model, make_config(folder, **changes), **{**given, **(keywords or {})})
+
+
+def save_pruned(folder, sparsity=0.75, pattern="unstructured", family="Bert", dtype=torch.float32, **changes):
+    """A pruned model as `PruningTrainer` leaves it."""
+    model = make(family, **changes)
+    scores = {name: weight.detach().abs() for name, weight in prunable_weights(model).items()}
+    chosen = Unstructured("layer") if pattern == "unstructured" else NM(*map(int, pattern.split(":")))
+    masks = MaskSet(chosen.masks(scores, sparsity))
+    masks.apply_(model)
+    model.to(dtype).save_pretrained(folder)
+    state = PruningState(masks, "magnitude", pattern, sparsity, step=10, level=0, seed=42)
+    state.sealed(folder).save(folder)
+    return model, masks
 
 
 def losses(trainer):

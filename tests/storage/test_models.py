@@ -4,8 +4,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from test_continue import METHODS
-from tiny import COMMON, NO_DROPOUT, make_trainer, same, weights_of
+from tiny import COMMON, METHODS, NO_DROPOUT, make_trainer, same, weights_of
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hf_maskselect import (

@@ -4,8 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from test_packing import save_pruned
-from tiny import make
+from tiny import make, save_pruned
 from transformers import GPT2Config, GPT2ForSequenceClassification, ResNetConfig, ResNetForImageClassification
 
 from hf_maskselect import export_onnx

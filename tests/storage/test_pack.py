@@ -11,32 +11,18 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import make, same, weights_of
+from tiny import make, same, save_pruned, weights_of
 from transformers import AutoModelForSequenceClassification
 
 from hf_maskselect import MaskSet, PruningState, load_pruned, prunable_weights, verify
 from hf_maskselect.cli import main
 from hf_maskselect.masking.maskset import header_checksum
-from hf_maskselect.masking.patterns import NM, Unstructured
 from hf_maskselect.storage.pack import pack, unpack
 from hf_maskselect.storage.packed_file import PACKED_FILE, PackedFile, quantize_rows
 from hf_maskselect.storage.state import STATE_FILE, saved_tensors
 
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
 TABLE = "bert.embeddings.word_embeddings.weight"
-
-
-def save_pruned(folder, sparsity=0.75, pattern="unstructured", family="Bert", dtype=torch.float32, **changes):
-    """A pruned model as `PruningTrainer` leaves it."""
-    model = make(family, **changes)
-    scores = {name: weight.detach().abs() for name, weight in prunable_weights(model).items()}
-    chosen = Unstructured("layer") if pattern == "unstructured" else NM(*map(int, pattern.split(":")))
-    masks = MaskSet(chosen.masks(scores, sparsity))
-    masks.apply_(model)
-    model.to(dtype).save_pretrained(folder)
-    state = PruningState(masks, "magnitude", pattern, sparsity, step=10, level=0, seed=42)
-    state.sealed(folder).save(folder)
-    return model, masks
 
 
 @pytest.fixture(scope="module")

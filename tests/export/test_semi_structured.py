@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_packing import save_pruned
-from tiny import make, weights_of
+from tiny import make, save_pruned, weights_of
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_packing import save_pruned
+from tiny import save_pruned
 
 from hf_maskselect import export_semi_structured, load_semi_structured, prunable_weights
 from hf_maskselect.cli import main

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
     ("method", "count"), [("random", 24), ("fitted", 6), ("survivors", 12), ("pdp", 6), ("gumbel", 6)]
 )
 def test_a_killed_run_goes_on_to_the_bit(tmp_path, method, count):
-    path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, str(HERE / "killable.py"), str(tmp_path), method, str(count), "3"],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import make, make_trainer, same, weights_of
+from tiny import METHODS, make, make_trainer, same, weights_of
 from transformers import BertForSequenceClassification, BertModel
 
 from hf_maskselect import MaskSet, PruningState, load_pruned, prunable_weights, verify
@@ -29,12 +29,6 @@ def frozen_at_zero():
     return model
 
 
-METHODS = [
-    {"method": "magnitude"},
-    {"method": "random", "num_candidates": 3, "trial_steps": 2},
-    {"method": "pdp", "num_levels": None, "frozen_steps": 3, "pdp_tau": 1e-3},
-    {"method": "gumbel", "num_levels": None, "frozen_steps": 3},
-]
 each_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method["method"])
 
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_packing import save_pruned
-from tiny import make, make_trainer, same, weights_of
+from tiny import make, make_trainer, same, save_pruned, weights_of
 
 from hf_maskselect import export_semi_structured, load_pruned, load_semi_structured
 from hf_maskselect.export.semi_structured import SEMI_STRUCTURED_FILE, TIMING_FILE, Choice, Timing
