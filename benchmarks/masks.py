@@ -27,7 +27,7 @@ from hf_maskselect.masking.proposals import Proposal, propose
 from hf_maskselect.masking.ranking import top_k_masks
 from hf_maskselect.masking.votes import number_of_draws, votes
 from hf_maskselect.methods.boundary import Boundary
-from hf_maskselect.reporting.sparsity import text_table
+from hf_maskselect.utils.tables import text_table
 
 SPARSITY = 0.9375
 SHAPES = (((768, 768), 4), ((3072, 768), 1), ((768, 3072), 1))  # of one layer, with their count

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.utils import logging
 
 from hf_maskselect import PruningConfig, PruningTrainer, prunable_weights
-from hf_maskselect.reporting.sparsity import text_table
+from hf_maskselect.utils.tables import text_table
 
 BOUND = 3
 PHASES = {"_draw": "making candidates", "_race": "trials", "untouched": "trials", "restore": "trials"}

@@ -26,8 +26,8 @@ from common import TokenRows, encoder, machine, spread
 from transformers.utils import logging
 
 from hf_maskselect import PruningConfig, PruningTrainer
-from hf_maskselect.reporting.sparsity import text_table
 from hf_maskselect.training.search_cost import Workload, search_cost
+from hf_maskselect.utils.tables import text_table
 
 
 def settings(args, folder: str, ranks: int) -> PruningConfig:

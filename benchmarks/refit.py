@@ -19,9 +19,9 @@ from common import TokenRows, alternate, encoder, machine, spread
 from torch import Tensor
 
 from hf_maskselect import prunable_weights, refit
-from hf_maskselect.reporting.sparsity import text_table
 from hf_maskselect.search.bench import REFIT_COST
 from hf_maskselect.surgery.least_squares import fit_masked, ridge
+from hf_maskselect.utils.tables import text_table
 
 BATCH = 16
 BLOCK = 1 << 24  # numbers that the direct way gathers at once

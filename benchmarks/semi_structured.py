@@ -23,8 +23,8 @@ from transformers.utils import logging
 
 from hf_maskselect import permute_channels, prunable_weights
 from hf_maskselect.masking.patterns import NM
-from hf_maskselect.reporting.sparsity import text_table
 from hf_maskselect.storage.two_of_four import compress, decompress
+from hf_maskselect.utils.tables import text_table
 
 
 def packing(repeats: int) -> list[list[str]]:

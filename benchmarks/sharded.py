@@ -19,7 +19,7 @@ from common import machine, seconds, spread
 
 from hf_maskselect.masking.patterns import Unstructured
 from hf_maskselect.masking.sharded import Shards, sharded_masks
-from hf_maskselect.reporting.sparsity import text_table
+from hf_maskselect.utils.tables import text_table
 
 SHAPES = [(768, 768)] * 48 + [(3072, 768), (768, 3072)] * 12
 RANKS = 2

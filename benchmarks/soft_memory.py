@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from hf_maskselect import PruningConfig, PruningTrainer, prunable_weights
-from hf_maskselect.reporting.sparsity import text_table
+from hf_maskselect.utils.tables import text_table
 
 METHODS = {
     "magnitude": {"num_levels": 1},

@@ -27,7 +27,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from hf_maskselect import PruningConfig, PruningTrainer
-from hf_maskselect.reporting.sparsity import text_table
+from hf_maskselect.utils.tables import text_table
 
 SPARSITY = 0.9375
 AIMS = {"magnitude": 1.03, "pdp": 1.15, "gumbel": 1.25}

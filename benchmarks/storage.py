@@ -27,8 +27,8 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 from transformers.utils import logging
 
 from hf_maskselect import MaskSet, PruningConfig, PruningState, PruningTrainer, pack, prunable_weights, unpack
-from hf_maskselect.reporting.sparsity import text_table
 from hf_maskselect.training.atomic_checkpoints import sync_folder
+from hf_maskselect.utils.tables import text_table
 
 SPARSITIES = (0.8, 0.9, 0.9375, 0.99)
 LOSSY = {"lossless": {}, "bf16 values, int8 tables": {"values": "bf16", "embeddings": "int8"}}

@@ -29,9 +29,9 @@ from demo_data import demo_model_config, demo_tokenizer
 from dense import fine_tune_dense
 from hf_maskselect import PruningConfig, PruningTrainer, prunable_weights
 from hf_maskselect.masking.dtensors import reshard
-from hf_maskselect.reporting.sparsity import text_table
-from hf_maskselect.training.atomic_checkpoints import last_checkpoint
+from hf_maskselect.storage.runs import last_checkpoint
 from hf_maskselect.training.plan import rewound_rate
+from hf_maskselect.utils.tables import text_table
 from job import Job, evaluate, load_model, prepare
 from tasks import GlueTask
 

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments, set_seed
 
 from hf_maskselect import PruningConfig, PruningTrainer
-from hf_maskselect.reporting.sparsity import text_table
+from hf_maskselect.utils.tables import text_table
 
 CLASSES, TEST_ROWS = 10, 600
 UNTRAINED = {

@@ -8,8 +8,10 @@ from .masking.maskset import MaskSet
 from .masking.scores import WeightStats
 from .masking.targets import prunable_weights
 from .reporting.sparsity import SparsityReport, sparsity_report
-from .storage.pack import PackReport, load_pruned, pack, unpack
-from .storage.state import PruningState, verify
+from .storage.load import load_pruned
+from .storage.pack import PackReport, pack, unpack
+from .storage.state import PruningState
+from .storage.verify import verify
 from .surgery.merge_adapter import merge_adapter_with_masks
 from .surgery.permute_channels import PermutationReport, permute_channels
 from .surgery.refit import Refit, refit

@@ -18,9 +18,10 @@ from .masking.targets import check_module_names
 from .reporting.plots import plot
 from .reporting.record import RunRecord
 from .reporting.sparsity import sparsity_report
-from .storage.pack import find_folder, pack, unpack
+from .storage.load import find_folder
+from .storage.pack import pack, unpack
 from .storage.packed_file import LOSSY
-from .storage.state import parse_groups, verify
+from .storage.verify import parse_groups, verify
 from .training.search_cost import check_run, cost_text, workload
 
 PLAN_USAGE = "hf-maskselect plan PATH [--ranks N ...] [--train_rows N] --max_steps N [any field of PruningConfig]"

@@ -21,7 +21,6 @@ from .distillation.losses import make_distiller
 from .fields.rules import SELECTION_LOSSES
 from .masking.dtensors import reshard
 from .masking.maskset import MaskSet
-from .masking.proposals import key_seed
 from .masking.schedule import LevelPlan
 from .masking.scores import CRITERIA, Criterion, ScoreFn
 from .masking.targets import transposed_weights
@@ -55,6 +54,7 @@ from .training.plan import plan_text, rewound_rate
 from .training.sigterm import CheckpointTogether
 from .training.used_fields import Used, check_used, run_fields, split_fields
 from .utils.processes import Ranks
+from .utils.seeds import key_seed
 
 
 class PruningTrainer(PrunedCheckpoints):

@@ -7,19 +7,17 @@ Every term is a mean over the examples of a batch of a mean over the *real* toke
 therefore gives the mean of its two halves of 8, whatever their padding: gradient accumulation changes nothing.
 """
 
-import inspect
-import math
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
+from transformers import PreTrainedModel
 from transformers.utils.generic import find_labels
+
+from .teacher import _argument_names, _check_fit, _check_weights, _problem_type, load_teacher
 
 if TYPE_CHECKING:
     from ..config import PruningConfig
@@ -231,54 +229,6 @@ def make_distiller(
     return distiller
 
 
-def load_teacher(teacher: PreTrainedModel | str | os.PathLike, student: PreTrainedModel) -> PreTrainedModel:
-    """The teacher as a model: `teacher` itself, or the checkpoint it names, loaded in float32 on the CPU.
-
-    The class is the one named first in the checkpoint's `architectures`, looked up in `transformers` only. No code
-    from the checkpoint is run and only safetensors files are read.
-
-    Args:
-        teacher: a model (returned unchanged), or a folder or Hub repository with a fine-tuned model of the student's
-            task.
-        student: the model to be taught; named in the messages.
-
-    Raises:
-        ValueError: if `teacher` is neither, or the checkpoint names no model class of `transformers`, one of another
-            model type, or lacks some of its weights, which would be random (typically the head of a model that was
-            never fine-tuned).
-        OSError: from `transformers`, if there is no checkpoint or it has no safetensors file.
-    """
-    if isinstance(teacher, PreTrainedModel):
-        return teacher
-    if not isinstance(teacher, str | os.PathLike):
-        raise ValueError(
-            f"The teacher must be a model of transformers or the name of one, got {type(teacher).__name__}: pass one "
-            f"of the task of this {type(student).__name__}."
-        )
-    config = AutoConfig.from_pretrained(teacher, trust_remote_code=False)
-    name = (config.architectures or [""])[0]
-    model_class = getattr(transformers, name, None) if name else None
-    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-        raise ValueError(
-            f"The teacher {str(teacher)!r} names the architecture {name!r}, which is no model class of transformers: "
-            f"load it yourself and pass the model as teacher of this {type(student).__name__}."
-        )
-    if model_class.config_class is not type(config):
-        raise ValueError(
-            f"The teacher {str(teacher)!r} names the architecture {name!r} but its model_type is "
-            f"{config.model_type!r}: mend its config.json or load it yourself and pass the model."
-        )
-    model, info = model_class.from_pretrained(
-        teacher, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-    )
-    if info["missing_keys"]:
-        raise ValueError(
-            f"The teacher {str(teacher)!r} lacks {len(info['missing_keys'])} weights of {name}, such as "
-            f"{min(info['missing_keys'])!r}, which would be random: fine-tune it on the task first."
-        )
-    return model
-
-
 def _token_weights(mask: Tensor | None, like: Tensor) -> Tensor:
     """Weights (batch, tokens) in float32 that turn a sum into a mean over real tokens, then over examples.
 
@@ -317,103 +267,3 @@ def _label_mse(logits: Tensor, labels: Tensor | None) -> Tensor:
             "number for each output."
         )
     return F.mse_loss(logits.float(), labels.float().reshape(logits.shape))
-
-
-def _argument_names(model: PreTrainedModel) -> frozenset[str]:
-    """Arguments that the model's forward names; what would only fall into its `**kwargs` is left out."""
-    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    parameters = inspect.signature(model.forward).parameters.values()
-    return frozenset(parameter.name for parameter in parameters if parameter.kind not in variadic)
-
-
-def _problem_type(config: PreTrainedConfig) -> str | None:
-    """The task of a head: as the config says, or regression for a single label as in `transformers`, or undecided."""
-    return config.problem_type or ("regression" if config.num_labels == 1 else None)
-
-
-def _check_weights(logits: float, hidden: float, attention: float, temperature: float, hard_label: float) -> None:
-    weights = {
-        "distill_logits": logits,
-        "distill_hidden": hidden,
-        "distill_attention": attention,
-        "hard_label_weight": hard_label,
-    }
-    for name, value in weights.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} is {value}: give a number of at least 0 (0 leaves the term out).")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"distill_temperature is {temperature}: give a number above 0 (1.0 in the paper).")
-    if not any(weights.values()):
-        raise ValueError(f"All of {', '.join(weights)} are 0, so there is nothing to learn from: set one above 0.")
-
-
-def _check_fit(
-    teacher: PreTrainedModel, student: PreTrainedModel, *, logits: float, hidden: float, attention: float
-) -> int:
-    """Refuses a teacher that cannot teach this student; returns the teacher's layers per student layer."""
-    own = {id(parameter) for parameter in student.parameters()}
-    if any(id(parameter) in own for parameter in teacher.parameters()):
-        raise ValueError(
-            "The teacher shares its parameters with the student, and pruning one would prune the other: pass a copy, "
-            "such as copy.deepcopy(model)."
-        )
-    t, s = teacher.config, student.config
-    if not s.return_dict and (logits > 0 or hidden > 0 or attention > 0):
-        raise ValueError("The student returns tuples, in which nothing has a name: set config.return_dict=True.")
-    if logits > 0:
-        _check_task(teacher, student)
-
-    def differ(attribute: str, remedy: str) -> None:
-        # A vision config has no vocab_size, on either side: equal.
-        theirs, ours = getattr(t, attribute, None), getattr(s, attribute, None)
-        if theirs != ours:
-            raise ValueError(f"The teacher has {attribute}={theirs} and the student {attribute}={ours}: {remedy}.")
-
-    differ("vocab_size", "use a teacher with the student's tokenizer, so that the same token ids mean the same")
-    if hidden > 0:
-        differ("hidden_size", "set distill_hidden=0 or use a teacher of the student's width")
-    if attention > 0:
-        differ("num_attention_heads", "set distill_attention=0 or use a teacher with as many heads as the student")
-    if hidden == 0 and attention == 0:
-        return 1
-    if type(student).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():
-        raise ValueError(
-            f"The student is a {type(student).__name__}, which takes every choice as a row, so its layers do not fit "
-            "the attention mask: set distill_hidden=0 and distill_attention=0, which leaves the logits."
-        )
-    theirs, ours = t.num_hidden_layers, s.num_hidden_layers
-    if theirs % ours:
-        raise ValueError(
-            f"The teacher has {theirs} layers, which is no multiple of the student's {ours}: set "
-            "distill_hidden=0 and distill_attention=0, or use a teacher whose layers are a multiple."
-        )
-    return theirs // ours
-
-
-def _check_task(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    """Refuses a teacher whose logits do not speak of the student's classes."""
-    for who, model in (("teacher", teacher), ("student", student)):
-        if "labels" not in _argument_names(model):
-            raise ValueError(
-                f"The {who} is a {type(model).__name__}, which has no logits over labels: set distill_logits=0 or use "
-                "a classification or regression model."
-            )
-    t, s = teacher.config, student.config
-    if t.num_labels != s.num_labels:
-        raise ValueError(
-            f"The teacher has {t.num_labels} labels and the student {s.num_labels}: use a teacher fine-tuned on the "
-            "student's task."
-        )
-    theirs, ours = _problem_type(t), _problem_type(s)
-    if theirs and ours and theirs != ours:
-        raise ValueError(
-            f"The teacher's problem type is {theirs!r} and the student's {ours!r}: use a teacher fine-tuned on the "
-            "student's task."
-        )
-    # Checkpoints of one task disagree about the order of its classes (MNLI): the loss would teach the wrong ones.
-    names = [[str(config.id2label[i]).lower() for i in range(config.num_labels)] for config in (t, s)]
-    if names[0] != names[1] and sorted(names[0]) == sorted(names[1]):
-        raise ValueError(
-            f"The teacher orders the labels {names[0]} and the student {names[1]}: give the student the teacher's "
-            "id2label and number the dataset's labels accordingly."
-        )

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..masking.targets import prunable_weights
+from ..storage.load import find_folder
 from ..storage.models import load_strictly, model_class
-from ..storage.pack import check_output, copy_companions, find_folder
-from ..storage.state import PruningState, check_unpacked
+from ..storage.pack import check_output, copy_companions
+from ..storage.state import PruningState
+from ..storage.weights import check_unpacked
 
 ONNX_FILE = "model.onnx"
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime", "transformers.exporters")

@@ -23,13 +23,15 @@ from torch.sparse import (
 from transformers import PreTrainedModel
 
 from ..masking.targets import prunable_weights, transposed_weights
-from ..reporting.card import without_section
+from ..storage.load import find_folder, open_packed
 from ..storage.models import load_strictly, model_class, own_names, skeleton
-from ..storage.pack import check_output, copy_companions, find_folder, open_packed
+from ..storage.pack import check_output, copy_companions
 from ..storage.packed_file import PackedFile, PackedWriter
-from ..storage.state import PruningState, check_present, config_digest, saved_tensors
+from ..storage.state import PruningState
 from ..storage.two_of_four import check_groups, compress, layout_of
+from ..storage.weights import check_present, config_digest, saved_tensors
 from ..utils.files import read_json, write_json
+from ..utils.tables import without_section
 
 SEMI_STRUCTURED_FILE = "semi_structured_model.safetensors"
 TIMING_FILE = "semi_structured_timing.json"

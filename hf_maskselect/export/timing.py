@@ -13,9 +13,8 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from ..reporting.card import markdown_table, without_section
-from ..reporting.sparsity import text_table
-from ..storage.pack import open_packed
+from ..storage.load import open_packed
+from ..utils.tables import markdown_table, text_table, without_section
 from .semi_structured import (
     MODES,
     SEMI_STRUCTURED_FILE,

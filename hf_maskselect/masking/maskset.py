@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..utils.digests import header_checksum
 from .dtensors import whole
 from .patterns import Pattern
 
@@ -229,11 +230,6 @@ def packed_digest(packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, 
     return sha.hexdigest()
 
 
-def header_checksum(header: Mapping[str, str]) -> str:
-    """SHA-256 over the fields of a file's header."""
-    return hashlib.sha256(repr(sorted(header.items())).encode()).hexdigest()
-
-
 def _tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -259,3 +255,9 @@ def unpack_bits(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8)
     table = ((torch.arange(256, dtype=torch.uint8)[:, None] >> shifts) & 1).contiguous().view(torch.int64).squeeze(1)
     return table[packed.long()].view(torch.uint8)[:count].bool().view(shape)
+
+
+def diverged(what: str, when: str = "") -> str:
+    """The sentence for NaN or infinity among what was trained; when: " at step 3"."""
+    remedy = "use a lower learning_rate or a smaller max_grad_norm"
+    return f"{what} holds NaN or infinity{when}, training has diverged: {remedy}"

@@ -4,13 +4,13 @@ level, candidate, seed), so that any process can rebuild any candidate."""
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..utils.seeds import key_seed
 from .dtensors import like, of_parts, part, shards_of, whole
 from .maskset import MaskSet
 from .patterns import NM, SCOPES, Channel, Unstructured, kept_count
@@ -183,9 +183,3 @@ def _vote_(
         rank_by_votes_(pooled, keep, draws, exponent, generator)
     # Scores were made comparable before voting; votes are comparable as they are.
     return dataclasses.replace(pattern, scope="global") if pattern.scope == "balanced" else pattern
-
-
-def key_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on every part, such as (seed, purpose, level, candidate)."""
-    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1

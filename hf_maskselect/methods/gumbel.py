@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..masking.maskset import MaskSet
+from ..masking.maskset import MaskSet, diverged
 from ..masking.patterns import NM, Unstructured, allocate, kept_count
 from .gumbel_sample import budget_shift, perturbed, sample
-from .hard import Choose, FindWeights, diverged
+from .hard import Choose, FindWeights
 from .soft import SoftMasks
 
 _LOGITS, _SCALE, _SHIFT = "logits.", "scale.", "shift."  # prefixes in a checkpoint

@@ -19,12 +19,6 @@ Choose = Callable[[int], MaskSet]
 FindWeights = Callable[[nn.Module], dict[str, nn.Parameter]]
 
 
-def diverged(what: str, when: str = "") -> str:
-    """The sentence for NaN or infinity among what was trained; when: " at step 3"."""
-    remedy = "use a lower learning_rate or a smaller max_grad_norm"
-    return f"{what} holds NaN or infinity{when}, training has diverged: {remedy}"
-
-
 class HardMasks:
     """Keeps dead weights at exactly zero while the model trains, without touching its modules.
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..masking.dtensors import of_parts, whole
-from ..masking.maskset import MaskSet
+from ..masking.maskset import MaskSet, diverged
 from ..masking.patterns import NM, Channel, Unstructured, grouped
 from ..masking.ranking import top_k_masks
 from ..masking.scores import CRITERIA
 from ..masking.votes import number_of_draws, rank_by_votes_
 from .boundary import Boundary
-from .hard import Choose, FindWeights, diverged
+from .hard import Choose, FindWeights
 from .pdp_mask import group_boundaries, row_squares, soft_gradient_, soft_row_gradient_, soft_row_weight, soft_weight
 from .soft import SoftMasks
 

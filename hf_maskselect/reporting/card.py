@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from ..storage.models import model_class, of_transformers, pruned_modules
 from ..storage.pack import pack
 from ..storage.packed_file import PACKED_FILE
+from ..utils.tables import markdown_table
 from .plots import DENSITY, HISTORY, SEARCH
 from .record import RunRecord, metrics_of
 
@@ -82,19 +82,6 @@ _DISTILLATION = (
 )
 _TRAINING = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
 Scores = Mapping[str, float | Sequence[float]]
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table of Markdown; the first column and those with words in them are left, numbers right."""
-    columns = [[str(row[i]) for row in rows] for i in range(len(header))]
-    numbers = [all(cell[:1].isdigit() or cell == "-" for cell in column) for column in columns]
-    lines = [header, ["---", *("---:" if right else "---" for right in numbers[1:])], *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def without_section(text: str, heading: str) -> str:
-    """A card without one section: its heading and what follows up to the next of the same level."""
-    return re.sub(rf"\n*^{re.escape(heading)}\n.*?(?=\n+## |\Z)", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def card_text(

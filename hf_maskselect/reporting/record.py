@@ -11,8 +11,8 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..search.results import SEARCH_FILE, LevelSearch, read_searches
+from ..storage.runs import last_checkpoint
 from ..storage.state import PruningState
-from ..training.atomic_checkpoints import last_checkpoint
 from ..utils.files import read_object
 from .sparsity import SparsityReport, sparsity_report
 

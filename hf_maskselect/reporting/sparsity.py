@@ -4,7 +4,6 @@ denominator, taken from the weights themselves."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,9 @@ from torch import nn
 
 from ..masking.targets import prunable_weights
 from ..storage.models import skeleton
-from ..storage.state import PruningState, check_present, saved_tensors
+from ..storage.state import PruningState
+from ..storage.weights import check_present, saved_tensors
+from ..utils.tables import text_table
 
 
 @dataclass(frozen=True)
@@ -95,19 +96,3 @@ def _count(name: str, tensor: torch.Tensor, prunable: bool) -> TensorReport:
 
 def _row(name: str, shape: str, zeros: int, total: int) -> list[str]:
     return [name, shape, f"{zeros:,}", f"{total:,}", f"{zeros / total:.4f}"]
-
-
-def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Aligned plain text: the first column left, numbers right."""
-    cells = [[str(c) for c in header], *([str(c) for c in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    numeric = [all(_is_number(row[i]) for row in cells[1:]) for i in range(len(header))]
-    lines = [
-        "  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)).rstrip()
-        for row in cells
-    ]
-    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
-
-
-def _is_number(text: str) -> bool:
-    return not text or text.replace(",", "").replace(".", "").replace("-", "").replace("e", "").isdigit()

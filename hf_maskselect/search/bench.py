@@ -21,10 +21,10 @@ from transformers.utils import is_datasets_available
 
 from ..fields.rules import SELECTION_LOSSES
 from ..masking.maskset import MaskSet
-from ..masking.proposals import key_seed
 from ..masking.scores import GradientStats
 from ..methods.hard import HardMasks
 from ..surgery.refit import Refit, fittable, refit
+from ..utils.seeds import key_seed
 from .fingerprint import digest_of, plain_batch, relevant
 
 EARLY_EVALUATIONS = 20  # of one "early" trial; its score is the mean of the last ten (arXiv 2310.13183)

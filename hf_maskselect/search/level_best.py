@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
-from ..masking.maskset import header_checksum
-from ..storage.state import WeightsDigest
+from ..utils.digests import header_checksum, weights_digest
 from ..utils.files import replacing
 
 FILE = "_level_best.safetensors"
@@ -97,11 +96,3 @@ class LevelBest:
     def forget(self) -> None:
         """Remove the file (the level is over)."""
         self._path.unlink(missing_ok=True)
-
-
-def weights_digest(weights: dict[str, Tensor]) -> str:
-    """Of names and contents together, as text."""
-    digest = WeightsDigest()
-    for name, weight in weights.items():
-        digest.add(name, weight)
-    return digest.hex()

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..reporting.sparsity import text_table
+from ..utils.tables import text_table
 
 SEARCH_FILE = "search.json"
 

@@ -21,13 +21,14 @@ from transformers.utils import logging
 
 from ..config import PruningConfig
 from ..masking.maskset import MaskSet
-from ..masking.proposals import Proposal, key_seed, propose
+from ..masking.proposals import Proposal, propose
 from ..masking.schedule import LevelPlan
 from ..masking.scores import Criterion, GradientStats, StoredStats
 from ..methods.hard import HardMasks
 from ..surgery.refit import Refit
 from ..utils.files import replacing
 from ..utils.processes import Ranks, deal, deal_to_holders
+from ..utils.seeds import key_seed
 from .bench import EARLY_EVALUATIONS, Trial, TrialBench
 from .best_fit import BestFit, errors_of
 from .journal import Journal

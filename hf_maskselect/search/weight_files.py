@@ -12,9 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..masking.maskset import header_checksum
+from ..utils.digests import header_checksum, weights_digest
 from ..utils.files import replacing
-from .level_best import weights_digest
 
 FOLDER = "_survivors"  # uploads to the Hub leave out what begins with an underscore
 

@@ -19,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..masking.maskset import header_checksum, pack_bits, unpack_bits
+from ..masking.maskset import pack_bits, unpack_bits
+from ..utils.digests import header_checksum
 from ..utils.files import DTYPES, bytes_of, replacing, write_safetensors
 from .gap_coding import LARGEST, decode_gaps, encode_gaps, entropy_bits, gaps_of, rice_parameter
 from .two_of_four import compress, decompress

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Set
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..masking.maskset import MaskSet
-from ..masking.patterns import NM, parse_pattern
-from ..masking.targets import transposed_weights
-from ..methods.hard import diverged
-from ..utils.files import bytes_of, read_object, replacing
-from .models import load_strictly, model_class, skeleton
-from .packed_file import PACKED_FILE
-from .two_of_four import check_groups
+from ..utils.files import replacing
+from .weights import check_unpacked, check_weights, config_digest
 
 STATE_FILE = "pruning_state.safetensors"
 
 
 _FIELDS = {"method": str, "pattern": str, "sparsity": float, "step": int, "level": int, "seed": int, "start": float}
 _TEXTS = ("architecture", "weights", "config")
-# What of config.json says nothing about the function that the model computes.
-_DESCRIPTIVE = ("_name_or_path", "finetuning_task", "id2label", "label2id", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -144,204 +132,9 @@ def load_method_state(folder: str | os.PathLike) -> dict[str, torch.Tensor]:
     return MaskSet.load_beside(Path(folder) / STATE_FILE)
 
 
-def saved_tensors(folder: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of the weights saved in `folder`; they are mapped, and read when they are used.
-
-    Raises:
-        ValueError: no safetensors weights there.
-    """
-    folder = Path(folder)
-    if (folder / SAFE_WEIGHTS_NAME).is_file():  # in the order in which from_pretrained looks
-        files = [folder / SAFE_WEIGHTS_NAME]
-    elif (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        files = [folder / name for name in shard_names(folder / SAFE_WEIGHTS_INDEX_NAME)]
-    else:
-        check_unpacked(folder)
-        raise ValueError(f"{folder} holds no {SAFE_WEIGHTS_NAME}: give the folder of a model saved by save_pretrained")
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    yield name, file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read as weights ({error}); restore the file") from error
-
-
-def check_unpacked(folder: str | os.PathLike) -> None:
-    """Raise a ValueError where a folder holds a packed model only."""
-    folder = Path(folder)
-    weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-    if (folder / PACKED_FILE).is_file() and not any((folder / name).is_file() for name in weights):
-        raise ValueError(
-            f"{folder} holds a packed model: write it as an ordinary one first, with `hf-maskselect unpack {folder} "
-            "--output FOLDER`"
-        )
-
-
-def shard_names(path: Path) -> list[str]:
-    """The files that an index of sharded weights names, all of its own folder.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    try:
-        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        if not names or any(Path(name).name != name for name in names):
-            raise ValueError("it names no files of its folder")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as an index of weights ({error}); restore the file") from error
-    return names
-
-
-def check_present(folder: str | os.PathLike, prunable: Set[str], saved: Iterable[str]) -> None:
-    """Raise a ValueError unless all prunable weights are among the names of those saved in `folder`."""
-    if missing := prunable - set(saved):
-        raise ValueError(
-            f"{folder}: {min(missing)} is prunable but not saved: its weights are of another model, or under the "
-            "names of older files; for those, load it with from_pretrained and save it again with "
-            "save_pretrained(..., save_original_format=False)"
-        )
-
-
-def check_weights(folder: str | os.PathLike, masks: MaskSet) -> str:
-    """Re-read the saved weights and compare them with the masks.
-
-    Returns:
-        `WeightsDigest` of all tensors, whatever files they lie in.
-
-    Raises:
-        ValueError: a masked weight is missing, or not zero where its mask says so.
-    """
-    digest = WeightsDigest()
-
-    def check(named: tuple[str, torch.Tensor]) -> None:
-        name, tensor = named
-        digest.add(name, tensor)
-        if name in masks:
-            check_zeros(folder, name, tensor, masks[name])
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # one core takes one digest; nothing is read before
-        for _ in pool.map(check, saved_tensors(folder)):
-            pass
-    if missing := masks.keys() - digest.names:
-        raise ValueError(
-            f"{folder}: {sorted(missing)[0]} is masked but not in the file; the weights are of another model"
-        )
-    return digest.hex()
-
-
-class WeightsDigest:
-    """SHA-256 over names, dtypes, shapes and bits of tensors, in whatever order they come."""
-
-    def __init__(self) -> None:
-        self._lines: dict[str, str] = {}
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        content = hashlib.sha256(bytes_of(tensor)).hexdigest()
-        self._lines[name] = f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:{content}"
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._lines)
-
-    def hex(self) -> str:
-        return hashlib.sha256("\n".join(sorted(self._lines.values())).encode()).hexdigest()
-
-
-def check_zeros(folder: str | os.PathLike, name: str, tensor: torch.Tensor, mask: torch.Tensor) -> None:
-    """Raise a ValueError unless one saved tensor is zero where its mask says so."""
-    if tensor.shape != mask.shape:
-        raise ValueError(
-            f"{folder}: {name} has shape {tuple(tensor.shape)} but its mask has {tuple(mask.shape)}; the masks are of "
-            "another model"
-        )
-    alive = int(torch.count_nonzero(tensor.ne(0).gt_(mask.cpu())))  # not zero, and not kept
-    if alive:
-        if not bool(torch.isfinite(tensor).all()):  # NaN times 0 is NaN
-            raise ValueError(f"{folder}: {diverged(name)}")
-        raise ValueError(
-            f"{folder}: {name} has {alive} non-zero weights where its mask is zero; the file was changed after "
-            "pruning or written without it, so save it again from the trainer"
-        )
-
-
 def changed(folder: str | os.PathLike, what: str) -> str:
     """The sentence for a folder whose files do not belong together."""
     return (
         f"{folder}: {what} that {STATE_FILE} was saved with; restore the file, or, if it was changed on purpose, "
         f"delete {STATE_FILE}: masks are then taken from the zeros"
     )
-
-
-def config_digest(folder: str | os.PathLike) -> str:
-    """SHA-256 over what `config.json` says of the function the model computes (not of its labels); empty where there
-    is no such file, as for a module that is not of transformers."""
-    path = Path(folder) / CONFIG_NAME
-    if not path.is_file():
-        return ""
-    found = read_object(path, "restore the file")
-    told = {name: value for name, value in found.items() if name not in _DESCRIPTIVE}
-    labels = found.get("id2label")  # the names may change, their number is the head's size: 2 where none are told
-    told["labels"] = len(labels) if isinstance(labels, dict) else 2
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def parse_groups(pattern: str) -> NM:
-    """The N:M pattern that a text names.
-
-    Raises:
-        ValueError: it names another, or none.
-    """
-    groups = parse_pattern(pattern)
-    if not isinstance(groups, NM):
-        raise ValueError(f"pattern={pattern!r} is not checked by itself: give an N:M pattern such as '2:4'")
-    return groups
-
-
-def verify(folder: str | os.PathLike, pattern: str | None = None) -> PruningState:
-    """Everything a user may rely on: the zeros are the masks, their count is the target's and their places are those
-    of the pattern that the folder was pruned to, the model loads plainly.
-
-    Args:
-        pattern: `"N:M"`; every masked matrix must hold it along its input axis, whatever it was pruned to.
-
-    Returns:
-        the pruning state of the folder.
-
-    Raises:
-        ValueError: the first thing that does not hold, with the tensor or the counts.
-    """
-    groups = None if pattern is None else parse_groups(pattern)
-    state = PruningState.load(folder)
-    state.check_saved(folder)
-    if groups is not None and (turned := sorted(transposed_weights(skeleton(folder)) & state.masks.keys())):
-        raise ValueError(f"{turned[0]} belongs to a Conv1D, which stores it transposed: it cannot hold {pattern}")
-    for name, tensor in saved_tensors(folder):
-        if name not in state.masks:
-            continue
-        if groups is not None:
-            check_groups(name, tensor, groups.n, groups.m)
-        found, kept = int(tensor.count_nonzero()), int(state.masks[name].count_nonzero())
-        if found != kept:
-            raise ValueError(
-                f"{folder}: {name} has {found} non-zero weights but its mask keeps {kept}: weights that are kept were "
-                "still zero when they were saved, so train longer, or start from a model without zeros at these places"
-            )
-    pruned_to = parse_pattern(state.pattern)
-    wanted = pruned_to.keeps([mask.shape for mask in state.masks.values()], state.sparsity)
-    if state.masks.kept != wanted:
-        raise ValueError(
-            f"{folder}: {state.masks.kept} of {state.masks.total} prunable weights are kept but sparsity "
-            f"{state.sparsity} with pattern {state.pattern!r} keeps {wanted}; the run had not reached its last level "
-            f"(step {state.step}, level {state.level + 1})"
-        )
-    for name, mask in state.masks.items():
-        pruned_to.check(name, mask.shape)
-        if not pruned_to.holds(mask, state.sparsity):
-            raise ValueError(
-                f"{folder}: {name} keeps as many weights as pattern {state.pattern!r} at sparsity {state.sparsity:g}, "
-                "but in other places; prune a dense model to it, or this one with keep_zeros=False"
-            )
-    cls, _ = model_class(folder)
-    load_strictly(cls, folder, folder, ("missing_keys", "unexpected_keys"))
-    return state

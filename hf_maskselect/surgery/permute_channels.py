@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..masking.patterns import NM, parse_pattern
-from ..reporting.sparsity import text_table
+from ..utils.tables import text_table
 from .column_order import kept_magnitude, search_permutation
 
 

@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..storage.packed_file import PACKED_FILE
-from ..storage.state import STATE_FILE
+from ..storage.runs import last_checkpoint
 from ..utils.files import sync
 
 _WEIGHTS = re.compile(
@@ -127,16 +127,3 @@ def sync_folder(folder: Path) -> None:
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
-
-
-def last_checkpoint(folder: str | os.PathLike) -> str | None:
-    """The whole checkpoint of the most steps in an output folder; None where there is none.
-
-    A killed run leaves no half-written one under such a name, but a folder that another hand began may lie there.
-    """
-    found = {}
-    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if step.isdigit() and (path / STATE_FILE).is_file() and (path / TRAINER_STATE_NAME).is_file():
-            found[int(step)] = str(path)
-    return found[max(found)] if found else None

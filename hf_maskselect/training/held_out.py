@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers.trainer_utils import has_length
 from transformers.utils import is_datasets_available
 
-from ..masking.proposals import key_seed
+from ..utils.seeds import key_seed
 
 if TYPE_CHECKING:
     from ..config import PruningConfig

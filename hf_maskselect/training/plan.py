@@ -10,8 +10,8 @@ from transformers import get_scheduler
 
 from ..config import PruningConfig
 from ..masking.schedule import LevelPlan
-from ..reporting.sparsity import text_table
 from ..search.schedule import rungs_text
+from ..utils.tables import text_table
 
 
 def rewound_rate(args: PruningConfig, plan: LevelPlan) -> Callable[[int], float]:

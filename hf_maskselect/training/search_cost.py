@@ -23,7 +23,6 @@ from transformers import (
 from ..config import PruningConfig
 from ..masking.scores import CRITERIA
 from ..masking.targets import prunable_weights, transposed_weights
-from ..reporting.sparsity import text_table
 from ..search.bench import EARLY_EVALUATIONS, REFIT_COST
 from ..search.best_fit import FitErrors
 from ..search.pool import statistics_needed
@@ -31,6 +30,7 @@ from ..search.results import Candidate
 from ..search.schedule import rungs_text, search_rungs
 from ..storage.models import named_class
 from ..surgery.permute_channels import couplings_of
+from ..utils.tables import text_table
 from .checks import check_batches, check_proposals, check_shapes
 from .plan import rewound_rate
 

@@ -10,7 +10,8 @@ from tiny import FAMILIES, make
 from torch.testing import assert_close
 from transformers import BertConfig
 
-from hf_maskselect.distillation.losses import Distiller, load_teacher
+from hf_maskselect.distillation.losses import Distiller
+from hf_maskselect.distillation.teacher import load_teacher
 
 
 def make_batch(rows=4, length=9, labels=3, seed=0):

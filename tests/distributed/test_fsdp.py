@@ -13,7 +13,7 @@ from tiny import weights_of
 from transformers import AutoModelForSequenceClassification
 
 from hf_maskselect import PruningState
-from hf_maskselect.storage.state import verify
+from hf_maskselect.storage.verify import verify
 
 SCRIPT, RANKS = Path(__file__).with_name("fsdp_ranks.py"), 3
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}  # leaves parameters gathered, which must not matter

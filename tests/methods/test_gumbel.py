@@ -8,8 +8,8 @@ from tiny import FAMILIES, losses, make, make_rows, make_trainer, same, weights_
 from transformers import AutoModelForSequenceClassification
 
 from hf_maskselect import MaskSet, PruningState, prunable_weights, verify
-from hf_maskselect.masking.proposals import key_seed
 from hf_maskselect.storage.state import load_method_state
+from hf_maskselect.utils.seeds import key_seed
 
 GUMBEL = {"method": "gumbel", "num_levels": None, "frozen_steps": 0}
 PAPER = {**GUMBEL, "sparsity": None, "gumbel_untrained": True}

@@ -9,9 +9,10 @@ import pytest
 from tiny import make, make_rows, make_trainer
 
 from hf_maskselect.cli import main
-from hf_maskselect.reporting.card import card_text, markdown_table
+from hf_maskselect.reporting.card import card_text
 from hf_maskselect.reporting.plots import DENSITY, HISTORY, SEARCH, draw_density, draw_history, draw_search
 from hf_maskselect.reporting.record import RunRecord, metrics_of
+from hf_maskselect.utils.tables import markdown_table
 
 pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure  # noqa: E402

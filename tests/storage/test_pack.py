@@ -16,10 +16,11 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_maskselect import MaskSet, PruningState, load_pruned, prunable_weights, verify
 from hf_maskselect.cli import main
-from hf_maskselect.masking.maskset import header_checksum
 from hf_maskselect.storage.pack import pack, unpack
 from hf_maskselect.storage.packed_file import PACKED_FILE, PackedFile, quantize_rows
-from hf_maskselect.storage.state import STATE_FILE, saved_tensors
+from hf_maskselect.storage.state import STATE_FILE
+from hf_maskselect.storage.weights import saved_tensors
+from hf_maskselect.utils.digests import header_checksum
 
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
 TABLE = "bert.embeddings.word_embeddings.weight"

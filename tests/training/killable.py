@@ -30,7 +30,7 @@ import hf_maskselect.search.level_best
 import hf_maskselect.search.weight_files
 import hf_maskselect.storage.packed_file
 from hf_maskselect.search.bench import TrialBench
-from hf_maskselect.training.atomic_checkpoints import last_checkpoint
+from hf_maskselect.storage.runs import last_checkpoint
 
 SETTINGS = {
     "random": {
