@@ -47,12 +47,11 @@ from .training.checks import (
     check_shapes,
     check_start,
 )
-from .training.engines import check_devices, check_engine
+from .training.engines import check_devices, check_engine, check_fsdp
 from .training.held_out import selection_rows
 from .training.optimizers import check_renewable, first_rate, renewed
 from .training.plan import plan_text, rewound_rate
 from .training.sigterm import CheckpointTogether
-from .training.used_fields import Used, check_used, run_fields, split_fields
 from .utils.processes import Ranks
 from .utils.seeds import key_seed
 
@@ -97,30 +96,26 @@ class PruningTrainer(PrunedCheckpoints):
             raise ValueError(
                 f"args must be a PruningConfig, got {type(args).__name__}: it takes every TrainingArguments field"
             )
-        args.check_again()
+        self.settings = args.resolved()
         check_devices(args)
         check_packs(args, model)
         check_batches(args)
         check_score_fn(args, score_fn)
         check_metric(args, kwargs.get("compute_metrics"))
-        self._split = split_fields(args, args.needs_selection_split and selection_dataset is None)
+        self._given_rows = train_dataset, selection_dataset
         train_dataset, selection_dataset = selection_rows(args, train_dataset, selection_dataset)
+        self._rest = train_dataset  # what is left to train on
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        self._score_fn = score_fn
         check_engine(args, self, score_fn)
-        check_adapter(self.model)
-        check_modules(args, self.model)
         self._given_optimizer = self.optimizer
-        if self._given_optimizer is not None and args.searches and not args.compares_fitted:
+        if self._given_optimizer is not None and self.settings.searches and not self.settings.scores_after_refit:
             check_renewable(self._given_optimizer, self.lr_scheduler)
         if not self.loss_is_scaled_for_ga:  # else a subclass counts the labels itself
             # BERT-family heads take **kwargs but ignore num_items_in_batch: believing them would scale the loss by the
             # accumulation steps and by the ranks (transformers#47688).
             self.model_accepts_loss_kwargs = False
-        weights = self._find_weights(self.model)
-        check_parameters(weights)
-        check_shapes(args, weights, transposed_weights(self.model))
-        if args.permute_channels:
-            couplings_of(self.model, args.mask_pattern, weights)
+        self._check_model()
         own = "compute_loss_func" if self.compute_loss_func is not None else "loss_is_scaled_for_ga=True"
         if teacher is not None and (self.compute_loss_func is not None or self.loss_is_scaled_for_ga):
             raise ValueError(f"{own} and a teacher do not go together: its loss is scaled in another way")
@@ -136,6 +131,16 @@ class PruningTrainer(PrunedCheckpoints):
             self.add_callback(CheckpointTogether(self.pop_callback(JITCheckpointCallback), self._ranks))
 
     # -- setting up --------------------------------------------------------------------------------------------------
+
+    def _check_model(self) -> None:
+        """Refuse a model that the arguments, as they are now, do not go with."""
+        check_adapter(self.model)
+        check_modules(self.args, self.model)
+        weights = self._find_weights(self.model)
+        check_parameters(weights)
+        check_shapes(self.args, weights, transposed_weights(self.model))
+        if self.args.permute_channels:
+            couplings_of(self.model, self.settings.pattern, weights)
 
     def _assemble(self, teacher: PreTrainedModel | str | os.PathLike | None) -> None:
         """Make what a run consists of, by the arguments as they are now."""
@@ -159,7 +164,7 @@ class PruningTrainer(PrunedCheckpoints):
         told = Journal(args.output_dir), self._ranks, not self._speaks
         self._search = MaskSearch(args, self._bench, self._method, self._criteria, *told)
         self._level_best = LevelBest(args.output_dir) if args.level_eval_steps else None
-        self._made_by = {**self._fields(), **self._split}
+        self._assembled_from = self._fields()
 
     @property
     def _has_soft_labels(self) -> bool:
@@ -167,32 +172,55 @@ class PruningTrainer(PrunedCheckpoints):
 
     def _metric(self) -> str:
         """What masks are chosen by."""
-        return self.args.selection_metric or ("teacher" if self._has_soft_labels else "loss")
+        return self.settings.selection_metric or ("teacher" if self._has_soft_labels else "loss")
 
-    def _fields(self) -> Used:
-        return run_fields(self.args, self._distiller is not None, self._metric())
+    def _fields(self) -> dict[str, object]:
+        """Return the arguments that `_assemble` and the held-out rows depend on."""
+        return {**self.args.pruning_fields(), "seed": self.args.seed, "output_dir": self.args.output_dir}
 
     def _hp_search_setup(self, trial) -> None:
+        """Read the fields afresh for each run, after a hyper-parameter search or the user may have set them."""
         super()._hp_search_setup(trial)
-        if self.model_init is not None:  # a run of another model, by what a hyper-parameter search has set for it
-            self.args.check_again()
-            check_metric(self.args, self.compute_metrics)
-            if self._distiller is not None:
-                self._distiller.release()
-            self._assemble(self.teacher)
+        args, changed = self.args, self._fields() != self._assembled_from
+        self.settings = args.resolved()
+        if not changed and self.model_init is None:
+            return
+        check_packs(args, self.model)
+        check_score_fn(args, self._score_fn)
+        check_metric(args, self.compute_metrics)
+        check_fsdp(args, self, self._score_fn)
+        self._check_model()
+        check_proposals(args, self._criteria)
+        if changed:
+            self._hold_out_afresh()
+            if self._given_optimizer is None and self._method.parameter_groups():  # it has those
+                self.optimizer = None
+        if self._distiller is not None:
+            self._distiller.release()
+        self._assemble(self.teacher)
+
+    def _hold_out_afresh(self) -> None:
+        """Split the train rows by the arguments as they are now."""
+        train, selection = self._given_rows
+        if self.train_dataset is not self._rest:  # the user has put other rows there
+            train = self.train_dataset
+        self._given_rows = train, selection
+        self.train_dataset, self.selection_dataset = selection_rows(self.args, train, selection)
+        self._rest = self.train_dataset
 
     def make_method(self) -> HardMasks:
         """The method that keeps the masks in force; override it to train under another one."""
-        args, pattern = self.args, self.args.mask_pattern
+        args, settings = self.args, self.settings
         common = self._find_weights, self._choose_masks
         if args.method == "pdp":
-            return Pdp(*common, self.log, pattern, args.sparsity, args.pdp_tau, args.keep_zeros)
-        if args.method == "gumbel":
+            return Pdp(*common, self.log, settings.pattern, settings.sparsity, args.pdp_tau, args.keep_zeros)
+        if settings.gumbel is not None:
 
             def seed_of(*keys: object) -> int:
                 return key_seed(args.seed, "gumbel", *keys)
 
-            return Gumbel(*common, self.log, pattern, args.sparsity, args.gumbel_options, seed_of, args.keep_zeros)
+            soft = settings.pattern, settings.sparsity, settings.gumbel, seed_of
+            return Gumbel(*common, self.log, *soft, args.keep_zeros)
         return HardMasks(*common, args.keep_zeros)
 
     @property
@@ -224,10 +252,14 @@ class PruningTrainer(PrunedCheckpoints):
                 optimizer.add_param_group(group)
         return optimizer
 
+    def _zeros(self) -> MaskSet:
+        """The masks that the zeros of the model amount to."""
+        return MaskSet.from_zeros(self.model, self.settings.target_modules, self.settings.exclude_modules)
+
     def _permute(self) -> None:
         args = self.args
-        zeros = MaskSet.from_zeros(self.model, args.target_modules, args.exclude_modules).sparsity()
-        if zeros >= 1 / args.mask_pattern.m:  # it was pruned in groups before, which must stay together
+        zeros = self._zeros().sparsity()
+        if zeros >= 1 / self.settings.pattern.m:  # it was pruned in groups before, which must stay together
             self._say(f"Channels stay where they are: {zeros:.2%} of the weights are zero already")
             return
         report = permute_channels(self.model, args.pattern, self._find_weights(self.model), seed=args.seed)
@@ -262,14 +294,12 @@ class PruningTrainer(PrunedCheckpoints):
         return prepared
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        args = self.args
-        args.check_again()  # it may have been changed after this trainer was made
-        check_used(self._made_by, {**self._fields(), **split_fields(args, held_out=True)})
+        args, settings = self.args, self.settings
         check_batches(args)
         self._method.attach(self.model)  # FSDP has put other parameters in the place of those it found
         masks = None if self._resumed else self._method.masks
         self._start = self._start if masks is None else masks.sparsity()
-        self._plan = args.plan(num_training_steps, self._start)
+        self._plan = settings.plan(num_training_steps, self._start)
         if masks is not None:
             check_start(args, masks, self._plan)
         draws = masks is None or not self._reached(len(self._plan.levels) - 1)
@@ -286,10 +316,10 @@ class PruningTrainer(PrunedCheckpoints):
         longest = max((steps for level in rungs for _, steps in level), default=0)
         self._ranks.open(args.ddp_timeout * max(1, -(-longest // 100)))
         self.accelerator.wait_for_everyone()
-        held_out = len(self.selection_dataset) if args.needs_selection_split else 0
+        held_out = len(self.selection_dataset) if settings.needs_selection_split else 0
         peak = None if self.lr_scheduler is not None else self.peak_rate
         self._say(plan_text(args, self._plan, rungs, peak, given, held_out, self._start))
-        if args.needs_selection_split and self.selection_metric not in SELECTION_LOSSES and not self._resumed:
+        if settings.needs_selection_split and self.selection_metric not in SELECTION_LOSSES and not self._resumed:
             self._bench.score()  # a metric that cannot be had is to be told now, not when the first search begins
         if self.lr_scheduler is None and args.lr_rewind:
             rate = rewound_rate(args, self._plan)
@@ -338,7 +368,7 @@ class PruningTrainer(PrunedCheckpoints):
 
     def _choose_masks(self, level: int) -> MaskSet:
         reshard(self.model)
-        if not self.args.emergent and self._reached(level):  # the model was that sparse before
+        if not self.settings.emergent and self._reached(level):  # the model was that sparse before
             return self._method.masks
         if self._level_best and level > 0:
             self._restore_level_best(level - 1)
@@ -349,7 +379,7 @@ class PruningTrainer(PrunedCheckpoints):
         if self.is_world_process_zero():
             self._search.write()
         done = self._search.history[-1]
-        if self.args.searches:
+        if self.settings.searches:
             self._say(
                 f"Level {level + 1}: candidates for sparsity {done.sparsity:.4f} ({done.seconds:.0f} "
                 f"s)\n{done.table()}"
@@ -361,9 +391,9 @@ class PruningTrainer(PrunedCheckpoints):
         """Whether the masks in force are as sparse as `level`, in the pattern; an emergent sparsity is reached once
         masks are."""
         masks = self._method.masks
-        if self.args.emergent:
+        if self.settings.emergent:
             return masks.kept < masks.total
-        return masks.reaches(self.args.mask_pattern, self._plan.levels[level])
+        return masks.reaches(self.settings.pattern, self._plan.levels[level])
 
     def _score_level(self) -> None:
         """Inside a level, at its marks and its end: keep the weights if the selection split likes them best."""
@@ -400,13 +430,13 @@ class PruningTrainer(PrunedCheckpoints):
 
     def _warn_if_short(self) -> None:
         """Hard masks stay at their level where a run is stopped; soft ones are cut to their target."""
-        reached = self.args.emergent or self._reached(len(self._plan.levels) - 1)
+        reached = self.settings.emergent or self._reached(len(self._plan.levels) - 1)
         if not reached and self.is_world_process_zero():
             warnings.warn(
                 f"training ended after {self.state.global_step} of {self._plan.max_steps} steps at sparsity "
                 f"{self._method.masks.sparsity():.4f}, before the last level cut to the target "
-                f"{self.args.sparsity:g}: resume from a checkpoint (resume_from_checkpoint), or start a new run from "
-                "this model",
+                f"{self.settings.sparsity:g}: resume from a checkpoint (resume_from_checkpoint), or start a new run "
+                "from this model",
                 stacklevel=2,
             )
 
@@ -423,7 +453,7 @@ class PruningTrainer(PrunedCheckpoints):
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
             reshard(self.model)
-            sparsity = MaskSet.from_zeros(self.model, self.args.target_modules, self.args.exclude_modules).sparsity()
+            sparsity = self._zeros().sparsity()
         output.metrics[f"{metric_key_prefix}_sparsity"] = sparsity
         if prepares:
             # An evaluation before training marks the raw model as prepared, and a later train() would run without DDP.
@@ -434,7 +464,7 @@ class PruningTrainer(PrunedCheckpoints):
         return output
 
     def _card_options(self) -> dict[str, object]:
-        options = super()._card_options()
+        options = super()._card_options() | self.settings.record()
         if self.teacher is not None:  # a name on the Hub is told, of a folder only its own name
             given = self.teacher.name_or_path
             options["teacher"] = Path(given).name if Path(given).is_dir() else given or type(self.teacher).__name__

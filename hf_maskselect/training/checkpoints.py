@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..fields.resolved import ResolvedConfig
 from ..masking.dtensors import class_name, exchange, part, whole
 from ..masking.targets import prunable_weights
 from ..methods.hard import HardMasks
@@ -27,6 +28,7 @@ class PrunedCheckpoints(HubTrainer):
     """A `Trainer` that saves exactly sparse weights, with the masks, choices and place of the run, and goes on from
     them to the bit. What it saves is set by `PruningTrainer`."""
 
+    settings: ResolvedConfig
     _method: HardMasks
     _search: MaskSearch
     _level_best: LevelBest | None
@@ -34,7 +36,7 @@ class PrunedCheckpoints(HubTrainer):
     _resumed: bool  # whether that is known from a checkpoint
 
     def _find_weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return prunable_weights(model, self.args.target_modules, self.args.exclude_modules)
+        return prunable_weights(model, self.settings.target_modules, self.settings.exclude_modules)
 
     @contextlib.contextmanager
     def _baked(self) -> Iterator[None]:
@@ -51,7 +53,7 @@ class PrunedCheckpoints(HubTrainer):
         """Masks in force and where the run stands."""
         args = self.args
         step, masks = self.state.global_step, self._method.masks
-        sparsity = masks.sparsity() if args.emergent else args.sparsity
+        sparsity = masks.sparsity() if self.settings.emergent else self.settings.sparsity
         return PruningState(
             masks,
             args.method,
@@ -75,8 +77,12 @@ class PrunedCheckpoints(HubTrainer):
                 "achieved": state.masks.sparsity(),
                 "version": FORMAT_VERSION,
             }
-            modules = {"target_modules": self.args.target_modules, "exclude_modules": self.args.exclude_modules}
-            self.model.config.pruning |= {name: value for name, value in modules.items() if value is not None}
+            modules = {
+                "target_modules": self.settings.target_modules,
+                "exclude_modules": self.settings.exclude_modules,
+            }
+            given = {name: list(value) for name, value in modules.items() if value is not None}
+            self.model.config.pruning |= given
         extra = self._method.state_dict()
         if self.is_fsdp_enabled:  # what it gathered are the trained weights
             baked = {name: whole(tensor) for name, tensor in (self._method.baked_state_dict() or {}).items()}
@@ -96,7 +102,7 @@ class PrunedCheckpoints(HubTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         state, extra = PruningState.load(resume_from_checkpoint), load_method_state(resume_from_checkpoint)
         args = self.args
-        target = state.sparsity if args.emergent else args.sparsity
+        target = state.sparsity if self.settings.emergent else self.settings.sparsity
         state.check_resumes(args.method, args.pattern, target, class_name(self.model))
         state.check_saved(resume_from_checkpoint)
         told = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))

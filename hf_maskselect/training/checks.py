@@ -21,21 +21,23 @@ from ..storage.models import pruned_modules_of
 
 def check_rows(args: PruningConfig, train, selection, draws: bool) -> None:
     """The rows that a run draws from must be there when it begins; draws: whether it is to make masks."""
-    if draws and train is None and (args.searches or args.criterion != "magnitude" or args.refit_rows):
+    settings = args.resolved()
+    draws = draws and (settings.searches or settings.criterion != "magnitude" or settings.refit_rows > 0)
+    if draws and train is None:
         raise ValueError(
             "there is no train_dataset, and trials, gradient samples and refits draw their rows from it, whatever "
             "get_train_dataloader gives: pass it, or use method='magnitude' with refit_rows=0"
         )
-    if selection is None and args.needs_selection_split:
+    if selection is None and settings.needs_selection_split:
         raise ValueError(
-            f"num_candidates={args.num_candidates} and level_eval_steps={args.level_eval_steps} need rows to choose "
-            "on, and none were held out when the PruningTrainer was made: make a new one, or pass selection_dataset"
+            f"num_candidates={settings.num_candidates} and level_eval_steps={args.level_eval_steps} need rows to "
+            "choose on, and there is no train_dataset to hold them out of: pass it, or pass selection_dataset"
         )
 
 
 def check_batches(args: PruningConfig) -> None:
     """What trials, which one device runs alone, do not go with."""
-    if args.searches and args.train_sampling_strategy == "batch_rebalance":
+    if args.resolved().searches and args.train_sampling_strategy == "batch_rebalance":
         raise ValueError(
             "train_sampling_strategy='batch_rebalance' makes batches for several devices, but a trial runs on "
             "one: use 'group_by_length'"
@@ -58,11 +60,12 @@ def check_score_fn(args: PruningConfig, score_fn: ScoreFn | None) -> None:
 
 def check_metric(args: PruningConfig, compute_metrics) -> None:
     """What masks are chosen by must be there to be computed."""
-    metric = args.selection_metric
+    settings = args.resolved()
+    metric = settings.selection_metric
     by_metric = metric is not None and metric not in SELECTION_LOSSES
-    if args.needs_selection_split and by_metric and compute_metrics is None:
+    if settings.needs_selection_split and by_metric and compute_metrics is None:
         raise ValueError(f"selection_metric={metric!r} needs compute_metrics: pass it, or choose 'loss'")
-    if args.needs_selection_split and by_metric and (args.batch_eval_metrics or args.include_for_metrics):
+    if settings.needs_selection_split and by_metric and (args.batch_eval_metrics or args.include_for_metrics):
         field = "batch_eval_metrics" if args.batch_eval_metrics else "include_for_metrics"
         raise ValueError(
             f"selection_metric={metric!r} does not go with {field}: for a trial compute_metrics gets predictions and "
@@ -73,7 +76,7 @@ def check_metric(args: PruningConfig, compute_metrics) -> None:
 def check_proposals(args: PruningConfig, criteria: Mapping[str, Criterion]) -> None:
     """Refuse proposals that are unknown or too few, or that read gradients where no samples of them are taken. A
     score_fn reads what there is."""
-    for proposal in [] if args.soft else candidate_pool(args, criteria):
+    for proposal in [] if args.resolved().soft else candidate_pool(args, criteria):
         if args.criterion_batches == 0 and proposal.criterion != "score_fn" and criteria[proposal.criterion].needs:
             raise ValueError(
                 f"criterion_batches=0 but proposal '{proposal}' needs gradients: set it to 64 or more, or "
@@ -107,8 +110,9 @@ def check_modules(args: PruningConfig, model: nn.Module) -> None:
 
 def check_shapes(args: PruningConfig, weights: Mapping[str, Tensor], transposed: set[str]) -> None:
     """What the pattern does not go with among the model's prunable weights; transposed: names of those of Conv1D."""
+    pattern = args.resolved().pattern
     for name, weight in weights.items():
-        args.mask_pattern.check(name, weight.shape)
+        pattern.check(name, weight.shape)
     if args.pattern != "unstructured" and (turned := sorted(transposed & weights.keys())):
         raise ValueError(
             f"pattern={args.pattern!r} does not fit {turned[0]}: Conv1D stores its weight transposed, so rows and "
@@ -145,13 +149,14 @@ def check_packs(args: PruningConfig, model) -> None:
 def check_start(args: PruningConfig, masks: MaskSet, plan: LevelPlan) -> None:
     """Refuse a target below the zeros that the model has already, and a pattern whose exact count needs some of their
     places: pruned weights do not return."""
-    if args.emergent or masks.kept == masks.total:
+    settings = args.resolved()
+    if settings.emergent or masks.kept == masks.total:
         return
-    pattern = args.mask_pattern
-    if masks.kept < pattern.keeps([mask.shape for mask in masks.values()], args.sparsity):
+    pattern = settings.pattern
+    if masks.kept < pattern.keeps([mask.shape for mask in masks.values()], settings.sparsity):
         raise ValueError(
-            f"sparsity={args.sparsity} is less than the {masks.sparsity():.6f} that the model has already, and pruned "
-            f"weights do not return: set {_same_zeros(pattern, masks)}{_returning(args)}"
+            f"sparsity={settings.sparsity} is less than the {masks.sparsity():.6f} that the model has already, and "
+            f"pruned weights do not return: set {_same_zeros(pattern, masks)}{_returning(args)}"
         )
     found = ((level, _shortage(pattern, masks, level)) for level in plan.levels)
     short = {level: text for level, text in found if text}

@@ -43,14 +43,21 @@ def check_engine(args: PruningConfig, trainer: Trainer, score_fn: ScoreFn | None
         raise ValueError(
             "the model is sharded already: load it plainly, and let fsdp=True with fsdp_config={'version': 2} shard it"
         )
-    if trainer.is_fsdp_enabled:
-        _check_fsdp(args, trainer, score_fn)
+    check_fsdp(args, trainer, score_fn)
 
 
-def _check_fsdp(args: PruningConfig, trainer: Trainer, score_fn: ScoreFn | None) -> None:
-    """What is tested: hard masks without a search, and PDP where the thresholds lie inside rows."""
+def check_fsdp(args: PruningConfig, trainer: Trainer, score_fn: ScoreFn | None) -> None:
+    """Check the arguments against FSDP, if it is on.
+
+    Tested are hard masks without a search, and PDP where the thresholds lie inside rows.
+
+    Raises:
+        ValueError: FSDP does not go with them.
+    """
+    if not trainer.is_fsdp_enabled:
+        return
     plugin = trainer.accelerator.state.fsdp_plugin
-    ddp = "or use DistributedDataParallel"
+    ddp, settings = "or use DistributedDataParallel", args.resolved()
     refused = [
         (not trainer.accelerator.is_fsdp2, "version 1 flattens weights", "set fsdp_config={'version': 2}"),
         (
@@ -65,13 +72,13 @@ def _check_fsdp(args: PruningConfig, trainer: Trainer, score_fn: ScoreFn | None)
             "set gradient_checkpointing=True instead",
         ),
         (
-            args.searches,
-            f"num_candidates={args.num_candidates} but no rank has the model to run a trial",
+            settings.searches,
+            f"num_candidates={settings.num_candidates} but no rank has the model to run a trial",
             f"set it to 1, {ddp}, where the ranks share the trials",
         ),
         (
-            args.refit_rows,
-            f"refit_rows={args.refit_rows} needs whole matrices",
+            settings.refit_rows,
+            f"refit_rows={settings.refit_rows} needs whole matrices",
             f"set it to 0, {ddp}",
         ),
         (
@@ -87,7 +94,7 @@ def _check_fsdp(args: PruningConfig, trainer: Trainer, score_fn: ScoreFn | None)
         (score_fn is not None, "score_fn would see the rows of one rank", f"use a built-in criterion, {ddp}"),
         (args.method == "gumbel", "method='gumbel' is not supported", f"use 'pdp' with an N:M pattern, {ddp}"),
         (
-            args.method == "pdp" and not isinstance(args.mask_pattern, NM),
+            args.method == "pdp" and not isinstance(settings.pattern, NM),
             f"method='pdp' with pattern={args.pattern!r} needs thresholds over whole matrices at every step",
             f"use an N:M pattern, whose thresholds lie inside a row, {ddp}",
         ),
