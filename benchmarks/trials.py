@@ -192,17 +192,17 @@ def bench_of(job: Job, model, config, dense: str) -> tuple[PruningTrainer, Scrib
 
 def cut(trainer: PruningTrainer, proposal: Proposal, index: int, stats, criteria: dict[str, Criterion]) -> MaskSet:
     """The masks of a proposal at the trainer's sparsity, in one level from the weights and masks it has."""
-    args, method = trainer.args, trainer._method
+    args, settings, method = trainer.args, trainer.settings, trainer._method
     return propose(
         proposal,
         index,
         weights=method.weights,
         stats=stats,
         masks=method.masks,
-        sparsity=args.sparsity,
+        sparsity=settings.sparsity,
         level=0,
         seed=args.seed,
-        pattern=args.mask_pattern,
+        pattern=settings.pattern,
         criteria=criteria,
     )
 
@@ -227,7 +227,7 @@ def run(job: Job, model, config, options: argparse.Namespace, folder: Path) -> N
             bench.seen = []
             bench.restore()
             trainer._method.set_masks(masks[index])
-            if config.refit_rows:
+            if trainer.settings.refit_rows:
                 bench.refit(before_cut, seed)
             bench.score()
             bench.trial(lambda index=index: masks[index], trial, seed, tqdm(disable=True))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from transformers.trainer_utils import HubStrategy
 
 from .config import PruningConfig
 from .distillation.losses import make_distiller
-from .fields.search import SELECTION_LOSSES
+from .fields.rules import SELECTION_LOSSES
 from .masking.dtensors import reshard
 from .masking.maskset import MaskSet
 from .masking.scores import CRITERIA, Criterion, ScoreFn
@@ -37,9 +35,9 @@ from .storage.pack import pack
 from .storage.state import PruningState
 from .training.atomic_checkpoints import AtomicCheckpoints
 from .training.checkpoints import baked, describe, put_baked
-from .training.checks import check_arguments, check_engine, check_model, check_proposals, check_rows
+from .training.checks import check_arguments, check_engine, check_fsdp, check_model, check_proposals, check_rows
 from .training.held_out import selection_rows
-from .training.hub import card_options, complete_card, prepare_push, with_tags
+from .training.hub import complete_card, prepare_push, with_tags
 from .training.optimizers import check_renewable, first_rate, renewed
 from .training.plan import plan_text, rewound_rate
 from .training.run import PruningRun, make_method
@@ -96,10 +94,10 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
                 f"args must be a PruningConfig, got {type(args).__name__}: it takes every TrainingArguments field"
             )
         check_arguments(args, model, score_fn, kwargs.get("compute_metrics"))
-        self._rows = train_dataset, selection_dataset  # as the user gave them
-        train_dataset, self.selection_dataset = selection_rows(args, *self._rows)
+        self._user_rows = train_dataset, selection_dataset
+        train_dataset, self.selection_dataset = selection_rows(args, train_dataset, selection_dataset)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
-        self._own_rows = self.train_dataset
+        self._split_rows, self._score_fn = self.train_dataset, score_fn
         check_engine(args, self, score_fn)
         check_model(args, self.model, self.find_weights(self.model))
         self._own_optimizer = self.optimizer  # None where `Trainer` makes it
@@ -111,7 +109,9 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
             self.model_accepts_loss_kwargs = False
         if teacher is not None and (self.compute_loss_func is not None or self.loss_is_scaled_for_ga):
             own = "compute_loss_func" if self.compute_loss_func is not None else "loss_is_scaled_for_ga=True"
-            raise ValueError(f"{own} does not go with a teacher, whose loss is scaled in another way: drop one of them")
+            raise ValueError(
+                f"{own} does not go with a teacher, whose loss is scaled in another way: drop one of them"
+            )
         self._criteria = (
             CRITERIA if score_fn is None else {**CRITERIA, "score_fn": Criterion(score_fn, ("square", "product"), 5.0)}
         )
@@ -132,9 +132,7 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
         takes = set(inspect.signature(self.model.forward).parameters)
         wants = set() if self._distiller is None else set(self._distiller.teacher_arguments)
         self._teacher_only = {"token_type_ids"} & (wants - takes)
-        has_soft_labels = (
-            self._distiller is not None and args.distill_logits > 0 and not self._distiller.is_regression
-        )
+        has_soft_labels = self._distiller is not None and args.distill_logits > 0 and not self._distiller.is_regression
         self.selection_metric = settings.selection_metric or ("teacher" if has_soft_labels else "loss")
         if self.selection_metric == "teacher" and not has_soft_labels:
             raise ValueError(
@@ -153,22 +151,34 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
             quiet=args.disable_tqdm or not self.is_world_process_zero(),
         )
         self.run = PruningRun(args, settings, method, bench, search, self._processes)
-        self._fields = _fields_of(args)
+        self._run_fields = _run_fields(args)
 
     def _hp_search_setup(self, trial) -> None:
         super()._hp_search_setup(trial)
-        # The first thing that `train` calls once the model is there. The arguments may have been set since.
-        if self.model_init is None and self._fields == _fields_of(self.args):
+        # `train` calls this before anything else that reads our arguments, which may have been set since the last run.
+        args, changed = self.args, self._run_fields != _run_fields(self.args)
+        if not changed and self.model_init is None:
             return
-        check_arguments(self.args, self.model, None, self.compute_metrics)
-        check_proposals(self.args, self._criteria)
-        if self.train_dataset is self._own_rows:  # else the user has put another dataset in its place
-            self.train_dataset, self.selection_dataset = selection_rows(self.args, *self._rows)
-            self._own_rows = self.train_dataset
+        check_arguments(args, self.model, self._score_fn, self.compute_metrics)
+        check_model(args, self.model, self.find_weights(self.model))
+        check_fsdp(args, self, self._score_fn)
+        check_proposals(args, self._criteria)
+        if changed:
+            self._split_again()
+            if self._own_optimizer is None and self.run.method.parameter_groups():  # they are of the last run
+                self.optimizer = None
         teacher = self.teacher
         if self._distiller is not None:
             self._distiller.release()
         self._begin(teacher)
+
+    def _split_again(self) -> None:
+        train, selection = self._user_rows
+        if self.train_dataset is not self._split_rows:  # the user has assigned other rows
+            train = self.train_dataset
+        self._user_rows = train, selection
+        self.train_dataset, self.selection_dataset = selection_rows(self.args, train, selection)
+        self._split_rows = self.train_dataset
 
     def make_method(self) -> Method:
         """Make the method that keeps the masks in force. Override it to train under another one."""
@@ -176,7 +186,8 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
 
     def find_weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The prunable weights of a model, by name."""
-        return prunable_weights(model, self.args.target_modules, self.args.exclude_modules)
+        settings = self.args.resolved()
+        return prunable_weights(model, settings.target_modules, settings.exclude_modules)
 
     @property
     def teacher(self) -> PreTrainedModel | None:
@@ -333,8 +344,9 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
             reshard(self.model)
-            sparsity = MaskSet.from_zeros(self.model, self.args.target_modules, self.args.exclude_modules).sparsity()
-        output.metrics[f"{metric_key_prefix}_sparsity"] = sparsity
+            settings = self.run.settings
+            zeros = MaskSet.from_zeros(self.model, settings.target_modules, settings.exclude_modules)
+        output.metrics[f"{metric_key_prefix}_sparsity"] = zeros.sparsity()
         if prepares:
             # An evaluation before training marks the raw model as prepared, and a later train() would run without DDP.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -357,7 +369,7 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
         run = self.run
         run.method.attach(self.model)
         state, extra = self.pruning_state(), run.method.state_dict()
-        describe(self.model, state, self.args)
+        describe(self.model, state, run.settings)
         if self.is_fsdp_enabled:  # `state_dict` was gathered from the trained weights
             put_baked(run.method, state_dict)
         with self._whole(self.args.output_dir if output_dir is None else output_dir) as folder:
@@ -402,23 +414,7 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
             dense_scores: the same of the model before pruning.
         """
         super().create_model_card(*args, model_name=model_name, tags=with_tags(tags, self.args.method), **kwargs)
-        self._complete_card(self.args.output_dir, model_name, scores, dense_scores)
-
-    def _complete_card(self, source: str, model_name=None, scores=None, dense_scores=None) -> None:
-        if not self.is_world_process_zero():
-            return
-        output = Path(self.args.output_dir)
-        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        complete_card(
-            output,
-            Path(source),
-            model_name=self.hub_model_id or model_name or output.name,
-            model_class=type(model).__name__,
-            history=self.state.log_history,
-            options=card_options(self.args, self.teacher),
-            scores=scores,
-            dense_scores=dense_scores,
-        )
+        complete_card(self, Path(self.args.output_dir), self.teacher, model_name, scores, dense_scores)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._checkpointing and self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
@@ -428,7 +424,7 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
             self._finish_current_push()  # an upload in flight still reads `output_dir`
             prepare_push(checkpoint_folder, self.args.output_dir)
             super().create_model_card(tags=with_tags(None, self.args.method))
-            self._complete_card(checkpoint_folder)
+            complete_card(self, Path(checkpoint_folder), self.teacher)
         super()._push_from_checkpoint(checkpoint_folder)
 
 
@@ -457,6 +453,6 @@ class _StepEvents(TrainerCallback):
             control.should_log = due  # `log` clears it, and the loss of this step would be lost
 
 
-def _fields_of(args: PruningConfig) -> dict[str, Any]:
-    """A copy of all arguments, to see later whether one has changed."""
-    return {field.name: copy.deepcopy(getattr(args, field.name)) for field in fields(args)}
+def _run_fields(args: PruningConfig) -> dict[str, object]:
+    """The arguments that the parts of a run and the held-out rows are made from."""
+    return {**args.pruning_fields(), "seed": args.seed, "output_dir": args.output_dir}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..config import PruningConfig
+from ..fields.resolved import ResolvedConfig
 from ..masking.dtensors import gathered, local_rows, swap_data
 from ..methods.base import Method
 from ..storage.state import PruningState
@@ -35,7 +35,7 @@ def put_baked(method: Method, state_dict: dict[str, torch.Tensor]) -> None:
     state_dict |= {name: tensor.to(state_dict[name]) for name, tensor in sparse.items() if name in state_dict}
 
 
-def describe(model: nn.Module, state: PruningState, config: PruningConfig) -> None:
+def describe(model: nn.Module, state: PruningState, settings: ResolvedConfig) -> None:
     """Write a summary of the run into `model.config.pruning`, which `save_pretrained` saves."""
     if not isinstance(model, PreTrainedModel):
         return
@@ -46,6 +46,6 @@ def describe(model: nn.Module, state: PruningState, config: PruningConfig) -> No
         "achieved": state.masks.sparsity(),
         "version": FORMAT_VERSION,
     }
-    modules = {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
-    summary |= {name: value for name, value in modules.items() if value is not None}
+    modules = {"target_modules": settings.target_modules, "exclude_modules": settings.exclude_modules}
+    summary |= {name: list(value) for name, value in modules.items() if value is not None}
     model.config.pruning = summary

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from ..config import PruningConfig
 from ..reporting.card import Scores, card_text, mean, shown_scores, write_card
@@ -35,30 +35,29 @@ def with_tags(tags: str | Sequence[str] | None, method: str) -> list[str]:
 
 
 def complete_card(
-    output: Path,
+    trainer: Trainer,
     source: Path,
-    *,
-    model_name: str,
-    model_class: str,
-    history: list[dict],
-    options: Mapping[str, object],
+    teacher: PreTrainedModel | None,
+    model_name: str | None = None,
     scores: Scores | None = None,
     dense_scores: Scores | None = None,
 ) -> None:
-    """Replace the text of the card that `Trainer` wrote into `output`, and keep its metadata.
+    """Replace the text of the card that `Trainer` wrote into `output_dir`, and keep its metadata.
 
     Args:
-        output: the folder that is pushed; pictures go there too, where matplotlib is installed.
-        source: the folder of the saved model that the card describes: `output` itself or a checkpoint.
-        model_name: the name of the repository.
-        model_class: the name of the model's class, which decides the task.
-        history: the trainer's log.
-        options: the arguments of the run, of which the card shows some.
-        scores: metric -> value, or a list with one value a seed. Default: the last evaluation in `history`.
+        trainer: the trainer; its `args` are a [`PruningConfig`].
+        source: the folder of the saved model that the card describes: `output_dir` or a checkpoint.
+        teacher: named in the card.
+        model_name: name of the repository, where `hub_model_id` is not set.
+        scores: metric -> value, or a list with one value a seed. Default: the last evaluation of this run.
         dense_scores: the same of the model before pruning.
     """
-    if not (source / STATE_FILE).is_file():  # nothing is pruned yet
+    config, history, output = trainer.args, trainer.state.log_history, Path(trainer.args.output_dir)
+    assert isinstance(config, PruningConfig)
+    if not trainer.is_world_process_zero() or not (source / STATE_FILE).is_file():  # no pruned model is saved
         return
+    model_class = type(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)).__name__
+    name = trainer.hub_model_id or model_name or output.name
     searches = read_searches(output / SEARCH_FILE) if (output / SEARCH_FILE).is_file() else []
     record = dataclasses.replace(RunRecord.load(source), searches=searches, history=history)
     if importlib.util.find_spec("matplotlib"):
@@ -67,10 +66,10 @@ def complete_card(
     scores = scores or metrics_of(last, "eval_")  # not those of an earlier run in the same folder
     task = next((task for ending, task in _TASKS.items() if model_class.endswith(ending)), None)
     metadata = ModelCard.load(output / "README.md").data
-    metadata.model_name = model_name.split("/")[-1]
+    metadata.model_name = name.split("/")[-1]
     metadata.eval_results = metadata.eval_results or _eval_results(record, scores, task)
     metadata.pipeline_tag = metadata.pipeline_tag or task
-    text = card_text(record, model_name, output, options, scores, dense_scores)
+    text = card_text(record, name, output, _options(config, teacher), scores, dense_scores)
     write_card(output, f"---\n{metadata.to_yaml()}\n---", text)
 
 
@@ -95,7 +94,7 @@ def prepare_push(checkpoint: str, output: str) -> None:
     (Path(output) / PACKED_FILE).unlink(missing_ok=True)  # it holds another model
 
 
-def card_options(config: PruningConfig, teacher: PreTrainedModel | None) -> dict[str, object]:
+def _options(config: PruningConfig, teacher: PreTrainedModel | None) -> dict[str, object]:
     """The arguments of a run as its card may show them, with their defaults filled in."""
     options = {**config.to_dict(), **config.resolved().record()}
     if teacher is not None:  # a name on the Hub is public; of a folder only its own name is

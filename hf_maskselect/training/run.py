@@ -27,7 +27,9 @@ from ..utils.seeds import key_seed
 from .checks import check_start
 
 
-def make_method(config: PruningConfig, find_weights: FindWeights, log: Callable[[Mapping[str, float]], None]) -> Method:
+def make_method(
+    config: PruningConfig, find_weights: FindWeights, log: Callable[[Mapping[str, float]], None]
+) -> Method:
     """Make the pruning method that a configuration names.
 
     Args:
@@ -94,7 +96,7 @@ class PruningRun:
             self.start = masks.sparsity()
         self.plan, self.planned = self.settings.plan(max_steps, self.start), True
         if masks is not None:
-            check_start(self.config, self.settings, masks, self.plan)
+            check_start(self.config, masks, self.plan)
 
     def rungs(self) -> list[list[tuple[int, int]]]:
         """(candidates, steps) of every rung, for each level."""
@@ -109,7 +111,7 @@ class PruningRun:
     # -- levels ------------------------------------------------------------------------------------------------------
 
     def reached(self, level: int) -> bool:
-        """Whether the masks in force are as sparse as `level`; an emergent sparsity is reached once there are masks."""
+        """Whether the masks in force are as sparse as `level`. An emergent sparsity is reached with any mask."""
         masks = self.method.masks
         if self.settings.emergent:
             return masks.kept < masks.total

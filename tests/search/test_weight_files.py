@@ -44,7 +44,7 @@ def test_an_eighth_of_the_level_by_default(tmp_path):
     trainer = make_trainer(tmp_path, **{**RUN, "trial_steps": None, "num_candidates": 8})
     expected = {1200: [(8, 50), (4, 50), (2, 100)], 600: [(8, 40), (4, 40), (2, 20)], 30: [(8, 5)]}
     for steps, rungs_of_level_1 in expected.items():
-        plan = trainer.args.plan(steps)
+        plan = trainer.settings.plan(steps)
         assert plan.length(0) == steps // 3 and trainer._search.rungs(plan, 0) == rungs_of_level_1
 
 

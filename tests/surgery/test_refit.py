@@ -294,7 +294,7 @@ def test_half_precision_is_fitted():
 
 def test_the_defaults(tmp_path):
     rows = {
-        method: make_config(tmp_path, method=method, **changes).refit_rows
+        method: make_config(tmp_path, method=method, **changes).resolved().refit_rows
         for method, changes in (
             ("magnitude", {}),
             ("taylor", {}),
@@ -305,8 +305,8 @@ def test_the_defaults(tmp_path):
         )
     }
     assert rows == {"magnitude": 0, "taylor": 256, "fisher": 256, "random": 256, "pdp": 0, "gumbel": 0}
-    assert make_config(tmp_path, method="random", proposals=["paper"]).refit_rows == 0
-    assert make_config(tmp_path, refit_rows=32).refit_rows == 32
+    assert make_config(tmp_path, method="random", proposals=["paper"]).resolved().refit_rows == 0
+    assert make_config(tmp_path, refit_rows=32).resolved().refit_rows == 32
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_masks_are_compared_as_they_are_fitted(tmp_path, monkeypatch, capsys):
     """trial_steps=0: one score each and no training; the run goes on from the best, to the bit."""
     keywords = {"method": "random", "num_candidates": 3, "num_levels": 1, "refit_rows": 32, "trial_steps": 0}
     trainer = make_trainer(tmp_path, **keywords)
-    assert trainer._search.rungs(trainer.args.plan(8), 0) == [(3, 0)]
+    assert trainer._search.rungs(trainer.settings.plan(8), 0) == [(3, 0)]
     scored, score = [], trainer._bench.score
 
     def written_down():
