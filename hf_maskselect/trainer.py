@@ -53,7 +53,7 @@ from .training.optimizers import check_renewable, first_rate, renewed
 from .training.plan import plan_text, rewound_rate
 from .training.sigterm import CheckpointTogether
 from .training.used_fields import Used, check_used, run_fields, split_fields
-from .utils.processes import Ranks
+from .utils.processes import Processes
 from .utils.seeds import key_seed
 
 
@@ -129,7 +129,7 @@ class PruningTrainer(PrunedCheckpoints):
             CRITERIA if score_fn is None else {**CRITERIA, "score_fn": Criterion(score_fn, ("square", "product"), 5.0)}
         )
         check_proposals(args, self._criteria)
-        self._ranks = Ranks()
+        self._ranks = Processes()
         self._assemble(teacher)
         self.add_callback(_StepEvents(self))
         if args.enable_jit_checkpoint:

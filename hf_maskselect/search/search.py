@@ -27,7 +27,7 @@ from ..masking.scores import Criterion, GradientStats, StoredStats
 from ..methods.hard import HardMasks
 from ..surgery.refit import Refit
 from ..utils.files import replacing
-from ..utils.processes import Ranks, deal, deal_to_holders
+from ..utils.processes import Processes, deal, deal_to_holders
 from ..utils.seeds import key_seed
 from .bench import EARLY_EVALUATIONS, Trial, TrialBench
 from .best_fit import BestFit, errors_of
@@ -60,7 +60,7 @@ class MaskSearch:
         method: HardMasks,
         criteria: dict[str, Criterion],
         journal: Journal,
-        ranks: Ranks,
+        ranks: Processes,
         quiet: bool,
     ) -> None:
         self._config, self._bench, self._method, self._criteria = config, bench, method, criteria

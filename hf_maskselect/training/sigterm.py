@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
-from ..utils.processes import Ranks
+from ..utils.processes import Processes
 
 
 class CheckpointTogether(JITCheckpointCallback):
@@ -14,7 +14,7 @@ class CheckpointTogether(JITCheckpointCallback):
     random states have moved on, and on each rank by itself, while others wait in another collective.
     """
 
-    def __init__(self, noticed: JITCheckpointCallback, ranks: Ranks) -> None:
+    def __init__(self, noticed: JITCheckpointCallback, ranks: Processes) -> None:
         super().__init__()
         self.trainer, self.jit_manager, self._ranks = noticed.trainer, noticed.jit_manager, ranks
 
