@@ -147,7 +147,7 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
             method,
             self._criteria,
             journal=Journal(args.output_dir),
-            processes=self._processes,
+            ranks=self._processes,
             quiet=args.disable_tqdm or not self.is_world_process_zero(),
         )
         self.run = PruningRun(args, settings, method, bench, search, self._processes)
