@@ -100,9 +100,9 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
         self._split_rows, self._score_fn = self.train_dataset, score_fn
         check_engine(args, self, score_fn)
         check_model(args, self.model, self.find_weights(self.model))
-        self._own_optimizer = self.optimizer  # None where `Trainer` makes it
-        if self._own_optimizer is not None and args.resolved().searches and not args.resolved().scores_after_refit:
-            check_renewable(self._own_optimizer, self.lr_scheduler)
+        self.given_optimizer = self.optimizer  # None where `Trainer` makes it
+        if self.given_optimizer is not None and args.resolved().searches and not args.resolved().scores_after_refit:
+            check_renewable(self.given_optimizer, self.lr_scheduler)
         if not self.loss_is_scaled_for_ga:  # else a subclass counts the labels itself
             # BERT-family heads take **kwargs but ignore num_items_in_batch. Believing them would scale the loss by the
             # accumulation steps and by the ranks (transformers#47688).
@@ -165,7 +165,7 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
         check_proposals(args, self._criteria)
         if changed:
             self._split_again()
-            if self._own_optimizer is None and self.run.method.parameter_groups():  # they are of the last run
+            if self.given_optimizer is None and self.run.method.parameter_groups():  # they are of the last run
                 self.optimizer = None
         teacher = self.teacher
         if self._distiller is not None:
@@ -215,14 +215,14 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
     @property
     def peak_rate(self) -> float | None:
         """Learning rate of the run before its schedule. Of the user's optimizer, the first above 0."""
-        if self.optimizer is None or (self._own_optimizer is None and self.optimizer_cls_and_kwargs is None):
+        if self.optimizer is None or (self.given_optimizer is None and self.optimizer_cls_and_kwargs is None):
             return self.args.learning_rate
         return first_rate(self.optimizer)
 
     def new_optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
         """A fresh optimizer of the run's own class and parameter groups, for a trial."""
-        if self._own_optimizer is not None:
-            optimizer = renewed(self._own_optimizer)
+        if self.given_optimizer is not None:
+            optimizer = renewed(self.given_optimizer)
         else:
             kept, self.optimizer = self.optimizer, None
             optimizer, self.optimizer = super().create_optimizer(), kept
@@ -255,13 +255,15 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
             run.clean(self.state.global_step)
         rungs = run.rungs()
         longest = max((steps for level in rungs for _, steps in level), default=0)
-        if self._own_optimizer is not None and longest:
-            check_renewable(self._own_optimizer, self.lr_scheduler)
+        if self.given_optimizer is not None and longest:
+            check_renewable(self.given_optimizer, self.lr_scheduler)
         # Between trials a rank waits for the slowest one: ddp_timeout for every hundred steps of a trial.
         self._processes.open(args.ddp_timeout * max(1, -(-longest // 100)))
         self.accelerator.wait_for_everyone()
         held_out = len(self.selection_dataset) if run.settings.needs_selection_split else 0
-        own = [made for made in (self._own_optimizer, self.lr_scheduler if own_schedule else None) if made is not None]
+        own = [
+            made for made in (self.given_optimizer, self.lr_scheduler if own_schedule else None) if made is not None
+        ]
         peak = None if own_schedule else self.peak_rate
         self._say(plan_text(args, run.plan, rungs, peak, own, held_out, run.start))
         if run.settings.needs_selection_split and self.selection_metric not in SELECTION_LOSSES and not run.resumed:
