@@ -35,8 +35,16 @@ from .storage.pack import pack
 from .storage.state import PruningState
 from .training.atomic_checkpoints import AtomicCheckpoints
 from .training.checkpoints import baked, describe, put_baked
-from .training.checks import check_arguments, check_engine, check_fsdp, check_model, check_proposals, check_rows
-from .training.held_out import selection_rows
+from .training.checks import (
+    check_arguments,
+    check_engine,
+    check_fsdp,
+    check_model,
+    check_proposals,
+    check_rows,
+    selection_metric,
+)
+from .training.held_out import RowSplit
 from .training.hub import complete_card, prepare_push, with_tags
 from .training.optimizers import check_renewable, first_rate, renewed
 from .training.plan import plan_text, rewound_rate
@@ -94,10 +102,10 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
                 f"args must be a PruningConfig, got {type(args).__name__}: it takes every TrainingArguments field"
             )
         check_arguments(args, model, score_fn, kwargs.get("compute_metrics"))
-        self._user_rows = train_dataset, selection_dataset
-        train_dataset, self.selection_dataset = selection_rows(args, train_dataset, selection_dataset)
+        self._rows = RowSplit(selection_dataset)
+        train_dataset, self.selection_dataset = self._rows.split(args, train_dataset)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
-        self._split_rows, self._score_fn = self.train_dataset, score_fn
+        self._score_fn = score_fn
         check_engine(args, self, score_fn)
         check_model(args, self.model, self.find_weights(self.model))
         self.given_optimizer = self.optimizer  # None where `Trainer` makes it
@@ -126,19 +134,13 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
 
     def _begin(self, teacher: PreTrainedModel | str | os.PathLike | None) -> None:
         """Make what a run consists of, by the arguments as they are now."""
-        args, settings = self.args, self.args.resolved()
+        args = self.args
         self._distiller = None if teacher is None else make_distiller(teacher, self.model, args)
         # A BERT teacher of a DistilBERT student: the pair's segment ids must reach the one and not the other.
         takes = set(inspect.signature(self.model.forward).parameters)
         wants = set() if self._distiller is None else set(self._distiller.teacher_arguments)
         self._teacher_only = {"token_type_ids"} & (wants - takes)
-        has_soft_labels = self._distiller is not None and args.distill_logits > 0 and not self._distiller.is_regression
-        self.selection_metric = settings.selection_metric or ("teacher" if has_soft_labels else "loss")
-        if self.selection_metric == "teacher" and not has_soft_labels:
-            raise ValueError(
-                "selection_metric='teacher' needs a teacher of a classification task and distill_logits > 0: "
-                "choose 'loss'"
-            )
+        self.selection_metric = selection_metric(args, self._distiller)
         method = self.make_method()
         bench = TrialBench(self, method, self.selection_dataset)
         search = MaskSearch(
@@ -150,7 +152,7 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
             ranks=self._processes,
             quiet=args.disable_tqdm or not self.is_world_process_zero(),
         )
-        self.run = PruningRun(args, settings, method, bench, search, self._processes)
+        self.run = PruningRun(args, method, bench, search, self._processes)
         self._run_fields = _run_fields(args)
 
     def _hp_search_setup(self, trial) -> None:
@@ -164,21 +166,13 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
         check_fsdp(args, self, self._score_fn)
         check_proposals(args, self._criteria)
         if changed:
-            self._split_again()
+            self.train_dataset, self.selection_dataset = self._rows.split(args, self.train_dataset)
             if self.given_optimizer is None and self.run.method.parameter_groups():  # they are of the last run
                 self.optimizer = None
         teacher = self.teacher
         if self._distiller is not None:
             self._distiller.release()
         self._begin(teacher)
-
-    def _split_again(self) -> None:
-        train, selection = self._user_rows
-        if self.train_dataset is not self._split_rows:  # the user has assigned other rows
-            train = self.train_dataset
-        self._user_rows = train, selection
-        self.train_dataset, self.selection_dataset = selection_rows(self.args, train, selection)
-        self._split_rows = self.train_dataset
 
     def make_method(self) -> Method:
         """Make the method that keeps the masks in force. Override it to train under another one."""
@@ -248,8 +242,8 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
         return prepared
 
     def _announce(self, own_schedule: bool) -> None:
-        """Check what only shows once the plan is made, and print the plan."""
-        args, run = self.args, self.run
+        """Check what depends on the plan, and print it."""
+        args, run, settings = self.args, self.run, self.run.settings
         check_rows(args, self.train_dataset, self.selection_dataset, draws=run.resumed or not run.at_target)
         if args.should_save:
             run.clean(self.state.global_step)
@@ -260,13 +254,11 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
         # Between trials a rank waits for the slowest one: ddp_timeout for every hundred steps of a trial.
         self._processes.open(args.ddp_timeout * max(1, -(-longest // 100)))
         self.accelerator.wait_for_everyone()
-        held_out = len(self.selection_dataset) if run.settings.needs_selection_split else 0
-        own = [
-            made for made in (self.given_optimizer, self.lr_scheduler if own_schedule else None) if made is not None
-        ]
+        own = [self.given_optimizer, self.lr_scheduler if own_schedule else None]
+        held_out = len(self.selection_dataset) if settings.needs_selection_split else 0
         peak = None if own_schedule else self.peak_rate
-        self._say(plan_text(args, run.plan, rungs, peak, own, held_out, run.start))
-        if run.settings.needs_selection_split and self.selection_metric not in SELECTION_LOSSES and not run.resumed:
+        self._say(plan_text(args, run.plan, rungs, peak, [one for one in own if one is not None], held_out, run.start))
+        if settings.needs_selection_split and self.selection_metric not in SELECTION_LOSSES and not run.resumed:
             run.bench.score()  # a metric that fails must fail now, not when the first search begins
 
     # -- training ----------------------------------------------------------------------------------------------------

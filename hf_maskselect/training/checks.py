@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import is_peft_available
 
 from ..config import PruningConfig
+from ..distillation.losses import Distiller
 from ..fields.rules import SELECTION_LOSSES
 from ..masking.dtensors import is_cut
 from ..masking.maskset import MaskSet
@@ -94,6 +95,21 @@ def check_metric(args: PruningConfig, compute_metrics) -> None:
             f"selection_metric={metric!r} does not go with {field}: in a trial compute_metrics gets the "
             "predictions and labels of all held-out rows and nothing else: choose 'loss'"
         )
+
+
+def selection_metric(args: PruningConfig, distiller: Distiller | None) -> str:
+    """Return the metric that candidates are scored by: "loss", "teacher", or a key of `compute_metrics`.
+
+    Raises:
+        ValueError: the user asks for "teacher", and there are no soft labels.
+    """
+    soft_labels = distiller is not None and args.distill_logits > 0 and not distiller.is_regression
+    metric = args.resolved().selection_metric or ("teacher" if soft_labels else "loss")
+    if metric == "teacher" and not soft_labels:
+        raise ValueError(
+            "selection_metric='teacher' needs a teacher of a classification task and distill_logits > 0: choose 'loss'"
+        )
+    return metric
 
 
 def check_proposals(args: PruningConfig, criteria: Mapping[str, Criterion]) -> None:

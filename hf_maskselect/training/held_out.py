@@ -1,32 +1,48 @@
-"""The rows a run chooses on: held out of train, never the data that is reported."""
+"""The held-out rows that a run chooses on. They come from train, never from the data that is reported."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers.trainer_utils import has_length
 from transformers.utils import is_datasets_available
 
+from ..config import PruningConfig
 from ..utils.seeds import key_seed
 
-if TYPE_CHECKING:
-    from ..config import PruningConfig
+
+class RowSplit:
+    """Splits the user's train rows, again for every run whose arguments have changed.
+
+    Args:
+        selection: the user's `selection_dataset`; None to hold rows out.
+    """
+
+    def __init__(self, selection: Dataset | None) -> None:
+        self._selection = selection
+        self._train: Dataset | None = None  # before the split
+        self._rest: Dataset | None = None  # after it
+
+    def split(self, args: PruningConfig, train: Dataset | None) -> tuple[Dataset | None, Dataset | None]:
+        """Return (train rows, held-out rows). `train`: the rows as they are now, split or not.
+
+        Raises:
+            ValueError: rows cannot be drawn from a dataset, or none are left to choose on.
+        """
+        if train is not self._rest:  # the first split, or the user has assigned other rows
+            self._train = train
+        self._rest, held_out = selection_rows(args, self._train, self._selection)
+        return self._rest, held_out
 
 
 def selection_rows(
     args: PruningConfig, train: Dataset | None, selection: Dataset | None
 ) -> tuple[Dataset | None, Dataset | None]:
-    """(what is trained on, what is chosen on): as given, or held out where the run chooses and was given none.
-
-    Raises:
-        ValueError: rows that cannot be drawn from, or none to choose on.
-    """
-    for name, given in (("train_dataset", train), ("selection_dataset", selection)):
-        if isinstance(given, dict) and 0 not in given:
+    """Return (train rows, held-out rows): the user's, or train split in two if the run chooses and has no others."""
+    for name, dataset in (("train_dataset", train), ("selection_dataset", selection)):
+        if isinstance(dataset, dict) and 0 not in dataset:
             raise ValueError(
-                f"{name} is a {type(given).__name__} of {', '.join(map(repr, given)) or 'nothing'}, not one dataset: "
+                f"{name} is a {type(dataset).__name__} of {', '.join(map(repr, dataset)) or 'nothing'}, not one dataset: "
                 "pass one of these"
             )
     if train is None:
@@ -49,7 +65,7 @@ def selection_rows(
 
 
 def hold_out(dataset: Dataset, fraction: float, seed: int, most: int) -> tuple[Dataset, Dataset]:
-    """(rest, held out): a seeded random share of a map-style dataset, at most `most` rows, the same on every rank.
+    """Return (rest, held-out rows): a seeded random share, at most `most` rows, the same on every rank.
 
     Raises:
         ValueError: the dataset is not map-style, or one of the parts would be empty.
@@ -76,7 +92,7 @@ def hold_out(dataset: Dataset, fraction: float, seed: int, most: int) -> tuple[D
 
 
 def _lack(dataset: Dataset) -> str:
-    """What keeps rows from being drawn from a dataset; empty for a map-style one."""
+    """Why rows cannot be drawn from a dataset; empty for a map-style one."""
     if not has_length(dataset):
         return "has no length"
     return "is an IterableDataset, whose rows come in its own order" if isinstance(dataset, IterableDataset) else ""

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from ..config import PruningConfig
-from ..fields.resolved import ResolvedConfig
 from ..masking.dtensors import class_name
 from ..masking.maskset import MaskSet
 from ..masking.schedule import LevelPlan
@@ -57,7 +56,6 @@ class PruningRun:
 
     Args:
         config: the arguments of the run.
-        settings: what follows from them.
         method: keeps the masks in force.
         bench: scores the model on the held-out rows.
         search: chooses the masks of a level.
@@ -69,13 +67,12 @@ class PruningRun:
     def __init__(
         self,
         config: PruningConfig,
-        settings: ResolvedConfig,
         method: Method,
         bench: TrialBench,
         search: MaskSearch,
         processes: Processes,
     ) -> None:
-        self.config, self.settings = config, settings
+        self.config, self.settings = config, config.resolved()
         self.method, self.bench, self.search, self.processes = method, bench, search, processes
         self.level_best = LevelBest(config.output_dir) if config.level_eval_steps else None
         self.start = 0.0  # sparsity of the model that the run began with
