@@ -83,8 +83,7 @@ class PruningConfig(TargetFields, SearchFields, SoftFields, DistillFields, Train
             frozen_steps = 0.2 if soft and not self.gumbel_untrained else 0
         if num_candidates is None:
             num_candidates = 4 if self.method == "random" else 1
-        target_modules, exclude_modules = self._modules()
-        metric = self.selection_metric
+        target, exclude, metric = self.target_modules, self.exclude_modules, self.selection_metric
         return ResolvedConfig(
             method=self.method,
             soft=soft,
@@ -100,8 +99,8 @@ class PruningConfig(TargetFields, SearchFields, SoftFields, DistillFields, Train
             frozen_steps=frozen_steps,
             gumbel=gumbel,
             selection_metric=None if metric is None else metric.removeprefix("eval_"),
-            target_modules=target_modules,
-            exclude_modules=exclude_modules,
+            target_modules=None if target is None else listed(target),
+            exclude_modules=None if exclude is None else listed(exclude),
             searches=num_candidates > 1,
             scores_after_refit=self._scores_after_refit(num_candidates > 1, refit_rows),
             needs_selection_split=num_candidates > 1 or self.level_eval_steps > 0,

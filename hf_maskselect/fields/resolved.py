@@ -18,8 +18,7 @@ class ResolvedConfig:
     """Everything that follows from the fields of a `PruningConfig`; made by [`PruningConfig.resolved`].
 
     Attributes:
-        method, sparsity, scope, criterion, num_candidates, refit_rows, frozen_steps, pruning_warmup_steps, soft_ramp,
-            last_level_weight: the fields of these names. An emergent sparsity has a placeholder that prunes nothing.
+        sparsity: the target; where it emerges, a placeholder that prunes nothing.
         soft: whether the method trains through soft masks.
         emergent: whether the sparsity is a result and not a target.
         pattern: with the scope of candidate 0.

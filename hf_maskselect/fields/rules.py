@@ -8,6 +8,7 @@ import math
 import types
 import typing
 from collections.abc import Collection, Sequence
+from dataclasses import field
 
 from ..masking.scores import CRITERIA
 
@@ -24,6 +25,14 @@ _TYPES: dict[object, str] = {
     list[float]: "a list of finite numbers, such as [0.5, 0.9]",
     list[str]: "a list of text",
 }
+
+
+def option(default: typing.Any, text: str, choices: Sequence[str] | None = None) -> typing.Any:
+    """Return a dataclass field with its default and its help text; a tuple is the default of a list."""
+    metadata = {"help": text, **({"choices": choices} if choices else {})}
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def check_types(config: object, group: type) -> None:
@@ -73,6 +82,11 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
         close = difflib.get_close_matches(str(value), list(choices), n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"{name}={value!r} is unknown: {hint}choose one of {', '.join(choices)}")
+
+
+def no_meaning(name: str, value: object, beside: str, why: str) -> ValueError:
+    """Return the error for a field that means nothing beside another one; `why` ends with the remedy."""
+    return ValueError(f"{name}={value!r} has no meaning with {beside}, {why}")
 
 
 def check_least(name: str, value: float, least: float) -> None:
