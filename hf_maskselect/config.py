@@ -23,10 +23,10 @@ _EMERGENT = 0.5  # stands for a sparsity that is no target; nothing is pruned by
 class PruningConfig(TargetFields, SearchFields, SoftFields, DistillFields, TrainingArguments):
     """Arguments of [`PruningTrainer`]: everything of `TrainingArguments`, and four groups of fields.
 
-    [`TargetFields`]: what is pruned, how far and when (`method`, `sparsity`, `pattern`, `levels`, `keep_zeros`, ...).
-    [`SearchFields`]: which candidate, and the refit (`num_candidates`, `proposals`, `trial_steps`, `refit_rows`, ...).
-    [`SoftFields`]: soft masks of `"pdp"` and `"gumbel"` (`soft_ramp`, `frozen_steps`, `pdp_tau`, `gumbel_*`).
-    [`DistillFields`]: the losses of a teacher (`distill_*`, `hard_label_weight`).
+    * [`TargetFields`]: what is pruned, how far and when (`method`, `sparsity`, `pattern`, `levels`, ...).
+    * [`SearchFields`]: which candidate, and the refit (`num_candidates`, `proposals`, `refit_rows`, ...).
+    * [`SoftFields`]: soft masks of `"pdp"` and `"gumbel"` (`soft_ramp`, `frozen_steps`, `pdp_tau`, `gumbel_*`).
+    * [`DistillFields`]: the losses of a teacher (`distill_*`, `hard_label_weight`).
 
     A field keeps the value that it was given, None where none was. [`resolved`] returns the values that a run uses.
     Any field may be set between two runs.
@@ -55,8 +55,8 @@ class PruningConfig(TargetFields, SearchFields, SoftFields, DistillFields, Train
                 "an evaluation: use bf16=True or fp16=True instead"
             )
         settings = self._resolve()
-        self._check_soft_rules(settings, self.sparsity, self.pattern)
-        self._check_search_rules(settings, self.level_eval_steps)
+        self._check_soft_rules(settings)
+        self._check_search_rules(settings)
         self._check_target_rules(settings)
         return settings
 

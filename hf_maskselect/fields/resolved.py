@@ -27,8 +27,7 @@ class ResolvedConfig:
         gumbel: options of the Gumbel method; None for other methods.
         selection_metric: without its prefix `eval_`; None where a run takes the teacher's soft labels or the loss.
         searches: whether a level has more than one candidate.
-        scores_after_refit: whether candidates are scored right after their refit, without training (wherever a matrix
-            can be refitted).
+        scores_after_refit: whether candidates are scored right after their refit (if they have one), without training.
         needs_selection_split: whether the run makes a choice that must not look at the evaluation data.
     """
 

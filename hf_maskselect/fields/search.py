@@ -8,7 +8,7 @@ from ..masking.proposals import parse_proposal
 from ..masking.scores import CRITERIA
 from ..masking.votes import SAMPLING_RATIOS
 from .resolved import ResolvedConfig
-from .rules import SELECTIONS, check_choice, check_least, check_types, listed, no_meaning, option
+from .rules import SELECTIONS, check_choice, check_least, check_positive, check_types, listed, no_meaning, option
 
 
 @dataclass
@@ -78,25 +78,14 @@ class SearchFields:
         check_choice("selection", self.selection, SELECTIONS)
         if self.criterion is not None:
             check_choice("criterion", self.criterion, CRITERIA)
-        if self.num_candidates is not None and self.num_candidates < 1:
-            raise ValueError(f"num_candidates={self.num_candidates} must be at least 1 (the deterministic mask)")
+        check_least(self, num_candidates=1, criterion_batches=0, criterion_batch_size=1, trial_steps=0, refit_rows=0)
+        check_least(self, max_selection_samples=1)
+        check_positive(self, trial_batch_size=8, trial_learning_rate=5e-5)
         if not self.proposals:
             raise ValueError("proposals is empty: use 'mixed', 'paper' or a list such as ['taylor:global']")
         if listed(self.proposals) not in (("mixed",), ("paper",)):
             for text in listed(self.proposals):
                 parse_proposal(text, [*CRITERIA, "score_fn"], ratio=1.0)
-        if self.trial_steps is not None and self.trial_steps < 0:
-            raise ValueError(
-                f"trial_steps={self.trial_steps} must be at least 0, which scores masks after their refit"
-            )
-        for name in ("trial_batch_size", "trial_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}={value} must be positive")
-        least = {"criterion_batches": 0, "criterion_batch_size": 1, "max_selection_samples": 1, "refit_rows": 0}
-        for name, value in least.items():
-            if getattr(self, name) is not None:
-                check_least(name, getattr(self, name), value)
         if not self.sampling_ratios or min(self.sampling_ratios) <= 0:
             raise ValueError(f"sampling_ratios={self.sampling_ratios} must be positive numbers, such as [5e-5, 1e-4]")
         if not 0 < self.selection_fraction < 1:
@@ -105,14 +94,11 @@ class SearchFields:
                 "split held out to choose on; pass selection_dataset to choose on other data"
             )
 
-    def _check_search_rules(self, settings: ResolvedConfig, level_eval_steps: int) -> None:
-        """Check these fields against each other and against those of other groups.
-
-        level_eval_steps: the field of this name.
-        """
+    def _check_search_rules(self, settings: ResolvedConfig) -> None:
+        """Check these fields against each other and against those of other groups."""
         method = settings.method
         if settings.soft:
-            self._check_of_soft(settings, level_eval_steps)
+            self._check_of_soft(settings)
         elif method != "random":
             if self.criterion not in (None, method):
                 raise ValueError(
@@ -140,7 +126,7 @@ class SearchFields:
                 why = "which trains no candidate: leave trial_steps unset"
                 raise no_meaning(name, getattr(self, name), "trial_steps=0", why)
 
-    def _check_of_soft(self, settings: ResolvedConfig, level_eval_steps: int) -> None:
+    def _check_of_soft(self, settings: ResolvedConfig) -> None:
         """Check what a soft method allows."""
         method = f"method={settings.method!r}"
         if settings.proposals != ("mixed",):
@@ -151,15 +137,6 @@ class SearchFields:
         if self.refit_rows:
             why = "whose weights are trained as they are cut: leave refit_rows unset"
             raise no_meaning("refit_rows", self.refit_rows, method, why)
-        wanted = {
-            "num_candidates": self.num_candidates if settings.searches else 0,
-            "level_eval_steps": level_eval_steps,
-        }
-        for name, value in wanted.items():
-            if value and not settings.frozen_steps:
-                raise ValueError(
-                    f"{name}={value} needs steps under the hard mask with {method}: set frozen_steps, such as 0.2"
-                )
 
     def _criterion_of(self, method: str, soft: bool) -> str:
         """Return the criterion of candidate 0; the method names it, except for `"random"`."""

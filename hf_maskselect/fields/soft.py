@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from ..methods.gumbel import GumbelOptions
 from .resolved import ResolvedConfig
-from .rules import SOFT_METHODS, check_steps, check_types, no_meaning, option
+from .rules import SOFT_METHODS, check_positive, check_steps, check_types, no_meaning, option
 
 
 @dataclass
@@ -69,24 +69,17 @@ class SoftFields:
             raise ValueError(f"soft_ramp={self.soft_ramp} must lie in (0, 1]: it is a share of the soft phase")
         if self.frozen_steps is not None:
             check_steps("frozen_steps", self.frozen_steps)
-        usual = {"pdp_tau": 1e-4, "gumbel_tau": 1, "gumbel_learning_rate": 0.5, "gumbel_scale_learning_rate": 1e-3}
-        for name, example in usual.items():
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}={value} must be positive, such as {example:g}")
+        check_positive(self, pdp_tau=1e-4, gumbel_tau=1, gumbel_learning_rate=0.5, gumbel_scale_learning_rate=1e-3)
 
-    def _check_soft_rules(self, settings: ResolvedConfig, sparsity: float | None, pattern: str) -> None:
-        """Check these fields against each other and against those of other groups.
-
-        sparsity, pattern: the fields of these names.
-        """
+    def _check_soft_rules(self, settings: ResolvedConfig) -> None:
+        """Check these fields against each other and against those of other groups."""
         method, gumbel = f"method={settings.method!r}", settings.gumbel
         for own in fields(SoftFields):
             prefix, value = own.name.partition("_")[0], getattr(self, own.name)
             of_other = prefix in SOFT_METHODS and settings.method != prefix
             if value != own.default and (of_other or own.name == "soft_ramp" and not settings.soft):
                 owner = prefix if of_other else "soft methods"
-                raise no_meaning(own.name, value, method, f"it belongs to {owner}: leave it unset")
+                raise no_meaning(own.name, value, method, f"since it belongs to {owner}: leave it unset")
         if self.frozen_steps and not settings.soft:
             why = "whose masks are always hard: use last_level_weight for a longer last level"
             raise no_meaning("frozen_steps", self.frozen_steps, method, why)
@@ -96,16 +89,9 @@ class SoftFields:
         if gumbel is not None and settings.scope == "balanced":
             why = "whose logits are comparable as they are: use 'global' or 'layer'"
             raise no_meaning("scope", "balanced", method, why)
-        if not settings.emergent:
-            return
-        free = "gumbel_budget=False"
-        if settings.searches:
+        if settings.emergent and settings.searches:
             why = "since samples of a mask without a budget differ in sparsity: set gumbel_budget=True"
-            raise no_meaning("num_candidates", settings.num_candidates, free, why)
-        if pattern != "unstructured":
-            raise ValueError(f"pattern={pattern!r} needs gumbel_budget=True: the rule logit >= 0 keeps no fixed count")
-        if sparsity is not None:
-            raise no_meaning("sparsity", sparsity, free, "where it emerges: leave it unset, or set gumbel_budget=True")
+            raise no_meaning("num_candidates", settings.num_candidates, "gumbel_budget=False", why)
 
     def _gumbel_options(self) -> GumbelOptions:
         """Return the options of the Gumbel method; `gumbel_untrained` decides those that were not given."""

@@ -8,7 +8,7 @@ from ..masking.patterns import NM, SCOPES, Channel, Unstructured, parse_pattern
 from ..masking.schedule import check_levels, cubic_levels
 from ..masking.targets import check_module_names
 from .resolved import ResolvedConfig
-from .rules import METHODS, check_choice, check_least, check_steps, check_types, no_meaning, option
+from .rules import METHODS, check_choice, check_least, check_positive, check_steps, check_types, no_meaning, option
 
 
 @dataclass
@@ -87,16 +87,18 @@ class TargetFields:
             raise ValueError(
                 f"sparsity={self.sparsity} must lie inside (0, 1): it is the fraction of zeros, 0.9375 for 16x smaller"
             )
-        if self.num_levels is not None:
-            check_least("num_levels", self.num_levels, 1)
-        if self.last_level_weight <= 0:
-            raise ValueError(f"last_level_weight={self.last_level_weight} must be a positive number")
+        check_least(self, num_levels=1, level_eval_steps=0)
+        check_positive(self, last_level_weight=2)
         check_steps("pruning_warmup_steps", self.pruning_warmup_steps)
-        check_least("level_eval_steps", self.level_eval_steps, 0)
 
     def _check_target_rules(self, settings: ResolvedConfig) -> None:
         """Check these fields against each other and against those of other groups."""
         pattern, method, shown = settings.pattern, f"method={self.method!r}", f"pattern={self.pattern!r}"
+        if settings.emergent and self.pattern != "unstructured":
+            raise ValueError(f"{shown} needs gumbel_budget=True: the rule logit >= 0 keeps no fixed count")
+        if settings.emergent and self.sparsity is not None:
+            why = "where it emerges: leave it unset, or set gumbel_budget=True"
+            raise no_meaning("sparsity", self.sparsity, "gumbel_budget=False", why)
         if isinstance(pattern, Channel) and self.method in ("random", "gumbel"):
             why = "which draws single weights: use 'pdp', 'magnitude', 'fisher' or 'taylor'"
             raise no_meaning("pattern", "channel", method, why)
@@ -120,6 +122,12 @@ class TargetFields:
             raise ValueError(
                 f"levels and num_levels have no meaning with {method}, whose sparsity rises at every step: leave them "
                 "unset"
+            )
+        if settings.soft and settings.needs_selection_split and not settings.frozen_steps:
+            name = "num_candidates" if settings.searches else "level_eval_steps"
+            raise ValueError(
+                f"{name}={getattr(self, name)} needs steps under the hard mask with {method}: set frozen_steps, such "
+                "as 0.2"
             )
         check_levels(settings.levels, settings.sparsity)
         for level in settings.levels:

@@ -222,7 +222,7 @@ def test_candidates_are_samples_tried_when_the_mask_hardens(tmp_path):
         ({"gumbel_untrained": True, "gumbel_prior": 1.0, "sparsity": None}, "gumbel_prior=1.0 has no meaning"),
         (
             {"method": "pdp", "gumbel_tau": 2.0},
-            "gumbel_tau=2.0 has no meaning with method='pdp', it belongs to gumbel",
+            "gumbel_tau=2.0 has no meaning with method='pdp', since it belongs to gumbel",
         ),
         (
             {**PAPER, "num_candidates": 2, "frozen_steps": 4},
