@@ -24,8 +24,9 @@ from .masking.maskset import MaskSet
 from .masking.schedule import LevelPlan
 from .masking.scores import CRITERIA, Criterion, ScoreFn
 from .masking.targets import transposed_weights
+from .methods.base import Method
 from .methods.gumbel import Gumbel
-from .methods.hard import HardMasks
+from .methods.hard import HardMethod
 from .methods.pdp import Pdp
 from .search.bench import TrialBench
 from .search.journal import Journal
@@ -104,7 +105,7 @@ class PruningTrainer(PrunedCheckpoints):
         check_metric(args, kwargs.get("compute_metrics"))
         self._given_rows = train_dataset, selection_dataset
         train_dataset, selection_dataset = selection_rows(args, train_dataset, selection_dataset)
-        self._rest = train_dataset  # what is left to train on
+        self._split_rows = train_dataset, selection_dataset
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         self._score_fn = score_fn
         check_engine(args, self, score_fn)
@@ -191,6 +192,7 @@ class PruningTrainer(PrunedCheckpoints):
         check_fsdp(args, self, self._score_fn)
         self._check_model()
         check_proposals(args, self._criteria)
+        self._assembled_from = {}  # until it is assembled: what follows may raise
         if changed:
             self._hold_out_afresh()
             if self._given_optimizer is None and self._method.parameter_groups():  # it has those
@@ -201,27 +203,26 @@ class PruningTrainer(PrunedCheckpoints):
 
     def _hold_out_afresh(self) -> None:
         """Split the train rows by the arguments as they are now."""
-        train, selection = self._given_rows
-        if self.train_dataset is not self._rest:  # the user has put other rows there
-            train = self.train_dataset
+        rows = zip((self.train_dataset, self.selection_dataset), self._split_rows, self._given_rows, strict=True)
+        # Rows that are not those of the last split are the user's own.
+        train, selection = (given if now is split else now for now, split, given in rows)
         self._given_rows = train, selection
-        self.train_dataset, self.selection_dataset = selection_rows(self.args, train, selection)
-        self._rest = self.train_dataset
+        self._split_rows = selection_rows(self.args, train, selection)
+        self.train_dataset, self.selection_dataset = self._split_rows
 
-    def make_method(self) -> HardMasks:
+    def make_method(self) -> Method:
         """The method that keeps the masks in force; override it to train under another one."""
         args, settings = self.args, self.settings
-        common = self._find_weights, self._choose_masks
+        common = self._find_weights, self.log, settings.pattern, settings.sparsity
         if args.method == "pdp":
-            return Pdp(*common, self.log, settings.pattern, settings.sparsity, args.pdp_tau, args.keep_zeros)
+            return Pdp(*common, args.pdp_tau, args.keep_zeros)
         if settings.gumbel is not None:
 
             def seed_of(*keys: object) -> int:
                 return key_seed(args.seed, "gumbel", *keys)
 
-            soft = settings.pattern, settings.sparsity, settings.gumbel, seed_of
-            return Gumbel(*common, self.log, *soft, args.keep_zeros)
-        return HardMasks(*common, args.keep_zeros)
+            return Gumbel(*common, settings.gumbel, seed_of, args.keep_zeros)
+        return HardMethod(self._find_weights, args.keep_zeros)
 
     @property
     def teacher(self) -> PreTrainedModel | None:
@@ -484,7 +485,12 @@ class _StepEvents(TrainerCallback):
         self._trainer = trainer
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        self._trainer._method.on_step_begin(state.global_step)
+        trainer, method = self._trainer, self._trainer._method
+        level = method.level_due(state.global_step)
+        if level is not None:  # masks change here and nowhere else
+            method.prepare_level()
+            method.start_level(level, trainer._choose_masks(level))
+        method.on_step_begin(state.global_step)
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         self._trainer._method.on_optimizer_step()
