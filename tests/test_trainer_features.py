@@ -48,7 +48,7 @@ class ScaledPlain(ScaledLoss, Trainer):
 
 
 def scores_of(trainer):
-    return [score for search in trainer._search.history for c in search.candidates for score in c.scores]
+    return [score for search in trainer.run.search.history for c in search.candidates for score in c.scores]
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_every_run_of_a_model_init_begins_anew(tmp_path):
         trainer.train()
         found = trainer.search_summary()
         runs.append((weights_of(trainer.model), found["search_step_equivalents"], found["search_cost_ratio"]))
-        assert len(json.loads((tmp_path / SEARCH_FILE).read_text())) == len(trainer._search.history) == 2
+        assert len(json.loads((tmp_path / SEARCH_FILE).read_text())) == len(trainer.run.search.history) == 2
     assert same(runs[0][0], runs[1][0]) and runs[0][1:] == runs[1][1:]
 
 
@@ -269,7 +269,7 @@ def test_a_second_run_of_one_model_reads_the_fields_afresh(tmp_path):
     trainer.train()
     trainer.save_model()
     assert verify(tmp_path).masks.sparsity() == pytest.approx(0.95, abs=1e-4)
-    logits = trainer._method.parameter_groups()[0]["params"]
+    logits = trainer.run.method.parameter_groups()[0]["params"]
     assert sum(group["params"][0] is logits[0] for group in trainer.optimizer.param_groups) == 1
     assert len(trainer.optimizer.param_groups) == 4
 
@@ -335,9 +335,9 @@ def test_rows_are_held_out_once_a_run_chooses(tmp_path):
 
 def test_scores_follow_another_evaluation_batch_size(tmp_path):
     trainer = make_trainer(tmp_path, keywords={"teacher": make(seed=3)}, **SEARCHES[0])
-    before = trainer._bench.score()
+    before = trainer.run.bench.score()
     trainer.args.per_device_eval_batch_size = 3
-    assert trainer._bench.score() == pytest.approx(before, rel=1e-5)
+    assert trainer.run.bench.score() == pytest.approx(before, rel=1e-5)
 
 
 # -- saving -----------------------------------------------------------------------------------------------------------

@@ -156,8 +156,8 @@ class TrialBench:
         told |= {"level": level, "metric": trainer.selection_metric}
         told |= {"rows": [len(trainer.train_dataset), len(self._selection)]}
         told |= {"step": [trainer._train_batch_size, self.rows_per_step()]}
-        if trainer._given_optimizer is not None:
-            told["optimizer"] = str(trainer._given_optimizer)
+        if trainer.given_optimizer is not None:
+            told["optimizer"] = str(trainer.given_optimizer)
         elif trainer.optimizer_cls_and_kwargs is not None:
             made, given = trainer.optimizer_cls_and_kwargs
             plain = {k: v for k, v in given.items() if isinstance(v, int | float | str | tuple)}  # an address changes

@@ -27,7 +27,7 @@ from ..masking.scores import Criterion, GradientStats, StoredStats
 from ..methods.base import Method
 from ..surgery.refit import Refit
 from ..utils.files import replacing
-from ..utils.processes import Ranks, deal, deal_to_holders
+from ..utils.processes import Processes, deal, deal_to_holders
 from ..utils.seeds import key_seed
 from .bench import EARLY_EVALUATIONS, Trial, TrialBench
 from .best_fit import BestFit, errors_of
@@ -60,7 +60,7 @@ class MaskSearch:
         method: Method,
         criteria: dict[str, Criterion],
         journal: Journal,
-        ranks: Ranks,
+        ranks: Processes,
         quiet: bool,
     ) -> None:
         self.settings = config.resolved()
