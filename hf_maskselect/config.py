@@ -23,10 +23,10 @@ _EMERGENT = 0.5  # stands for a sparsity that is no target; nothing is pruned by
 class PruningConfig(TargetFields, SearchFields, SoftFields, DistillFields, TrainingArguments):
     """Arguments of [`PruningTrainer`]: everything of `TrainingArguments`, and four groups of fields.
 
-    [`TargetFields`]: what is pruned, how far and when (`method`, `sparsity`, `pattern`, `levels`, `keep_zeros`, ...).
-    [`SearchFields`]: which candidate, and the refit (`num_candidates`, `proposals`, `trial_steps`, `refit_rows`, ...).
-    [`SoftFields`]: soft masks of `"pdp"` and `"gumbel"` (`soft_ramp`, `frozen_steps`, `pdp_tau`, `gumbel_*`).
-    [`DistillFields`]: the losses of a teacher (`distill_*`, `hard_label_weight`).
+    * [`TargetFields`]: what is pruned, how far and when (`method`, `sparsity`, `pattern`, `levels`, ...).
+    * [`SearchFields`]: which candidate, and the refit (`num_candidates`, `proposals`, `refit_rows`, ...).
+    * [`SoftFields`]: soft masks of `"pdp"` and `"gumbel"` (`soft_ramp`, `frozen_steps`, `pdp_tau`, `gumbel_*`).
+    * [`DistillFields`]: the losses of a teacher (`distill_*`, `hard_label_weight`).
 
     A field keeps the value that it was given, None where none was. [`resolved`] returns the values that a run uses.
     Any field may be set between two runs.
@@ -55,8 +55,8 @@ class PruningConfig(TargetFields, SearchFields, SoftFields, DistillFields, Train
                 "an evaluation: use bf16=True or fp16=True instead"
             )
         settings = self._resolve()
-        self._check_soft_rules(settings, self.sparsity, self.pattern)
-        self._check_search_rules(settings, self.level_eval_steps)
+        self._check_soft_rules(settings)
+        self._check_search_rules(settings)
         self._check_target_rules(settings)
         return settings
 
@@ -83,8 +83,7 @@ class PruningConfig(TargetFields, SearchFields, SoftFields, DistillFields, Train
             frozen_steps = 0.2 if soft and not self.gumbel_untrained else 0
         if num_candidates is None:
             num_candidates = 4 if self.method == "random" else 1
-        target_modules, exclude_modules = self._modules()
-        metric = self.selection_metric
+        target, exclude, metric = self.target_modules, self.exclude_modules, self.selection_metric
         return ResolvedConfig(
             method=self.method,
             soft=soft,
@@ -100,8 +99,8 @@ class PruningConfig(TargetFields, SearchFields, SoftFields, DistillFields, Train
             frozen_steps=frozen_steps,
             gumbel=gumbel,
             selection_metric=None if metric is None else metric.removeprefix("eval_"),
-            target_modules=target_modules,
-            exclude_modules=exclude_modules,
+            target_modules=None if target is None else listed(target),
+            exclude_modules=None if exclude is None else listed(exclude),
             searches=num_candidates > 1,
             scores_after_refit=self._scores_after_refit(num_candidates > 1, refit_rows),
             needs_selection_split=num_candidates > 1 or self.level_eval_steps > 0,

@@ -165,6 +165,7 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
         check_model(args, self.model, self.find_weights(self.model))
         check_fsdp(args, self, self._score_fn)
         check_proposals(args, self._criteria)
+        self._run_fields = {}  # until all is made: what follows may raise
         if changed:
             self.train_dataset, self.selection_dataset = self._rows.split(args, self.train_dataset)
             if self.given_optimizer is None and self.run.method.parameter_groups():  # they are of the last run

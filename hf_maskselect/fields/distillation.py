@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from .rules import check_types
+from .rules import check_types, option
 
 
 @dataclass
@@ -19,11 +19,11 @@ class DistillFields:
         hard_label_weight (`float`, defaults to 0): weight of the label loss beside the teacher's.
     """
 
-    distill_logits: float = field(default=1.0, metadata={"help": "Weight of the soft-label loss."})
-    distill_hidden: float = field(default=1.0, metadata={"help": "Weight of the hidden-state loss."})
-    distill_attention: float = field(default=0.0, metadata={"help": "Weight of the attention-map loss."})
-    distill_temperature: float = field(default=1.0, metadata={"help": "Temperature of the soft labels."})
-    hard_label_weight: float = field(default=0.0, metadata={"help": "Weight of the label loss beside the teacher's."})
+    distill_logits: float = option(1.0, "Weight of the soft-label loss.")
+    distill_hidden: float = option(1.0, "Weight of the hidden-state loss.")
+    distill_attention: float = option(0.0, "Weight of the attention-map loss.")
+    distill_temperature: float = option(1.0, "Temperature of the soft labels.")
+    hard_label_weight: float = option(0.0, "Weight of the label loss beside the teacher's.")
 
     def _check_distill_values(self) -> None:
         """Check each of these fields by itself; the distiller checks them against the models."""

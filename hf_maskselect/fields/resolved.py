@@ -18,8 +18,7 @@ class ResolvedConfig:
     """Everything that follows from the fields of a `PruningConfig`; made by [`PruningConfig.resolved`].
 
     Attributes:
-        method, sparsity, scope, criterion, num_candidates, refit_rows, frozen_steps, pruning_warmup_steps, soft_ramp,
-            last_level_weight: the fields of these names. An emergent sparsity has a placeholder that prunes nothing.
+        sparsity: the target; where it emerges, a placeholder that prunes nothing.
         soft: whether the method trains through soft masks.
         emergent: whether the sparsity is a result and not a target.
         pattern: with the scope of candidate 0.
@@ -28,8 +27,7 @@ class ResolvedConfig:
         gumbel: options of the Gumbel method; None for other methods.
         selection_metric: without its prefix `eval_`; None where a run takes the teacher's soft labels or the loss.
         searches: whether a level has more than one candidate.
-        scores_after_refit: whether candidates are scored right after their refit, without training (wherever a matrix
-            can be refitted).
+        scores_after_refit: whether candidates are scored right after their refit (if they have one), without training.
         needs_selection_split: whether the run makes a choice that must not look at the evaluation data.
     """
 

@@ -8,6 +8,7 @@ import math
 import types
 import typing
 from collections.abc import Collection, Sequence
+from dataclasses import field
 
 from ..masking.scores import CRITERIA
 
@@ -24,6 +25,14 @@ _TYPES: dict[object, str] = {
     list[float]: "a list of finite numbers, such as [0.5, 0.9]",
     list[str]: "a list of text",
 }
+
+
+def option(default: typing.Any, text: str, choices: Sequence[str] | None = None) -> typing.Any:
+    """Return a dataclass field with its default and its help text; a tuple is the default of a list."""
+    metadata = {"help": text, **({"choices": choices} if choices else {})}
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def check_types(config: object, group: type) -> None:
@@ -57,9 +66,8 @@ def _annotated(group: type) -> dict[str, tuple[object, ...]]:
 def _is(value: object, kind: object) -> bool:
     if typing.get_origin(kind) is list:
         (entry,) = typing.get_args(kind)
-        return (
-            isinstance(value, list | tuple) and all(_is(v, entry) for v in value) or _is(value, str) and entry is str
-        )
+        value = [value] if entry is str and isinstance(value, str) else value
+        return isinstance(value, list | tuple) and all(_is(v, entry) for v in value)
     if isinstance(value, bool):
         return kind is bool
     if kind is float:
@@ -75,10 +83,23 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
         raise ValueError(f"{name}={value!r} is unknown: {hint}choose one of {', '.join(choices)}")
 
 
-def check_least(name: str, value: float, least: float) -> None:
-    """Raise a ValueError if a number is below its least value."""
-    if value < least:
-        raise ValueError(f"{name}={value} must be at least {least:g}")
+def no_meaning(name: str, value: object, beside: str, why: str) -> ValueError:
+    """Return the error for a field that means nothing beside another one; `why` ends with the remedy."""
+    return ValueError(f"{name}={value!r} has no meaning with {beside}, {why}")
+
+
+def check_least(config: object, **least: int) -> None:
+    """Raise a ValueError if a field, by name, is below its least value; None is none."""
+    for name, low in least.items():
+        if (value := getattr(config, name)) is not None and value < low:
+            raise ValueError(f"{name}={value} must be at least {low}")
+
+
+def check_positive(config: object, **examples: float) -> None:
+    """Raise a ValueError with an example if a field, by name, is 0 or below; None is not."""
+    for name, example in examples.items():
+        if (value := getattr(config, name)) is not None and value <= 0:
+            raise ValueError(f"{name}={value} must be positive, such as {example:g}")
 
 
 def check_steps(name: str, value: float) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..masking.proposals import parse_proposal
 from ..masking.scores import CRITERIA
 from ..masking.votes import SAMPLING_RATIOS
 from .resolved import ResolvedConfig
-from .rules import SELECTIONS, check_choice, check_least, check_types, listed
+from .rules import SELECTIONS, check_choice, check_least, check_positive, check_types, listed, no_meaning, option
 
 
 @dataclass
@@ -55,34 +55,22 @@ class SearchFields:
             is magnitude, the plain baseline.
     """
 
-    num_candidates: int | None = field(default=None, metadata={"help": "Masks tried at each level (4 for random)."})
-    proposals: list[str] = field(
-        default_factory=lambda: ["mixed"], metadata={"help": "mixed, paper, or a list of criterion:scope[:votes]."}
+    num_candidates: int | None = option(None, "Masks tried at each level (4 for random).")
+    proposals: list[str] = option(("mixed",), "mixed, paper, or a list of criterion:scope[:votes].")
+    criterion: str | None = option(None, "Of candidate 0: magnitude, fisher or taylor.")
+    criterion_batches: int = option(64, "Gradient samples a level for fisher and taylor.")
+    criterion_batch_size: int = option(8, "Rows of one gradient sample.")
+    selection: str = option("halving", "halving, survivors or early.", SELECTIONS)
+    trial_steps: int | None = option(None, "Steps of the first rung (0 where matrices are refitted, else a third).")
+    trial_batch_size: int | None = option(None, "Rows of one trial step (those of a training step over all devices).")
+    trial_learning_rate: float | None = option(None, "Peak learning rate of the trials.")
+    sampling_ratios: list[float] = option(SAMPLING_RATIOS, "Draws per removed weight, rotating.")
+    selection_fraction: float = option(0.1, "Share of the train split held out to choose on.")
+    max_selection_samples: int = option(500, "At most so many rows are held out.")
+    selection_metric: str | None = option(
+        None, "loss, teacher, or a key of compute_metrics (teacher where there is one)."
     )
-    criterion: str | None = field(default=None, metadata={"help": "Of candidate 0: magnitude, fisher or taylor."})
-    criterion_batches: int = field(default=64, metadata={"help": "Gradient samples a level for fisher and taylor."})
-    criterion_batch_size: int = field(default=8, metadata={"help": "Rows of one gradient sample."})
-    selection: str = field(default="halving", metadata={"help": "halving, survivors or early.", "choices": SELECTIONS})
-    trial_steps: int | None = field(
-        default=None, metadata={"help": "Steps of the first rung (0 where matrices are refitted, else a third)."}
-    )
-    trial_batch_size: int | None = field(
-        default=None, metadata={"help": "Rows of one trial step (those of a training step over all devices)."}
-    )
-    trial_learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate of the trials."})
-    sampling_ratios: list[float] = field(
-        default_factory=lambda: list(SAMPLING_RATIOS), metadata={"help": "Draws per removed weight, rotating."}
-    )
-    selection_fraction: float = field(
-        default=0.1, metadata={"help": "Share of the train split held out to choose on."}
-    )
-    max_selection_samples: int = field(default=500, metadata={"help": "At most so many rows are held out."})
-    selection_metric: str | None = field(
-        default=None, metadata={"help": "loss, teacher, or a key of compute_metrics (teacher where there is one)."}
-    )
-    refit_rows: int | None = field(
-        default=None, metadata={"help": "Train rows that cut matrices are refitted on (256; magnitude 0)."}
-    )
+    refit_rows: int | None = option(None, "Train rows that cut matrices are refitted on (256; magnitude 0).")
 
     def _check_search_values(self) -> None:
         """Check each of these fields by itself."""
@@ -90,25 +78,14 @@ class SearchFields:
         check_choice("selection", self.selection, SELECTIONS)
         if self.criterion is not None:
             check_choice("criterion", self.criterion, CRITERIA)
-        if self.num_candidates is not None and self.num_candidates < 1:
-            raise ValueError(f"num_candidates={self.num_candidates} must be at least 1 (the deterministic mask)")
+        check_least(self, num_candidates=1, criterion_batches=0, criterion_batch_size=1, trial_steps=0, refit_rows=0)
+        check_least(self, max_selection_samples=1)
+        check_positive(self, trial_batch_size=8, trial_learning_rate=5e-5)
         if not self.proposals:
             raise ValueError("proposals is empty: use 'mixed', 'paper' or a list such as ['taylor:global']")
         if listed(self.proposals) not in (("mixed",), ("paper",)):
             for text in listed(self.proposals):
                 parse_proposal(text, [*CRITERIA, "score_fn"], ratio=1.0)
-        if self.trial_steps is not None and self.trial_steps < 0:
-            raise ValueError(
-                f"trial_steps={self.trial_steps} must be at least 0, which scores masks after their refit"
-            )
-        for name in ("trial_batch_size", "trial_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}={value} must be positive")
-        least = {"criterion_batches": 0, "criterion_batch_size": 1, "max_selection_samples": 1, "refit_rows": 0}
-        for name, value in least.items():
-            if getattr(self, name) is not None:
-                check_least(name, getattr(self, name), value)
         if not self.sampling_ratios or min(self.sampling_ratios) <= 0:
             raise ValueError(f"sampling_ratios={self.sampling_ratios} must be positive numbers, such as [5e-5, 1e-4]")
         if not 0 < self.selection_fraction < 1:
@@ -117,14 +94,11 @@ class SearchFields:
                 "split held out to choose on; pass selection_dataset to choose on other data"
             )
 
-    def _check_search_rules(self, settings: ResolvedConfig, level_eval_steps: int) -> None:
-        """Check these fields against each other and against those of other groups.
-
-        level_eval_steps: the field of this name.
-        """
-        method, chosen = settings.method, f"with method={settings.method!r}"
+    def _check_search_rules(self, settings: ResolvedConfig) -> None:
+        """Check these fields against each other and against those of other groups."""
+        method = settings.method
         if settings.soft:
-            self._check_of_soft(settings, level_eval_steps)
+            self._check_of_soft(settings)
         elif method != "random":
             if self.criterion not in (None, method):
                 raise ValueError(
@@ -132,10 +106,8 @@ class SearchFields:
                     "method='random' with num_candidates=1"
                 )
             if settings.searches:
-                raise ValueError(
-                    f"num_candidates={self.num_candidates} has no meaning {chosen}, which has one deterministic mask: "
-                    "use method='random' to choose among several"
-                )
+                why = "which has one deterministic mask: use method='random' to choose among several"
+                raise no_meaning("num_candidates", self.num_candidates, f"method={method!r}", why)
         if self.criterion_batches == 0 and settings.criterion != "magnitude":
             remedy = "leave criterion unset with proposals='paper'" if method == "random" else "use method='magnitude'"
             raise ValueError(
@@ -151,37 +123,20 @@ class SearchFields:
             )
         for name in ("trial_batch_size", "trial_learning_rate"):
             if getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} has no meaning with trial_steps=0, which trains no candidate: "
-                    "leave trial_steps unset"
-                )
+                why = "which trains no candidate: leave trial_steps unset"
+                raise no_meaning(name, getattr(self, name), "trial_steps=0", why)
 
-    def _check_of_soft(self, settings: ResolvedConfig, level_eval_steps: int) -> None:
+    def _check_of_soft(self, settings: ResolvedConfig) -> None:
         """Check what a soft method allows."""
-        chosen = f"with method={settings.method!r}"
+        method = f"method={settings.method!r}"
         if settings.proposals != ("mixed",):
-            raise ValueError(
-                f"proposals={list(settings.proposals)} have no meaning {chosen}, whose candidates are neighbours of "
-                "its own mask: leave proposals unset"
-            )
+            why = "whose candidates are neighbours of its own mask: leave proposals unset"
+            raise no_meaning("proposals", list(settings.proposals), method, why)
         if self.criterion not in (None, "magnitude"):
-            raise ValueError(
-                f"criterion={self.criterion!r} has no meaning {chosen}, which makes its own masks: leave it unset"
-            )
+            raise no_meaning("criterion", self.criterion, method, "which makes its own masks: leave criterion unset")
         if self.refit_rows:
-            raise ValueError(
-                f"refit_rows={self.refit_rows} has no meaning {chosen}, whose weights are trained as they are cut: "
-                "leave it unset"
-            )
-        wanted = {
-            "num_candidates": self.num_candidates if settings.searches else 0,
-            "level_eval_steps": level_eval_steps,
-        }
-        for name, value in wanted.items():
-            if value and not settings.frozen_steps:
-                raise ValueError(
-                    f"{name}={value} needs steps under the hard mask {chosen}: set frozen_steps, such as 0.2"
-                )
+            why = "whose weights are trained as they are cut: leave refit_rows unset"
+            raise no_meaning("refit_rows", self.refit_rows, method, why)
 
     def _criterion_of(self, method: str, soft: bool) -> str:
         """Return the criterion of candidate 0; the method names it, except for `"random"`."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 from ..methods.gumbel import GumbelOptions
 from .resolved import ResolvedConfig
-from .rules import check_steps, check_types
+from .rules import SOFT_METHODS, check_positive, check_steps, check_types, no_meaning, option
 
 
 @dataclass
@@ -44,28 +44,22 @@ class SoftFields:
             always trains; in the warm-up and under the frozen mask everything does.
     """
 
-    soft_ramp: float = field(default=0.8, metadata={"help": "Share of the soft phase in which sparsity rises."})
-    frozen_steps: float | None = field(
-        default=None, metadata={"help": "Steps at the end under the frozen hard mask; < 1: a share (0.2)."}
+    soft_ramp: float = option(0.8, "Share of the soft phase in which sparsity rises.")
+    frozen_steps: float | None = option(None, "Steps at the end under the frozen hard mask; < 1: a share (0.2).")
+    pdp_tau: float = option(1e-4, "Width of PDP's soft band, in squared weight units.")
+    gumbel_tau: float = option(1.0, "Temperature of the straight-through gradient.")
+    gumbel_untrained: bool = option(False, "Weights at their initialisation (the paper).")
+    gumbel_budget: bool | None = option(None, "Exact budget; else the sparsity emerges.")
+    gumbel_initial_logit: float | None = option(None, "Where logits start (3; untrained 0).")
+    gumbel_prior: float | None = option(None, "Weight of the log-magnitude in the first logits (1; untrained 0).")
+    gumbel_signed_constant: bool | None = option(
+        None, "Weights become sign times standard deviation (untrained: true)."
     )
-    pdp_tau: float = field(default=1e-4, metadata={"help": "Width of PDP's soft band, in squared weight units."})
-    gumbel_tau: float = field(default=1.0, metadata={"help": "Temperature of the straight-through gradient."})
-    gumbel_untrained: bool = field(default=False, metadata={"help": "Weights at their initialisation (the paper)."})
-    gumbel_budget: bool | None = field(default=None, metadata={"help": "Exact budget; else the sparsity emerges."})
-    gumbel_initial_logit: float | None = field(default=None, metadata={"help": "Where logits start (3; untrained 0)."})
-    gumbel_prior: float | None = field(
-        default=None, metadata={"help": "Weight of the log-magnitude in the first logits (1; untrained 0)."}
-    )
-    gumbel_signed_constant: bool | None = field(
-        default=None, metadata={"help": "Weights become sign times standard deviation (untrained: true)."}
-    )
-    gumbel_rescale: bool = field(default=True, metadata={"help": "Smart Rescale: one learned scale a matrix."})
-    gumbel_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the logits (0.5; untrained 0.05)."}
-    )
-    gumbel_scale_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the scales."})
-    gumbel_train_rest: bool | None = field(
-        default=None, metadata={"help": "Also train biases, norms and embeddings of the body (untrained: false)."}
+    gumbel_rescale: bool = option(True, "Smart Rescale: one learned scale a matrix.")
+    gumbel_learning_rate: float | None = option(None, "Learning rate of the logits (0.5; untrained 0.05).")
+    gumbel_scale_learning_rate: float = option(1e-3, "Learning rate of the scales.")
+    gumbel_train_rest: bool | None = option(
+        None, "Also train biases, norms and embeddings of the body (untrained: false)."
     )
 
     def _check_soft_values(self) -> None:
@@ -75,56 +69,29 @@ class SoftFields:
             raise ValueError(f"soft_ramp={self.soft_ramp} must lie in (0, 1]: it is a share of the soft phase")
         if self.frozen_steps is not None:
             check_steps("frozen_steps", self.frozen_steps)
-        usual = {"pdp_tau": 1e-4, "gumbel_tau": 1, "gumbel_learning_rate": 0.5, "gumbel_scale_learning_rate": 1e-3}
-        for name, example in usual.items():
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}={value} must be positive, such as {example:g}")
+        check_positive(self, pdp_tau=1e-4, gumbel_tau=1, gumbel_learning_rate=0.5, gumbel_scale_learning_rate=1e-3)
 
-    def _check_soft_rules(self, settings: ResolvedConfig, sparsity: float | None, pattern: str) -> None:
-        """Check these fields against each other and against those of other groups.
-
-        sparsity, pattern: the fields of these names.
-        """
-        method = settings.method
+    def _check_soft_rules(self, settings: ResolvedConfig) -> None:
+        """Check these fields against each other and against those of other groups."""
+        method, gumbel = f"method={settings.method!r}", settings.gumbel
         for own in fields(SoftFields):
-            owner = own.name.partition("_")[0]
-            used = settings.soft if owner in ("soft", "frozen") else method == owner
-            if owner != "frozen" and not used and getattr(self, own.name) != own.default:
-                owner = "soft methods" if owner == "soft" else owner
-                raise ValueError(
-                    f"{own.name}={getattr(self, own.name)!r} has no meaning with method={method!r}, it belongs to "
-                    f"{owner}: leave it unset"
-                )
+            prefix, value = own.name.partition("_")[0], getattr(self, own.name)
+            of_other = prefix in SOFT_METHODS and settings.method != prefix
+            if value != own.default and (of_other or own.name == "soft_ramp" and not settings.soft):
+                owner = prefix if of_other else "soft methods"
+                raise no_meaning(own.name, value, method, f"since it belongs to {owner}: leave it unset")
         if self.frozen_steps and not settings.soft:
-            raise ValueError(
-                f"frozen_steps={self.frozen_steps} has no meaning with method={method!r}, whose masks are always "
-                "hard: use last_level_weight for a longer last level"
-            )
-        if settings.gumbel is not None and settings.gumbel.prior and settings.gumbel.signed_constant:
-            raise ValueError(
-                f"gumbel_prior={settings.gumbel.prior} has no meaning with gumbel_signed_constant=True, which gives "
-                "all weights of a matrix one magnitude: set one of them to 0 or False"
-            )
-        if method == "gumbel" and settings.scope == "balanced":
-            raise ValueError(
-                "scope='balanced' has no meaning with method='gumbel', whose logits are comparable as they are: use "
-                "'global' or 'layer'"
-            )
-        if not settings.emergent:
-            return
-        if settings.searches:
-            raise ValueError(
-                f"num_candidates={settings.num_candidates} has no meaning with gumbel_budget=False: samples of a mask "
-                "without a budget differ in sparsity, so set gumbel_budget=True"
-            )
-        if pattern != "unstructured":
-            raise ValueError(f"pattern={pattern!r} needs gumbel_budget=True: the rule logit >= 0 keeps no fixed count")
-        if sparsity is not None:
-            raise ValueError(
-                f"sparsity={sparsity} has no meaning with gumbel_budget=False, where it emerges: leave it unset, or "
-                "set gumbel_budget=True"
-            )
+            why = "whose masks are always hard: use last_level_weight for a longer last level"
+            raise no_meaning("frozen_steps", self.frozen_steps, method, why)
+        if gumbel is not None and gumbel.prior and gumbel.signed_constant:
+            why = "which gives all weights of a matrix one magnitude: set one of them to 0 or False"
+            raise no_meaning("gumbel_prior", gumbel.prior, "gumbel_signed_constant=True", why)
+        if gumbel is not None and settings.scope == "balanced":
+            why = "whose logits are comparable as they are: use 'global' or 'layer'"
+            raise no_meaning("scope", "balanced", method, why)
+        if settings.emergent and settings.searches:
+            why = "since samples of a mask without a budget differ in sparsity: set gumbel_budget=True"
+            raise no_meaning("num_candidates", settings.num_candidates, "gumbel_budget=False", why)
 
     def _gumbel_options(self) -> GumbelOptions:
         """Return the options of the Gumbel method; `gumbel_untrained` decides those that were not given."""

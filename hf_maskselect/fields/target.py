@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..masking.patterns import NM, SCOPES, Channel, Unstructured, parse_pattern
 from ..masking.schedule import check_levels, cubic_levels
 from ..masking.targets import check_module_names
 from .resolved import ResolvedConfig
-from .rules import METHODS, check_choice, check_least, check_steps, check_types, listed
+from .rules import METHODS, check_choice, check_least, check_positive, check_steps, check_types, no_meaning, option
 
 
 @dataclass
@@ -55,40 +55,22 @@ class TargetFields:
             near its entropy bound (see [`pack`]); checkpoints do not have it.
     """
 
-    method: str = field(
-        default="random", metadata={"help": "random, magnitude, fisher, taylor, pdp or gumbel", "choices": METHODS}
-    )
-    sparsity: float | None = field(
-        default=None, metadata={"help": "Fraction of zeros over the prunable weights (0.9375)."}
-    )
-    pattern: str = field(default="unstructured", metadata={"help": "unstructured, channel, or N:M such as 2:4."})
-    scope: str | None = field(default=None, metadata={"help": "Of candidate 0: layer, balanced or global."})
-    layer_floor: float = field(
-        default=0.125, metadata={"help": "Least share of the uniform allocation a matrix keeps."}
-    )
-    permute_channels: bool = field(
-        default=False, metadata={"help": "Reorder hidden channels so that N:M keeps more magnitude."}
-    )
-    target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Suffixes or regexes of modules to prune."}
-    )
-    exclude_modules: list[str] | None = field(
-        default=None, metadata={"help": "Suffixes or regexes of modules to leave."}
-    )
-    keep_zeros: bool = field(default=True, metadata={"help": "Zeros of the model a run starts from stay zero."})
-    levels: list[float] | None = field(default=None, metadata={"help": "Rising sparsities that end at the target."})
-    num_levels: int | None = field(default=None, metadata={"help": "Number of cubic levels (4; for N:M 1)."})
-    last_level_weight: float = field(
-        default=2.0, metadata={"help": "Length of the last level in lengths of the others."}
-    )
-    pruning_warmup_steps: float = field(
-        default=0, metadata={"help": "Dense steps before the first cut; < 1: a share."}
-    )
-    lr_rewind: bool = field(default=True, metadata={"help": "Restart the learning-rate schedule at every level."})
-    level_eval_steps: int = field(
-        default=0, metadata={"help": "Keep each level's best weights, scored every so many steps."}
-    )
-    pack_on_save: bool = field(default=False, metadata={"help": "Also write the packed file beside a saved model."})
+    method: str = option("random", "random, magnitude, fisher, taylor, pdp or gumbel", METHODS)
+    sparsity: float | None = option(None, "Fraction of zeros over the prunable weights (0.9375).")
+    pattern: str = option("unstructured", "unstructured, channel, or N:M such as 2:4.")
+    scope: str | None = option(None, "Of candidate 0: layer, balanced or global.")
+    layer_floor: float = option(0.125, "Least share of the uniform allocation a matrix keeps.")
+    permute_channels: bool = option(False, "Reorder hidden channels so that N:M keeps more magnitude.")
+    target_modules: list[str] | None = option(None, "Suffixes or regexes of modules to prune.")
+    exclude_modules: list[str] | None = option(None, "Suffixes or regexes of modules to leave.")
+    keep_zeros: bool = option(True, "Zeros of the model a run starts from stay zero.")
+    levels: list[float] | None = option(None, "Rising sparsities that end at the target.")
+    num_levels: int | None = option(None, "Number of cubic levels (4; for N:M 1).")
+    last_level_weight: float = option(2.0, "Length of the last level in lengths of the others.")
+    pruning_warmup_steps: float = option(0, "Dense steps before the first cut; < 1: a share.")
+    lr_rewind: bool = option(True, "Restart the learning-rate schedule at every level.")
+    level_eval_steps: int = option(0, "Keep each level's best weights, scored every so many steps.")
+    pack_on_save: bool = option(False, "Also write the packed file beside a saved model.")
 
     def _check_target_values(self) -> None:
         """Check each of these fields by itself."""
@@ -105,59 +87,51 @@ class TargetFields:
             raise ValueError(
                 f"sparsity={self.sparsity} must lie inside (0, 1): it is the fraction of zeros, 0.9375 for 16x smaller"
             )
-        if self.num_levels is not None:
-            check_least("num_levels", self.num_levels, 1)
-        if self.last_level_weight <= 0:
-            raise ValueError(f"last_level_weight={self.last_level_weight} must be a positive number")
+        check_least(self, num_levels=1, level_eval_steps=0)
+        check_positive(self, last_level_weight=2)
         check_steps("pruning_warmup_steps", self.pruning_warmup_steps)
-        check_least("level_eval_steps", self.level_eval_steps, 0)
 
     def _check_target_rules(self, settings: ResolvedConfig) -> None:
         """Check these fields against each other and against those of other groups."""
-        pattern, wanted = settings.pattern, f"with pattern={self.pattern!r}"
+        pattern, method, shown = settings.pattern, f"method={self.method!r}", f"pattern={self.pattern!r}"
+        if settings.emergent and self.pattern != "unstructured":
+            raise ValueError(f"{shown} needs gumbel_budget=True: the rule logit >= 0 keeps no fixed count")
+        if settings.emergent and self.sparsity is not None:
+            why = "where it emerges: leave it unset, or set gumbel_budget=True"
+            raise no_meaning("sparsity", self.sparsity, "gumbel_budget=False", why)
         if isinstance(pattern, Channel) and self.method in ("random", "gumbel"):
-            raise ValueError(
-                f"pattern='channel' has no meaning with method={self.method!r}, which draws single weights: use "
-                "'pdp', 'magnitude', 'fisher' or 'taylor'"
-            )
+            why = "which draws single weights: use 'pdp', 'magnitude', 'fisher' or 'taylor'"
+            raise no_meaning("pattern", "channel", method, why)
         if isinstance(pattern, Channel) and settings.searches:
-            raise ValueError(
-                f"num_candidates={settings.num_candidates} has no meaning {wanted}: candidates are drawn by votes on "
-                "single weights, so leave num_candidates unset"
-            )
+            why = "since candidates are drawn by votes on single weights: leave num_candidates unset"
+            raise no_meaning("num_candidates", settings.num_candidates, shown, why)
         if self.permute_channels and not isinstance(pattern, NM):
-            raise ValueError(
-                f"permute_channels=True has no meaning {wanted}, which has no groups of columns: use an N:M pattern "
-                "such as '2:4'"
-            )
+            why = "which has no groups of columns: use an N:M pattern such as '2:4'"
+            raise no_meaning("permute_channels", True, shown, why)
         if self.permute_channels and settings.gumbel is not None and settings.gumbel.signed_constant:
-            raise ValueError(
-                "permute_channels=True has no meaning with gumbel_signed_constant=True, which gives all weights of a "
-                "matrix one magnitude: set one of them to False"
-            )
+            why = "which gives all weights of a matrix one magnitude: set one of them to False"
+            raise no_meaning("permute_channels", True, "gumbel_signed_constant=True", why)
         if not isinstance(pattern, Unstructured) and self.scope not in (None, "layer"):
-            raise ValueError(
-                f"scope={self.scope!r} has no meaning {wanted}, where every matrix keeps the same share: leave scope "
-                "unset"
-            )
+            why = "where every matrix keeps the same share: leave scope unset"
+            raise no_meaning("scope", self.scope, shown, why)
         if isinstance(pattern, NM) and abs(settings.sparsity - pattern.sparsity) > 1e-9:
             raise ValueError(
-                f"sparsity={self.sparsity} contradicts pattern={self.pattern!r}, which has {pattern.sparsity:g}: "
-                "leave sparsity unset"
+                f"sparsity={self.sparsity} contradicts {shown}, which has {pattern.sparsity:g}: leave sparsity unset"
             )
         if settings.soft and not (self.levels in (None, [self.sparsity]) and self.num_levels in (None, 1)):
             raise ValueError(
-                f"levels and num_levels have no meaning with method={self.method!r}, whose sparsity rises at every "
-                "step: leave them unset"
+                f"levels and num_levels have no meaning with {method}, whose sparsity rises at every step: leave them "
+                "unset"
+            )
+        if settings.soft and settings.needs_selection_split and not settings.frozen_steps:
+            name = "num_candidates" if settings.searches else "level_eval_steps"
+            raise ValueError(
+                f"{name}={getattr(self, name)} needs steps under the hard mask with {method}: set frozen_steps, such "
+                "as 0.2"
             )
         check_levels(settings.levels, settings.sparsity)
         for level in settings.levels:
             pattern.check_sparsity(level)
-
-    def _modules(self) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
-        """Return `target_modules` and `exclude_modules`."""
-        target, exclude = self.target_modules, self.exclude_modules
-        return None if target is None else listed(target), None if exclude is None else listed(exclude)
 
     def _levels(self, pattern: Unstructured | NM | Channel, sparsity: float, soft: bool) -> tuple[float, ...]:
         """Return the given levels, or cubic ones; a soft method has one.

@@ -90,7 +90,7 @@ def test_the_budget_is_met_exactly_and_the_model_is_plain(tmp_path, family):
 
 
 def test_an_untrained_body_has_the_papers_defaults(tmp_path):
-    pretrained, untrained = (make_trainer(tmp_path, **given).settings.gumbel for given in (GUMBEL, PAPER))
+    pretrained, untrained = (make_trainer(tmp_path, **given).run.settings.gumbel for given in (GUMBEL, PAPER))
     assert (pretrained.logit_rate, untrained.logit_rate) == (0.5, 0.05)
     assert (pretrained.train_rest, untrained.train_rest) == (True, False)
 
@@ -222,7 +222,7 @@ def test_candidates_are_samples_tried_when_the_mask_hardens(tmp_path):
         ({"gumbel_untrained": True, "gumbel_prior": 1.0, "sparsity": None}, "gumbel_prior=1.0 has no meaning"),
         (
             {"method": "pdp", "gumbel_tau": 2.0},
-            "gumbel_tau=2.0 has no meaning with method='pdp', it belongs to gumbel",
+            "gumbel_tau=2.0 has no meaning with method='pdp', since it belongs to gumbel",
         ),
         (
             {**PAPER, "num_candidates": 2, "frozen_steps": 4},
