@@ -20,16 +20,19 @@ class Method(Protocol):
     `prepare_level`, chooses the masks, and passes them to `start_level`. Then it calls `on_step_begin`, and later in
     the same step `before_clipping` and `on_optimizer_step`. What a method does depends on nothing but the step and its
     seed, so a resumed run continues as if it had never stopped.
-
-    Attributes:
-        weights: the prunable parameters by name; empty before `attach`.
-        level: the index of the level in force; -1 before the first.
-        shards: the processes that hold the rows of the weights; None where each holds all of them.
     """
 
-    weights: Mapping[str, nn.Parameter]
-    level: int
-    shards: Shards | None
+    @property
+    def weights(self) -> Mapping[str, nn.Parameter]:
+        """The prunable parameters by name; empty before `attach`."""
+
+    @property
+    def level(self) -> int:
+        """The index of the level in force; -1 before the first."""
+
+    @property
+    def shards(self) -> Shards | None:
+        """The processes that hold the rows of the weights; None where each holds all of them."""
 
     @property
     def masks(self) -> MaskSet:

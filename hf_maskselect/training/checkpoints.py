@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..masking.dtensors import class_name, exchange, part, whole
+from ..masking.dtensors import class_name, gathered, local_rows, swap_data
 from ..masking.targets import prunable_weights
 from ..methods.base import Method
 from ..search.level_best import LevelBest
@@ -40,12 +40,12 @@ class PrunedCheckpoints(HubTrainer):
     def _baked(self) -> Iterator[None]:
         """Inside, the model is what a user would get: exactly sparse, whatever the method trains on."""
         baked = self._method.baked_state_dict() or {}
-        trained = {name: exchange(self._method.weights[name], part(tensor)) for name, tensor in baked.items()}
+        trained = {name: swap_data(self._method.weights[name], local_rows(tensor)) for name, tensor in baked.items()}
         try:
             yield
         finally:
             for name, tensor in trained.items():
-                exchange(self._method.weights[name], tensor)
+                swap_data(self._method.weights[name], tensor)
 
     def pruning_state(self) -> PruningState:
         """Masks in force and where the run stands."""
@@ -79,7 +79,7 @@ class PrunedCheckpoints(HubTrainer):
             self.model.config.pruning |= {name: value for name, value in modules.items() if value is not None}
         extra = self._method.state_dict()
         if self.is_fsdp_enabled:  # what it gathered are the trained weights
-            baked = {name: whole(tensor) for name, tensor in (self._method.baked_state_dict() or {}).items()}
+            baked = {name: gathered(tensor) for name, tensor in (self._method.baked_state_dict() or {}).items()}
             state_dict |= {name: tensor.to(state_dict[name]) for name, tensor in baked.items() if name in state_dict}
         with self._whole(self.args.output_dir if output_dir is None else output_dir) as folder:
             with self._baked(), own_names(self.model):

@@ -11,8 +11,8 @@ from transformers.utils import is_peft_available
 
 from ..config import PruningConfig
 from ..fields.rules import SELECTION_LOSSES
+from ..masking.base import Pattern
 from ..masking.maskset import MaskSet
-from ..masking.patterns import NM, Channel, Unstructured
 from ..masking.schedule import LevelPlan
 from ..masking.scores import Criterion, ScoreFn
 from ..search.pool import candidate_pool
@@ -109,7 +109,7 @@ def check_shapes(args: PruningConfig, weights: Mapping[str, Tensor], transposed:
     """What the pattern does not go with among the model's prunable weights; transposed: names of those of Conv1D."""
     for name, weight in weights.items():
         args.mask_pattern.check(name, weight.shape)
-    if args.pattern != "unstructured" and (turned := sorted(transposed & weights.keys())):
+    if not args.mask_pattern.transposable and (turned := sorted(transposed & weights.keys())):
         raise ValueError(
             f"pattern={args.pattern!r} does not fit {turned[0]}: Conv1D stores its weight transposed, so rows and "
             "groups would run along the wrong axis; use pattern='unstructured', or leave it out with exclude_modules"
@@ -171,21 +171,18 @@ def _returning(args: PruningConfig) -> str:
     return "requires_grad=True for weights that are frozen, whose zeros stay in any case"
 
 
-def _same_zeros(pattern: Unstructured | NM | Channel, masks: MaskSet) -> str:
+def _same_zeros(pattern: Pattern, masks: MaskSet) -> str:
     """The arguments under which the model goes on with the zeros it has; none where nothing else is left."""
     if not masks.kept:
         return ""
     sparsity = masks.sparsity()
-    # Other patterns cannot have every sparsity; of channels only rows count that are whole.
-    as_it_is = isinstance(pattern, Channel) and masks.kept == pattern.keeps(
-        [m.shape for m in masks.values()], sparsity
-    )
-    fits = isinstance(pattern, Unstructured) or (as_it_is and masks.reaches(pattern, sparsity))
+    same_count = masks.kept == pattern.keeps([mask.shape for mask in masks.values()], sparsity)
+    fits = pattern.fixed_sparsity is None and same_count and masks.reaches(pattern, sparsity)
     within = "" if fits else "pattern='unstructured' and "
     return f"{within}sparsity={sparsity!r} to fine-tune it with its zeros kept, more to prune further, or "
 
 
-def _shortage(pattern: Unstructured | NM | Channel, masks: MaskSet, sparsity: float) -> str:
+def _shortage(pattern: Pattern, masks: MaskSet, sparsity: float) -> str:
     """What the first matrix that cannot hold the pattern among the weights alive lacks; empty if there is none."""
     if masks.reaches(pattern, sparsity):  # the level leaves them as they are
         return ""

@@ -6,8 +6,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import Trainer
 
 from ..config import PruningConfig
-from ..masking.dtensors import is_cut
-from ..masking.patterns import NM
+from ..masking.dtensors import is_sharded
 from ..masking.scores import ScoreFn
 
 
@@ -39,7 +38,7 @@ def check_engine(args: PruningConfig, trainer: Trainer, score_fn: ScoreFn | None
             raise ValueError(
                 f"{kind} parallelism (over {size} devices) is not supported: use DistributedDataParallel or FSDP2"
             )
-    if any(is_cut(weight) for weight in trainer.model.parameters()):
+    if any(is_sharded(weight) for weight in trainer.model.parameters()):
         raise ValueError(
             "the model is sharded already: load it plainly, and let fsdp=True with fsdp_config={'version': 2} shard it"
         )
@@ -85,9 +84,14 @@ def _check_fsdp(args: PruningConfig, trainer: Trainer, score_fn: ScoreFn | None)
             "call hf_maskselect.permute_channels on the model before",
         ),
         (score_fn is not None, "score_fn would see the rows of one rank", f"use a built-in criterion, {ddp}"),
+        (
+            not args.mask_pattern.row_local,
+            f"pattern={args.pattern!r} prunes across rows, which lie on several processes",
+            f"use another pattern, {ddp}",
+        ),
         (args.method == "gumbel", "method='gumbel' is not supported", f"use 'pdp' with an N:M pattern, {ddp}"),
         (
-            args.method == "pdp" and not isinstance(args.mask_pattern, NM),
+            args.method == "pdp" and args.mask_pattern.groups is None,
             f"method='pdp' with pattern={args.pattern!r} needs thresholds over whole matrices at every step",
             f"use an N:M pattern, whose thresholds lie inside a row, {ddp}",
         ),
