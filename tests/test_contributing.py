@@ -37,7 +37,7 @@ def columns():
     names = {"dataclass": dataclass, "Pattern": Pattern, "PATTERNS": PATTERNS}
     exec(EXAMPLES[1], names)
     yield names["Columns"]()
-    PATTERNS.remove(names["Columns"])
+    del PATTERNS["columns"]
 
 
 @pytest.mark.parametrize("shape", [(8, 6), (4, 6, 3, 3)])

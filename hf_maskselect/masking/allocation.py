@@ -21,11 +21,8 @@ def kept_count(total: int, sparsity: float) -> int:
 def allocate(keep: int, sizes: Sequence[int], capacities: Sequence[int]) -> list[int]:
     """Share `keep` over matrices in proportion to `sizes`, none above its capacity, the sum exact.
 
-    A matrix that cannot take its share is filled, and the rest is shared again among the others. Fractions go to the
-    largest remainders; among equal ones to the lower index.
-
-    Raises:
-        ValueError: the capacities are too small.
+    A matrix that cannot take its share is filled, and the rest is shared again. Fractions go to the largest
+    remainders, ties by index. Raises a ValueError if the capacities are too small.
     """
     if keep > sum(capacities):
         raise ValueError(too_few(keep, sum(capacities)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
@@ -22,20 +21,19 @@ Masks = dict[str, Tensor]
 Counts = tuple[Sequence[int], Sequence[int]] | None
 
 
-class Pattern(ABC):
+class Pattern:
     """Where kept weights may lie in a matrix, and how many of them there are.
 
-    The weights of a unit are kept or pruned together. By default every matrix keeps the same share of its units, those
-    with the largest L2 norm of scores. A new pattern is a frozen dataclass with `parse` and `unit_axes`, and `view` if
-    a unit is only a part of a row or column; it overrides the rest where it counts in another way.
+    The weights of a unit are kept or pruned together. Every matrix keeps the same share of its units, those with the
+    largest L2 norm of scores. A new pattern is a frozen dataclass with `unit_axes`, and `view` if a unit is only a
+    part of a row or column. It overrides the rest where it counts in another way.
 
     Attributes:
         scope: which weights compete: "layer" (those of one matrix), "global" or "balanced" (those of all matrices).
         scopes: the scopes that the pattern can have.
         searchable: whether votes and logits of single weights can make its masks.
-        row_local: whether no unit reaches over several rows, so that masks can be made where every process holds only
-            its rows.
-        transposable: whether it means the same for a weight that is stored transposed, as that of `Conv1D` is.
+        row_local: whether units lie within a row, so that masks can be made where every process holds only its rows.
+        transposable: whether the pattern fits weights that are stored transposed, as in `Conv1D`.
         unit: the word for its units, in the plural.
     """
 
@@ -46,20 +44,9 @@ class Pattern(ABC):
     transposable: ClassVar[bool] = False
     unit: ClassVar[str] = "units"
 
-    @classmethod
-    @abstractmethod
-    def parse(cls, text: str, scope: str, floor: float) -> Pattern | None:
-        """The pattern that `text` names; None if it names another one.
-
-        Args:
-            text: the value of the field `pattern`.
-            scope: the scope asked for, which a pattern with one scope ignores.
-            floor: in a joint ranking, the least share of its uniform count that a matrix keeps.
-        """
-
-    @abstractmethod
     def unit_axes(self, dim: int) -> tuple[int, ...]:
         """The axes of a `view` with `dim` axes that run through one unit; none if a unit is one weight."""
+        return ()
 
     def view(self, tensor: Tensor) -> Tensor:
         """A view, never a copy, of a weight, its scores or its mask that has axes of its own for a unit."""
@@ -68,7 +55,7 @@ class Pattern(ABC):
     # -- what it allows ----------------------------------------------------------------------------------------------
 
     @property
-    def fixed_sparsity(self) -> float | None:
+    def sparsity(self) -> float | None:
         """The only target sparsity that the pattern can have; None if there are others."""
         return None
 
@@ -89,10 +76,10 @@ class Pattern(ABC):
         """Sparsity levels up to `sparsity`, spaced by `cubic_levels`; 4 of them by default."""
         return cubic_levels(sparsity, num_levels or 4)
 
-    def check(self, name: str, shape: Sequence[int]) -> None:  # noqa: B027 (most patterns fit every shape)
+    def check(self, name: str, shape: Sequence[int]) -> None:
         """Raise a ValueError if a weight of this shape cannot have the pattern."""
 
-    def check_sparsity(self, sparsity: float) -> None:  # noqa: B027
+    def check_sparsity(self, sparsity: float) -> None:
         """Raise a ValueError if the pattern cannot have this sparsity at any level."""
 
     # -- counts ------------------------------------------------------------------------------------------------------
@@ -118,10 +105,9 @@ class Pattern(ABC):
         return not axes or torch.equal(view.all(axes), view.any(axes))
 
     def shortage(self, allowed: Tensor, sparsity: float) -> str:
-        """Why one matrix cannot keep its count at `sparsity` among the `allowed` weights (boolean).
+        """Words for why one matrix cannot keep its count at `sparsity` among the `allowed` weights (boolean).
 
-        Returns:
-            Words for an error message. Empty if it can, or if other matrices may keep more instead.
+        Empty if it can, or if other matrices may keep more instead.
         """
         whole = self.whole_units(allowed)
         return self._too_few(int(torch.count_nonzero(whole)), self.kept_units(whole.numel(), sparsity))
@@ -139,11 +125,8 @@ class Pattern(ABC):
         Args:
             scores: float32, shaped like the weights; larger is more important.
             sparsity: fraction of zeros, in [0, 1).
-            allowed: boolean masks of an earlier level; what they prune stays pruned.
+            allowed: boolean masks of an earlier level, whose pruned weights stay pruned. Too few are a ValueError.
             consume: whether the scores may be overwritten, which saves a copy of them.
-
-        Raises:
-            ValueError: too few weights are allowed.
         """
         masks = {}
         for name, score in scores.items():
@@ -159,17 +142,8 @@ class Pattern(ABC):
         """`masks` where every process holds only its rows: boolean masks shaped like the local scores.
 
         They are the rows of the masks of the whole to the bit. Only "balanced" may differ in a few weights, since its
-        means are summed over the processes.
-
-        Args:
-            scores: float32 (local rows, ...), the same names in the same order on every process.
-            sparsity: fraction of zeros, in [0, 1).
-            shards: the processes.
-            allowed: boolean, of the same shapes, as in `masks`.
-            counts: weights of every whole matrix, and how many of them are allowed; summed if None.
-
-        Raises:
-            ValueError: on every process, as in `masks`; or a score is NaN; or a unit reaches over several rows.
+        means are summed over the processes. `counts` saves a sum. All processes pass the same names in the same order,
+        and raise a ValueError together: as `masks` does, or if a score is NaN, or if a unit reaches over several rows.
         """
         if not self.row_local:
             raise ValueError(f"{self} prunes across rows, which lie on several processes: train with DDP instead")
@@ -187,9 +161,10 @@ class Pattern(ABC):
     # -- units -------------------------------------------------------------------------------------------------------
 
     def _norms(self, score: Tensor, allowed: Tensor | None) -> Tensor:
-        """The L2 norm of every unit's scores, flat; -inf if the unit has a weight that is not allowed."""
-        view = self.view(score.contiguous())
-        norms = torch.linalg.vector_norm(view, dim=self.unit_axes(view.dim())).flatten()
+        """The L2 norm of every unit's scores, shaped like `unit_sizes`; -inf if a weight of it is not allowed."""
+        view = self.view(score := score.contiguous())
+        axes = self.unit_axes(view.dim())
+        norms = torch.linalg.vector_norm(view, dim=axes).flatten() if axes else score.clone()
         return norms if allowed is None else norms.masked_fill_(~self.whole_units(allowed), float("-inf"))
 
     def unit_sizes(self, sizes: Tensor) -> Tensor:

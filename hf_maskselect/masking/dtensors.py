@@ -52,14 +52,11 @@ def gathered(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def swap_data(weight: nn.Parameter, rows: Tensor) -> Tensor:
-    """Give a parameter other local rows and return those it had.
-
-    FSDP reads the memory that it has sharded, so sharded rows are copied.
-    """
+    """Give a parameter other local rows and return those it had."""
     if not isinstance(weight, DTensor):
         before, weight.data = weight.data, rows
         return before
-    own = local_rows(weight.detach())
+    own = local_rows(weight.detach())  # copied, since FSDP reads the memory that it has sharded
     before = own.clone()
     own.copy_(rows)
     return before

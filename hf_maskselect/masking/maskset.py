@@ -23,10 +23,7 @@ _BITS = 0x8040201008040201 - (1 << 64)
 
 
 class MaskSet(Mapping[str, Tensor]):
-    """Boolean masks (True = kept) by parameter name.
-
-    A pruned model is sparse itself, under its ordinary names. Masks exist beside it, never inside its modules.
-    """
+    """Boolean masks (True = kept) by parameter name; they exist beside a pruned model, never inside its modules."""
 
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
         for name, mask in masks.items():
@@ -95,7 +92,7 @@ class MaskSet(Mapping[str, Tensor]):
         """The `digest` of every mask alone, by name."""
         return {name: MaskSet({name: mask}).digest() for name, mask in self.items()}
 
-    # -- weights --------------------------------------------------------------------------------------------------------
+    # -- weights ------------------------------------------------------------------------------------------------------
 
     def check_fits(self, weights: Mapping[str, Tensor]) -> None:
         """Raise a ValueError unless the masks have exactly the names and shapes of `weights`."""
@@ -126,13 +123,8 @@ class MaskSet(Mapping[str, Tensor]):
         return {name: pack_bits(mask) for name, mask in self.items()}
 
     @classmethod
-    def unpack(cls, packed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> MaskSet:
-        """The inverse of `pack`, with the device and the shape of `weights`."""
-        return cls({name: unpack_bits(packed[name], w.shape).to(w.device) for name, w in weights.items()})
-
-    @classmethod
-    def unpack_shapes(cls, packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> MaskSet:
-        """`unpack` on the CPU, from shapes instead of weights."""
+    def unpack(cls, packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> MaskSet:
+        """The inverse of `pack`, on the CPU."""
         return cls({name: unpack_bits(packed[name], shapes[name]) for name in packed})
 
     def save(
@@ -141,11 +133,7 @@ class MaskSet(Mapping[str, Tensor]):
         metadata: Mapping[str, str] | None = None,
         beside: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write packed masks as safetensors.
-
-        Shapes, digest and `metadata` go into the header. The tensors `beside` go into the same file; `load_beside`
-        reads them.
-        """
+        """Write packed masks, `metadata`, and the tensors `beside` (which `load_beside` reads) as safetensors."""
         shapes = {name: tuple(mask.shape) for name, mask in self.items()}
         self.save_packed(path, self.pack(), shapes, metadata, beside)
 
@@ -174,7 +162,7 @@ class MaskSet(Mapping[str, Tensor]):
             ValueError: the file is another one, has another format version, or is damaged.
         """
         packed, shapes, header = cls.load_packed(path)
-        return cls.unpack_shapes(packed, shapes), header
+        return cls.unpack(packed, shapes), header
 
     @staticmethod
     def load_packed(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,15 +43,6 @@ class Unstructured(Pattern):
             raise ValueError(f"scope={self.scope!r} is unknown: choose one of {', '.join(SCOPES)}")
         if not 0 <= self.floor <= 1:
             raise ValueError(f"floor={self.floor} must lie in [0, 1]: it is a share of the uniform allocation")
-
-    @classmethod
-    def parse(cls, text: str, scope: str, floor: float) -> Unstructured | None:
-        """`"unstructured"`."""
-        return cls(scope, floor) if text == "unstructured" else None
-
-    def unit_axes(self, dim: int) -> tuple[int, ...]:
-        """None: a unit is one weight."""
-        return ()
 
     def scoped(self, scope: str) -> Unstructured:
         """The same pattern with another scope."""
@@ -153,16 +144,6 @@ class NM(Pattern):
         if not 0 < self.n < self.m:
             raise ValueError(f"pattern '{self.n}:{self.m}' must keep N of M with 0 < N < M, as in '2:4'")
 
-    @classmethod
-    def parse(cls, text: str, scope: str, floor: float) -> NM | None:
-        """`"2:4"` and the like."""
-        match = re.fullmatch(r"(\d+):(\d+)", text)
-        return cls(int(match[1]), int(match[2])) if match else None
-
-    def unit_axes(self, dim: int) -> tuple[int, ...]:
-        """None: a unit is one weight."""
-        return ()
-
     def view(self, tensor: Tensor) -> Tensor:
         """A view whose last axis runs through one group, over which a threshold of the group broadcasts."""
         return self.groups.view(tensor)
@@ -171,11 +152,6 @@ class NM(Pattern):
     def sparsity(self) -> float:
         """1 - n / m."""
         return 1 - self.n / self.m
-
-    @property
-    def fixed_sparsity(self) -> float:
-        """1 - n / m."""
-        return self.sparsity
 
     @property
     def groups(self) -> Groups:
@@ -255,11 +231,6 @@ class Channel(Pattern):
     row_local = True
     unit = "rows"
 
-    @classmethod
-    def parse(cls, text: str, scope: str, floor: float) -> Channel | None:
-        """`"channel"`."""
-        return cls() if text == "channel" else None
-
     def unit_axes(self, dim: int) -> tuple[int, ...]:
         """All but the first."""
         return tuple(range(1, dim))
@@ -269,17 +240,17 @@ class Channel(Pattern):
         return max(1, kept_count(units, sparsity))
 
 
-# Add a class to offer another pattern.
-PATTERNS: list[type[Pattern]] = [Unstructured, Channel, NM]
+# A regex of the pattern's name -> the pattern, from the match, the scope and the floor of joint rankings.
+PATTERNS: dict[str, Callable[[re.Match, str, float], Pattern]] = {
+    "unstructured": lambda match, scope, floor: Unstructured(scope, floor),
+    "channel": lambda match, scope, floor: Channel(),
+    r"(\d+):(\d+)": lambda match, scope, floor: NM(int(match[1]), int(match[2])),
+}
 
 
 def parse_pattern(text: str, scope: str = "layer", floor: float = 0.125) -> Pattern:
-    """The pattern that a text names: `"unstructured"`, `"N:M"` or `"channel"`.
-
-    Raises:
-        ValueError: the name is unknown, or N >= M.
-    """
-    for kind in PATTERNS:
-        if pattern := kind.parse(text, scope, floor):
-            return pattern
+    """The pattern that a text names: `"unstructured"`, `"channel"` or `"N:M"`; a ValueError if it names none."""
+    for name, make in PATTERNS.items():
+        if match := re.fullmatch(name, text):
+            return make(match, scope, floor)
     raise ValueError(f"pattern={text!r} is unknown: use 'unstructured', 'channel' or 'N:M' such as '2:4'")

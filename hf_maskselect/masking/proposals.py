@@ -1,8 +1,4 @@
-"""The candidates of a search: a criterion, a scope, and votes or none.
-
-A candidate is a pure function of weights, statistics, masks so far, level, index and seed, so that any process can
-rebuild it.
-"""
+"""Candidates of a search: pure functions of weights, statistics, masks, level, index and seed, on any process."""
 
 from __future__ import annotations
 
@@ -44,13 +40,7 @@ MIXED_BY_LAYER = (
 
 @dataclass(frozen=True)
 class Proposal:
-    """One way to make a mask.
-
-    Attributes:
-        criterion: the name of the score.
-        scope: the scope of the ranking.
-        ratio: the sampling ratio of the votes; None for the deterministic ranking.
-    """
+    """One way to make a mask: a criterion, a scope, and the sampling ratio of votes (None for no votes)."""
 
     criterion: str
     scope: str
@@ -61,11 +51,7 @@ class Proposal:
 
 
 def parse_proposal(text: str, criteria: Sequence[str], ratio: float) -> Proposal:
-    """Read a proposal: `"criterion:scope"` or `"criterion:scope:votes"`, whose votes get `ratio`.
-
-    Raises:
-        ValueError: a part is unknown.
-    """
+    """Read `"criterion:scope"` or `"criterion:scope:votes"`, whose votes get `ratio`; a ValueError for others."""
     criterion, _, rest = text.partition(":")
     scope, _, perturbation = rest.partition(":")
     if criterion not in criteria or scope not in SCOPES or perturbation not in ("", "votes"):
@@ -85,20 +71,11 @@ def proposal_pool(
     criteria: Mapping[str, Criterion] = CRITERIA,
     layer_only: bool = False,
 ) -> list[Proposal]:
-    """The proposals of one level; candidate 0 is the deterministic `criterion:scope`.
+    """The `num_candidates` proposals of one level; candidate 0 is the deterministic `criterion:scope`.
 
-    Args:
-        proposals: `["mixed"]`, `["paper"]`, or a list in the notation of `parse_proposal`. The list is repeated as
-            often as needed, votes with the next of `ratios` each time; a deterministic proposal appears once.
-        criterion: the criterion of candidate 0.
-        scope: the scope of candidate 0.
-        num_candidates: how many proposals.
-        ratios: the sampling ratios of votes.
-        criteria: the scores by name.
-        layer_only: whether the pattern has one scope, so that every scope means "layer".
-
-    Raises:
-        ValueError: a proposal is unknown, or they give too few different masks.
+    `proposals` is `["mixed"]`, `["paper"]`, or a list in the notation of `parse_proposal`. The list is repeated as
+    often as needed, votes with the next of `ratios` each time; a deterministic proposal appears once. With
+    `layer_only` every scope means "layer". Raises a ValueError for unknown proposals or too few different ones.
     """
     if list(proposals) == ["paper"]:
         texts = [f"{criterion}:{scope}:votes"]
@@ -148,19 +125,9 @@ def propose(
     pattern: Pattern,
     criteria: Mapping[str, Criterion] = CRITERIA,
 ) -> MaskSet:
-    """Masks of a candidate: the exact count, among the weights that `masks` keep; all rows, on every process.
+    """Masks of candidate `index`: the exact count, among the weights that `masks` keep; all rows, on every process.
 
-    Args:
-        proposal: the criterion, the scope and the votes.
-        index: the index of the candidate.
-        weights: the prunable weights by name.
-        stats: their gradient statistics; None where the criterion needs none.
-        masks: the masks in force.
-        sparsity: the sparsity of the level.
-        level: the index of the level.
-        seed: the seed of the run; with `level` and `index` it decides the votes.
-        pattern: the pattern, which takes the scope of the proposal if it can have it.
-        criteria: the scores by name.
+    `seed`, `level` and `index` decide the votes. The pattern takes the scope of the proposal if it can have it.
 
     Raises:
         ValueError: scores with NaN or infinity, or negative scores under votes (the tensor is named).

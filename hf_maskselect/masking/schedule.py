@@ -37,9 +37,8 @@ class LevelPlan:
 
     Attributes:
         levels: the sparsity of every level; a soft method has one.
-        starts: the first step under the masks of each level. Steps before the first are dense warm-up, or soft from
-            `soft_start` on. The level of a soft method may start at `max_steps`.
-        max_steps: the steps of the run.
+        starts: the first step under the masks of each level; earlier ones are dense, or soft from `soft_start` on. The
+            level of a soft method may start at `max_steps`.
         soft_start: the first step under soft masks; None for hard methods.
         ramp_steps: the steps in which the sparsity of soft masks rises linearly to the target.
     """
@@ -79,15 +78,8 @@ class LevelPlan:
     ) -> LevelPlan:
         """Plan dense warm-up, a soft phase, and `frozen_steps` under the hard mask at the end.
 
-        Args:
-            sparsity: the target.
-            max_steps: the steps of the run.
-            warmup_steps: the dense steps.
-            frozen_steps: the steps under the hard mask.
-            ramp: share of the soft phase in which the sparsity rises to the target, in (0, 1].
-
-        Raises:
-            ValueError: no step is left for the soft phase.
+        `ramp` is the share of the soft phase, in (0, 1], in which the sparsity rises to the target. Raises a
+        ValueError if no step is left for the soft phase.
         """
         soft = max_steps - warmup_steps - frozen_steps
         if soft < 1:

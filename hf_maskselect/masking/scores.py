@@ -16,12 +16,9 @@ from .dtensors import local_rows
 
 @dataclass(frozen=True)
 class WeightStats:
-    """Gradient statistics of one weight; float32, shaped like the weight, None when not collected.
+    """Gradient statistics of one weight over `samples` small batches; float32, shaped like the weight.
 
-    Attributes:
-        square: sum of g^2 (diagonal empirical Fisher, up to a factor).
-        product: sum of |g * w|.
-        samples: the number of small batches that were summed.
+    square: sum of g^2 (diagonal empirical Fisher, up to a factor). product: sum of |g * w|. None when not collected.
     """
 
     square: Tensor | None
@@ -51,13 +48,10 @@ def taylor(name: str, weight: Tensor, stats: WeightStats) -> Tensor:
 
 @dataclass(frozen=True)
 class Criterion:
-    """A score, what it reads, and how votes use it.
+    """A score function, the `WeightStats` fields that it needs, and the exponent of its votes.
 
-    Attributes:
-        score: the function.
-        needs: the `WeightStats` fields that it reads.
-        vote_exponent: the power that turns the score into drawing probabilities: 5 for scores that grow like |w| (the
-            exponent of the paper) and 2.5 for those that grow like w^2.
+    vote_exponent: the power that turns the score into drawing probabilities, 5 for scores that grow like |w| (the
+    exponent of the paper) and 2.5 for those that grow like w^2.
     """
 
     score: ScoreFn
@@ -104,10 +98,7 @@ class GradientStats:
     complete, and no other parameter gets a gradient, so the memory peak is the statistics plus one matrix. On leaving,
     `requires_grad` and `.grad` are as they were.
 
-    Args:
-        model: the model whose loss is sampled.
-        weights: its prunable parameters by name.
-        needs: which of "square" and "product" to collect; float32 each.
+    needs: which of "square" and "product" to collect; float32 each.
     """
 
     def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter], needs: set[str]) -> None:
@@ -146,11 +137,8 @@ class GradientStats:
     def of(self, name: str) -> WeightStats:
         """The statistics of one weight so far; of a sharded weight those of the rows of this process."""
         square, product = self._square.get(name), self._product.get(name)
-        return WeightStats(
-            None if square is None else local_rows(square),
-            None if product is None else local_rows(product),
-            self._samples,
-        )
+        square, product = (None if t is None else local_rows(t) for t in (square, product))
+        return WeightStats(square, product, self._samples)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the statistics to a file for `StoredStats`."""
@@ -172,12 +160,7 @@ class GradientStats:
 
 
 class StoredStats:
-    """Gradient statistics on disk, of which one weight's are in memory at a time.
-
-    Args:
-        path: a file that `GradientStats.save` wrote.
-        device: the device to load them to.
-    """
+    """Gradient statistics in a file of `GradientStats.save`, loaded to `device` for one weight at a time."""
 
     def __init__(self, path: str | os.PathLike, device: torch.device) -> None:
         self._path, self._device = path, device

@@ -24,14 +24,10 @@ _CHUNK = 1 << 18
 
 
 class Shards:
-    """The processes that hold the rows of every matrix: each has one block of rows, perhaps empty, in rank order.
+    """The processes of `group` that hold the rows of every matrix: each one block, perhaps empty, in rank order.
 
     All processes call the same method at the same time, with the same number of pools, tensors and values. Bad data on
-    one process raises an error on all, so that none waits.
-
-    Args:
-        group: the processes; the default group if None.
-        device: the device on which the group's backend sums.
+    one process raises an error on all, so that none waits. The group's backend sums on `device`.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"):
@@ -52,15 +48,9 @@ class Shards:
     ) -> tuple[list[list[Tensor]], list[list[int]]]:
         """The local rows of `ranking.top_k_masks` over the whole tensors of each pool; four all-reduces in all.
 
-        Args:
-            pools: the local rows, as contiguous float32 tensors on one device; -inf is allowed.
-            ks: how many entries of each pool to keep.
-
-        Returns:
-            By pool, boolean masks of the local rows, and the number of kept entries of each whole tensor.
-
-        Raises:
-            ValueError: on every process, if any of them has a NaN or a k is out of range.
+        Returns boolean masks, and how many entries of each whole tensor they keep. The tensors must be contiguous
+        float32 on one device; -inf is allowed. Raises a ValueError on every process if any of them has a NaN, or a k
+        is out of range.
         """
         tensors = [t for pool in pools for t in pool]
         if not tensors:
@@ -185,15 +175,10 @@ def _beginning(keys: Tensor, begin: int, rest: int) -> Tensor:
 
 
 def _descend(counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Find by pool the digit of the last of the `wanted` largest keys.
+    """Find by pool the digit of the last of the `wanted` largest keys; counts: (pools, digits), in rising order.
 
-    Args:
-        counts: (pools, digits), in rising order of the digits.
-        wanted: (pools,), how many of the largest keys.
-
-    Returns:
-        The digit (the highest, above every number, if none is wanted), how many keys are still wanted among those that
-        have it, and how many have it; int64.
+    Returns that digit (the highest, above every number, if none is wanted), how many of the keys that have it are
+    still wanted, and how many keys have it; int64.
     """
     from_top = counts.flip(1).cumsum(1, dtype=torch.int64)
     above = (from_top < wanted.unsqueeze(1)).sum(1, keepdim=True)

@@ -23,19 +23,14 @@ _SMALL_POOL = 1 << 22
 
 
 def number_of_draws(removed: int, ratio: float, matrices: int = 1) -> int:
-    """T = max(int(removed * ratio), 1), the rule of the paper.
-
-    In a joint ranking of several `matrices`, `removed` is divided by their number, so that a ratio means the same
-    randomness as in a ranking of one matrix.
-    """
+    """T = max(int(removed * ratio), 1), the rule of the paper, for the average of several `matrices`."""
     return max(int(removed / matrices * ratio), 1)
 
 
 def inclusion_rates(weights: Sequence[Tensor], keep: int) -> list[Tensor]:
     """Rates pi_i = 1 - exp(-p_i * tau) with sum(pi) = keep, over the pool of all `weights` (p_i >= 0, float32).
 
-    The weights need not be normalised. Entries of weight 0 have rate 0. If `keep` or fewer entries are positive, these
-    have rate 1.
+    p need not be normalised. Entries of weight 0 have rate 0; if `keep` or fewer are positive, these have rate 1.
     """
     return _rates_([p.clone() for p in weights], keep)
 
@@ -91,17 +86,11 @@ def _solve(p: Tensor, share: float) -> float:
 def votes(
     scores: Sequence[Tensor], keep: int, draws: int, exponent: float, generator: torch.Generator
 ) -> list[Tensor]:
-    """Vote counts of `draws` draws of `keep` entries from the pool of all `scores`.
+    """Vote counts of `draws` draws of `keep` entries (T and k of the paper) from the pool of all `scores`.
 
-    Args:
-        scores: float32, >= 0.
-        keep: entries of one draw, k of the paper.
-        draws: number of draws, T of the paper.
-        exponent: p_i ~ score_i^exponent; 5 in the paper.
-        generator: on the scores' device; the result is a pure function of its state.
-
-    Returns:
-        Float32 counts in 0..draws, shaped like the scores. A zero score never gets a vote.
+    The scores are float32 and >= 0, with p_i ~ score_i^exponent; a zero score never gets a vote. Returns float32
+    counts in 0..draws, shaped like the scores: a pure function of the state of the generator, which is on their
+    device.
     """
     rates = _rates_(_powers_([s.clone() for s in scores], keep, exponent), keep)
     return [torch.binomial(torch.full_like(r, draws), r.clamp_(max=1.0), generator=generator) for r in rates]

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..masking.ranking import kth_largest
 
-# Half-width of the bracket, as a share of the entries: sorting those inside should cost no more than the pass that finds
-# them. It is doubled where values or ranks move faster.
+# Half-width of the bracket, as a share of the entries, so that sorting those inside costs no more than finding them.
+# It is doubled where values or ranks move faster.
 _MARGIN, _WIDEST = 1 / 400, 1 / 32
 
 
@@ -56,10 +56,7 @@ class Boundary:
         return largest_below, smallest_above
 
     def _center(self, inside: Tensor, rank: int, moved: int, total: int) -> None:
-        """Set the next bracket around the place of the answer if the rank moves on as it just did.
-
-        The distance is estimated from the density of the values around the answer.
-        """
+        """Set the next bracket around the answer if the rank moves on as it did, by the density of values there."""
         margin = max(int(total * self._margin), 1)
         first, last = max(rank - margin, 0), min(rank + margin, inside.numel() - 1)
         pace = (inside[last] - inside[first]) / max(last - first, 1)  # change of the value per rank

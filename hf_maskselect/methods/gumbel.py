@@ -66,14 +66,10 @@ class Gumbel(SoftMethod):
     """Learned masks over frozen weights.
 
     Args:
-        find_weights: returns the prunable weights of a model by name.
-        report: called with values to log when the mask hardens.
         pattern: a pattern of single weights, whose scope "global" or "layer" says which weights share a budget; or one
             with groups, each of which keeps its best, from all weights down to the target along the ramp.
         sparsity: the target; not used without a budget.
-        options: all other options.
         seed_of: returns the seed of an optimizer step's sample.
-        keep_zeros: as in `HardMethod`.
     """
 
     def __init__(

@@ -51,14 +51,9 @@ def sample(perturbed_logits: Tensor, tau: float, groups: Groups | None = None) -
 def budget_shift(logits: Sequence[Tensor], keep: float, start: float = 0.0, tolerance: float = 1e-3) -> float:
     """Find theta with `sum sigmoid(logit - theta) = keep`, by Newton's method inside a bracket.
 
-    Subtracted from all logits, theta holds the expected number of kept weights at the budget.
-
-    Args:
-        logits: one tensor a matrix.
-        keep: the expected number of kept weights.
-        start: the first guess; it decides the last bits of the answer.
-        tolerance: the error allowed, as a share of the kept or of the pruned weights, whichever are fewer; at least
-            half a weight.
+    Subtracted from all logits, theta holds the expected number of kept weights at `keep`. The error is at most half a
+    weight, or `tolerance` times the kept or the pruned weights, whichever are fewer. `start` is the first guess, which
+    decides the last bits of the answer.
 
     Raises:
         ValueError: `keep` is not inside (0, number of logits), or a logit is NaN or infinite.

@@ -15,11 +15,12 @@ from ..masking.dtensors import gathered, local_rows, reshard, sharded_like, shar
 from ..masking.maskset import MaskSet
 from ..masking.schedule import LevelPlan
 from ..masking.sharded import Shards
+from .base import Method
 
 FindWeights = Callable[[nn.Module], dict[str, nn.Parameter]]
 
 
-class HardMethod:
+class HardMethod(Method):
     """Keeps pruned weights at exactly zero while the model trains, without touching its modules.
 
     The gradients of pruned weights are set to zero before clipping, and the pruned weights after every step. The masks
@@ -39,8 +40,7 @@ class HardMethod:
         self._keep: dict[str, Tensor] = {}  # empty if every weight is kept
         self._steps_done = 0
         self.level = -1
-        self._plan: LevelPlan | None = None
-        self._optimizer: torch.optim.Optimizer | None = None
+        self.plan = LevelPlan((), (), 0)  # until `begin`
 
     def attach(self, model: nn.Module) -> None:
         """Find the model's weights; in a new model, also its zeros."""
@@ -70,22 +70,10 @@ class HardMethod:
 
     def begin(self, plan: LevelPlan, optimizer: torch.optim.Optimizer) -> None:
         """Start to train by `plan`."""
-        self._plan, self._optimizer = plan, optimizer
+        self.plan, self.optimizer = plan, optimizer
         # A checkpoint written at the end of a level belongs to it: the next cut comes with the next step.
         self.level = plan.level_at(self._steps_done - 1)
         self._steps_done = 0
-
-    @property
-    def plan(self) -> LevelPlan:
-        """The plan given to `begin`."""
-        assert self._plan is not None, "begin() comes first"
-        return self._plan
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer given to `begin`."""
-        assert self._optimizer is not None, "begin() comes first"
-        return self._optimizer
 
     @property
     def masks(self) -> MaskSet:
@@ -112,9 +100,6 @@ class HardMethod:
         level = self.plan.level_at(step)
         return None if level == self.level else level
 
-    def prepare_level(self) -> None:
-        """Do nothing: the weights are those that masks are chosen for."""
-
     def start_level(self, level: int, masks: MaskSet) -> None:
         """Put the masks of `level` in force and clear the moments of pruned weights."""
         self.set_masks(masks)
@@ -124,13 +109,6 @@ class HardMethod:
             for moment in self.optimizer.state.get(weight, {}).values():
                 if isinstance(moment, Tensor) and moment.shape == weight.shape:
                     moment.mul_(self._keep[name].to(moment.dtype))
-
-    def candidate(self, ratio: float | None, seed: int) -> MaskSet | None:
-        """None: the masks come from a criterion."""
-        return None
-
-    def on_step_begin(self, step: int) -> None:
-        """Do nothing: the model holds the weights that it computes with."""
 
     @torch.no_grad()
     def before_clipping(self) -> None:
@@ -145,23 +123,11 @@ class HardMethod:
         for name, keep in self._keep.items():
             self.weights[name].mul_(keep)
 
-    def parameter_groups(self) -> list[dict]:
-        """None: nothing is trained besides the model."""
-        return []
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Empty: a checkpoint has the weights and the masks."""
-        return {}
-
     def load_state_dict(self, masks: MaskSet, state: dict[str, Tensor], step: int) -> None:
         """Put the masks of a checkpoint in force."""
         if self._keep or masks.kept < masks.total:  # masks that keep all are not worth their memory
             self.set_masks(masks)
         self._steps_done = step
-
-    def baked_state_dict(self) -> dict[str, Tensor] | None:
-        """None: the model itself is sparse."""
-        return None
 
     def finalize(self) -> None:
         """Set the pruned weights to zero once more."""

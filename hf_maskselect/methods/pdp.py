@@ -31,14 +31,10 @@ class Pdp(SoftMethod):
     """Soft masks without parameters.
 
     Args:
-        find_weights: returns the prunable weights of a model by name.
-        report: called with values to log when the mask hardens.
-        pattern: all weights of its units share one mask value, from their root mean square. Its scope decides the
-            ranking that fixes the counts (in the paper "global"). If it has groups, each has its own t, which rises
-            from 0.
+        pattern: the weights of a unit share one mask value, from their root mean square. Its scope decides the ranking
+            that fixes the counts (in the paper "global"). If it has groups, each has its own t, which rises from 0.
         sparsity: the target.
         tau: width of the soft band, in squared weight units.
-        keep_zeros: as in `HardMethod`.
     """
 
     def __init__(

@@ -27,10 +27,7 @@ class SoftMethod(HardMethod):
     gradients into those of the trained weights: once a step, however many micro-batches were accumulated. Between
     steps the model holds the trained weights; evaluation and saving use `baked_state_dict`.
 
-    Args:
-        find_weights: returns the prunable weights of a model by name.
-        report: called with values to log when the mask hardens.
-        keep_zeros: as in `HardMethod`.
+    report: called with values to log when the mask hardens.
     """
 
     def __init__(
@@ -92,10 +89,10 @@ class SoftMethod(HardMethod):
         self._resumed = False
 
     def restore_trained(self) -> None:
-        """Give the model its trained weights back.
+        """Give the model its trained weights back, if a step ended before its gradients were clipped.
 
-        A step may end before its gradients are clipped: after the last micro-batches of an epoch without length, a
-        callback that stops training, or an interruption.
+        That happens after the last micro-batches of an epoch without length, a callback that stops training, or an
+        interruption.
         """
         for name, rows in self._trained.items():
             swap_data(self.weights[name], rows)
@@ -104,7 +101,7 @@ class SoftMethod(HardMethod):
     @property
     def soft(self) -> bool:
         """Whether soft masks are in force."""
-        return not self._hardened and self._plan is not None and self.plan.ramp_at(self._step) > 0
+        return not self._hardened and self.plan.ramp_at(self._step) > 0
 
     def prepare_level(self) -> None:
         """Leave the soft phase: the model gets its trained weights back, and these become those of the hard model."""

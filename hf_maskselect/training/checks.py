@@ -177,7 +177,7 @@ def _same_zeros(pattern: Pattern, masks: MaskSet) -> str:
         return ""
     sparsity = masks.sparsity()
     same_count = masks.kept == pattern.keeps([mask.shape for mask in masks.values()], sparsity)
-    fits = pattern.fixed_sparsity is None and same_count and masks.reaches(pattern, sparsity)
+    fits = pattern.sparsity is None and same_count and masks.reaches(pattern, sparsity)
     within = "" if fits else "pattern='unstructured' and "
     return f"{within}sparsity={sparsity!r} to fine-tune it with its zeros kept, more to prune further, or "
 
