@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..masking.patterns import NM, SCOPES, Channel, Unstructured, parse_pattern
-from ..masking.schedule import check_levels, cubic_levels
+from ..masking.base import Pattern
+from ..masking.patterns import SCOPES, parse_pattern
+from ..masking.schedule import check_levels
 from ..masking.targets import check_module_names
 from .resolved import ResolvedConfig
 from .rules import METHODS, check_choice, check_least, check_steps, check_types, listed
@@ -115,17 +116,17 @@ class TargetFields:
     def _check_target_rules(self, settings: ResolvedConfig) -> None:
         """Check these fields against each other and against those of other groups."""
         pattern, wanted = settings.pattern, f"with pattern={self.pattern!r}"
-        if isinstance(pattern, Channel) and self.method in ("random", "gumbel"):
+        if not pattern.searchable and self.method in ("random", "gumbel"):
             raise ValueError(
-                f"pattern='channel' has no meaning with method={self.method!r}, which draws single weights: use "
-                "'pdp', 'magnitude', 'fisher' or 'taylor'"
+                f"pattern={self.pattern!r} has no meaning with method={self.method!r}, which draws single weights: "
+                "use 'pdp', 'magnitude', 'fisher' or 'taylor'"
             )
-        if isinstance(pattern, Channel) and settings.searches:
+        if not pattern.searchable and settings.searches:
             raise ValueError(
                 f"num_candidates={settings.num_candidates} has no meaning {wanted}: candidates are drawn by votes on "
                 "single weights, so leave num_candidates unset"
             )
-        if self.permute_channels and not isinstance(pattern, NM):
+        if self.permute_channels and pattern.groups is None:
             raise ValueError(
                 f"permute_channels=True has no meaning {wanted}, which has no groups of columns: use an N:M pattern "
                 "such as '2:4'"
@@ -135,12 +136,12 @@ class TargetFields:
                 "permute_channels=True has no meaning with gumbel_signed_constant=True, which gives all weights of a "
                 "matrix one magnitude: set one of them to False"
             )
-        if not isinstance(pattern, Unstructured) and self.scope not in (None, "layer"):
+        if self.scope not in (None, *pattern.scopes):
             raise ValueError(
                 f"scope={self.scope!r} has no meaning {wanted}, where every matrix keeps the same share: leave scope "
                 "unset"
             )
-        if isinstance(pattern, NM) and abs(settings.sparsity - pattern.sparsity) > 1e-9:
+        if pattern.sparsity is not None and abs(settings.sparsity - pattern.sparsity) > 1e-9:
             raise ValueError(
                 f"sparsity={self.sparsity} contradicts pattern={self.pattern!r}, which has {pattern.sparsity:g}: "
                 "leave sparsity unset"
@@ -159,15 +160,7 @@ class TargetFields:
         target, exclude = self.target_modules, self.exclude_modules
         return None if target is None else listed(target), None if exclude is None else listed(exclude)
 
-    def _levels(self, pattern: Unstructured | NM | Channel, sparsity: float, soft: bool) -> tuple[float, ...]:
-        """Return the given levels, or cubic ones; a soft method has one.
-
-        Groups of an N:M pattern lose whole weights (from M:M down to N:M), in one level by default.
-        """
-        if self.levels is not None:
-            return tuple(self.levels)
+    def _levels(self, pattern: Pattern, sparsity: float, soft: bool) -> tuple[float, ...]:
+        """Return the given levels, or those of the pattern; a soft method has one."""
         number = 1 if soft else self.num_levels
-        if not isinstance(pattern, NM):
-            return tuple(cubic_levels(sparsity, number or 4))
-        zeros = {max(1, round(level * pattern.m)) for level in cubic_levels(sparsity, number or 1)}
-        return (*(count / pattern.m for count in sorted(zeros)[:-1]), sparsity)
+        return tuple(pattern.levels(sparsity, number) if self.levels is None else self.levels)
