@@ -90,7 +90,7 @@ def test_the_budget_is_met_exactly_and_the_model_is_plain(tmp_path, family):
 
 
 def test_an_untrained_body_has_the_papers_defaults(tmp_path):
-    pretrained, untrained = (make_trainer(tmp_path, **given).settings.gumbel for given in (GUMBEL, PAPER))
+    pretrained, untrained = (make_trainer(tmp_path, **given).args.resolved().gumbel for given in (GUMBEL, PAPER))
     assert (pretrained.logit_rate, untrained.logit_rate) == (0.5, 0.05)
     assert (pretrained.train_rest, untrained.train_rest) == (True, False)
 

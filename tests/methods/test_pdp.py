@@ -263,7 +263,7 @@ def test_tied_embeddings_are_left_alone(tmp_path):
             "frozen_steps=2 has no meaning with method='magnitude'",
         ),
         ({"method": "magnitude", "frozen_steps": 0}, "pdp_tau=0.001 has no meaning with method='magnitude'"),
-        ({"frozen_steps": 0.05, "num_candidates": 2}, "frozen_steps=0.05 of 12 steps is not one step"),
+        ({"frozen_steps": 0.05, "num_candidates": 2}, "frozen_steps=0.05 of 12 steps is less than one step"),
         (
             {"pattern": "channel", "num_candidates": 2, "frozen_steps": 3},
             "num_candidates=2 has no meaning with pattern",
