@@ -21,8 +21,9 @@ from common import alternate, machine, seconds, spread
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from hf_maskselect.masking.allocation import kept_count
 from hf_maskselect.masking.maskset import MaskSet, pack_bits
-from hf_maskselect.masking.patterns import NM, Unstructured, kept_count
+from hf_maskselect.masking.patterns import NM, Unstructured
 from hf_maskselect.masking.proposals import Proposal, propose
 from hf_maskselect.masking.ranking import top_k_masks
 from hf_maskselect.masking.votes import number_of_draws, votes

@@ -18,7 +18,7 @@ import torch.multiprocessing
 from common import machine, seconds, spread
 
 from hf_maskselect.masking.patterns import Unstructured
-from hf_maskselect.masking.sharded import Shards, sharded_masks
+from hf_maskselect.masking.sharded import Shards
 from hf_maskselect.utils.tables import text_table
 
 SHAPES = [(768, 768)] * 48 + [(3072, 768), (768, 3072)] * 12
@@ -58,7 +58,7 @@ def rank(index: int, folder: str, repeats: int, told) -> None:
         for _ in range(repeats):
             shards.messages = []
             dist.barrier()
-            times.append(seconds(lambda p=pattern, s=shards: sharded_masks(p, mine, 0.9375, s, None, sizes, sizes)))
+            times.append(seconds(lambda p=pattern, s=shards: p.sharded_masks(mine, 0.9375, s, None, (sizes, sizes))))
         if index == 0:
             time.sleep(0.1)
             alone = [seconds(lambda p=pattern: p.masks(whole, 0.9375)) for _ in range(repeats)]

@@ -13,7 +13,7 @@ from .fields.rules import SOFT_METHODS, listed
 from .fields.search import SearchFields
 from .fields.soft import SoftFields
 from .fields.target import TargetFields
-from .masking.patterns import NM, parse_pattern
+from .masking.patterns import parse_pattern
 
 _GROUPS = (TargetFields, SearchFields, SoftFields, DistillFields)
 _EMERGENT = 0.5  # stands for a sparsity that is no target; nothing is pruned by it
@@ -71,11 +71,10 @@ class PruningConfig(TargetFields, SearchFields, SoftFields, DistillFields, Train
         emergent = gumbel is not None and not gumbel.budget
         criterion = self._criterion_of(self.method, soft)
         scope = "global" if soft else "layer" if criterion == "magnitude" else "balanced"
-        scope = self.scope or (scope if self.pattern == "unstructured" else "layer")
-        pattern = parse_pattern(self.pattern, scope, self.layer_floor)
+        pattern = parse_pattern(self.pattern, self.scope or scope, self.layer_floor)
         sparsity = self.sparsity
         if sparsity is None:
-            sparsity = _EMERGENT if emergent else pattern.sparsity if isinstance(pattern, NM) else 0.9375
+            sparsity = _EMERGENT if emergent else pattern.sparsity or 0.9375
         refit_rows, frozen_steps, num_candidates = self.refit_rows, self.frozen_steps, self.num_candidates
         if refit_rows is None:  # magnitude is the plain baseline, and the paper's proposals stay the paper's
             refit_rows = 0 if criterion == "magnitude" else 256
@@ -90,7 +89,7 @@ class PruningConfig(TargetFields, SearchFields, SoftFields, DistillFields, Train
             emergent=emergent,
             sparsity=sparsity,
             pattern=pattern,
-            scope=scope,
+            scope=pattern.scope,
             criterion=criterion,
             levels=self._levels(pattern, sparsity, soft),
             num_candidates=num_candidates,

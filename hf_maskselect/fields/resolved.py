@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from ..masking.patterns import NM, Channel, Unstructured
+from ..masking.base import Pattern
 from ..masking.schedule import LevelPlan
 from ..methods.gumbel import GumbelOptions
 
@@ -35,7 +35,7 @@ class ResolvedConfig:
     soft: bool
     emergent: bool
     sparsity: float
-    pattern: Unstructured | NM | Channel
+    pattern: Pattern
     scope: str
     criterion: str
     levels: tuple[float, ...]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..masking.patterns import NM, SCOPES, Channel, Unstructured, parse_pattern
-from ..masking.schedule import check_levels, cubic_levels
+from ..masking.base import Pattern
+from ..masking.patterns import SCOPES, parse_pattern
+from ..masking.schedule import check_levels
 from ..masking.targets import check_module_names
 from .resolved import ResolvedConfig
 from .rules import METHODS, check_choice, check_least, check_positive, check_steps, check_types, no_meaning, option
@@ -32,9 +33,6 @@ class TargetFields:
             the soft methods, where it decides how many weights each matrix loses.
         layer_floor (`float`, defaults to 0.125): in a joint ranking every matrix keeps at least this share of what
             `"layer"` would leave it.
-        permute_channels (`bool`, defaults to `False`): before the first mask of an N:M pattern, reorder hidden
-            channels so that its groups keep more magnitude; the function computed is the same (see
-            [`permute_channels`]).
         target_modules, exclude_modules (`list[str]`, *optional*): module-name suffixes or regexes, as in PEFT.
             Default: every `nn.Linear` of the encoder.
         keep_zeros (`bool`, defaults to `True`): weights that are zero in the model a run starts from stay zero, so
@@ -60,7 +58,6 @@ class TargetFields:
     pattern: str = option("unstructured", "unstructured, channel, or N:M such as 2:4.")
     scope: str | None = option(None, "Of candidate 0: layer, balanced or global.")
     layer_floor: float = option(0.125, "Least share of the uniform allocation a matrix keeps.")
-    permute_channels: bool = option(False, "Reorder hidden channels so that N:M keeps more magnitude.")
     target_modules: list[str] | None = option(None, "Suffixes or regexes of modules to prune.")
     exclude_modules: list[str] | None = option(None, "Suffixes or regexes of modules to leave.")
     keep_zeros: bool = option(True, "Zeros of the model a run starts from stay zero.")
@@ -99,22 +96,16 @@ class TargetFields:
         if settings.emergent and self.sparsity is not None:
             why = "where it emerges: leave it unset, or set gumbel_budget=True"
             raise no_meaning("sparsity", self.sparsity, "gumbel_budget=False", why)
-        if isinstance(pattern, Channel) and self.method in ("random", "gumbel"):
+        if not pattern.searchable and self.method in ("random", "gumbel"):
             why = "which draws single weights: use 'pdp', 'magnitude', 'fisher' or 'taylor'"
-            raise no_meaning("pattern", "channel", method, why)
-        if isinstance(pattern, Channel) and settings.searches:
+            raise no_meaning("pattern", self.pattern, method, why)
+        if not pattern.searchable and settings.searches:
             why = "since candidates are drawn by votes on single weights: leave num_candidates unset"
             raise no_meaning("num_candidates", settings.num_candidates, shown, why)
-        if self.permute_channels and not isinstance(pattern, NM):
-            why = "which has no groups of columns: use an N:M pattern such as '2:4'"
-            raise no_meaning("permute_channels", True, shown, why)
-        if self.permute_channels and settings.gumbel is not None and settings.gumbel.signed_constant:
-            why = "which gives all weights of a matrix one magnitude: set one of them to False"
-            raise no_meaning("permute_channels", True, "gumbel_signed_constant=True", why)
-        if not isinstance(pattern, Unstructured) and self.scope not in (None, "layer"):
+        if self.scope not in (None, *pattern.scopes):
             why = "where every matrix keeps the same share: leave scope unset"
             raise no_meaning("scope", self.scope, shown, why)
-        if isinstance(pattern, NM) and abs(settings.sparsity - pattern.sparsity) > 1e-9:
+        if pattern.sparsity is not None and abs(settings.sparsity - pattern.sparsity) > 1e-9:
             raise ValueError(
                 f"sparsity={self.sparsity} contradicts {shown}, which has {pattern.sparsity:g}: leave sparsity unset"
             )
@@ -133,15 +124,7 @@ class TargetFields:
         for level in settings.levels:
             pattern.check_sparsity(level)
 
-    def _levels(self, pattern: Unstructured | NM | Channel, sparsity: float, soft: bool) -> tuple[float, ...]:
-        """Return the given levels, or cubic ones; a soft method has one.
-
-        Groups of an N:M pattern lose whole weights (from M:M down to N:M), in one level by default.
-        """
-        if self.levels is not None:
-            return tuple(self.levels)
+    def _levels(self, pattern: Pattern, sparsity: float, soft: bool) -> tuple[float, ...]:
+        """Return the given levels, or those of the pattern; a soft method has one."""
         number = 1 if soft else self.num_levels
-        if not isinstance(pattern, NM):
-            return tuple(cubic_levels(sparsity, number or 4))
-        zeros = {max(1, round(level * pattern.m)) for level in cubic_levels(sparsity, number or 1)}
-        return (*(count / pattern.m for count in sorted(zeros)[:-1]), sparsity)
+        return tuple(pattern.levels(sparsity, number) if self.levels is None else self.levels)

@@ -1,2 +1,4 @@
-"""What is zero: targets, scores, patterns, schedules and mask sets. Knows torch (and safetensors, to save) and nothing
-of transformers, so that it can be lifted out."""
+"""Masks: targets, scores, patterns, schedules and mask sets.
+
+This package imports torch, safetensors and `utils`, and nothing of transformers, so that it can be used alone.
+"""

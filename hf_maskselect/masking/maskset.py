@@ -1,4 +1,4 @@
-"""Masks by parameter name."""
+"""Boolean masks by parameter name, in memory and as packed bits on disk."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..utils.digests import header_checksum
-from .dtensors import whole
-from .patterns import Pattern
+from .base import Pattern
+from .dtensors import gathered
 
 FORMAT_VERSION = 1
 _BESIDE = "beside/"  # no parameter name holds a slash
@@ -23,10 +23,7 @@ _BITS = 0x8040201008040201 - (1 << 64)
 
 
 class MaskSet(Mapping[str, Tensor]):
-    """Boolean masks (True = kept) by parameter name.
-
-    At rest a pruned model *is* sparse under its ordinary names; masks live beside it, never inside its modules.
-    """
+    """Boolean masks (True = kept) by parameter name; they exist beside a pruned model, never inside its modules."""
 
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
         for name, mask in masks.items():
@@ -45,18 +42,18 @@ class MaskSet(Mapping[str, Tensor]):
 
     @classmethod
     def ones(cls, weights: Mapping[str, Tensor]) -> MaskSet:
-        """Everything kept."""
+        """Masks that keep every weight."""
         return cls({name: torch.ones(w.shape, dtype=torch.bool, device=w.device) for name, w in weights.items()})
 
     @classmethod
     def from_zeros(cls, model: nn.Module, target_modules=None, exclude_modules=None) -> MaskSet:
-        """Masks of the zeros a model already has, over `prunable_weights(model, target_modules, exclude_modules)`."""
+        """Masks of the zeros that a model has, over `prunable_weights(model, target_modules, exclude_modules)`."""
         from .targets import prunable_weights
 
         weights = prunable_weights(model, target_modules, exclude_modules)
-        return cls({name: whole(weight.detach() != 0) for name, weight in weights.items()})
+        return cls({name: gathered(weight.detach() != 0) for name, weight in weights.items()})
 
-    # -- what it says ------------------------------------------------------------------------------------------------
+    # -- counts and digests ------------------------------------------------------------------------------------------
 
     @property
     def total(self) -> int:
@@ -73,29 +70,29 @@ class MaskSet(Mapping[str, Tensor]):
         return self.kept / self.total
 
     def sparsity(self) -> float:
-        """1 - density."""
+        """Share of prunable weights that are pruned, in [0, 1]."""
         return (self.total - self.kept) / self.total
 
     def overlap(self, other: MaskSet) -> float:
-        """Share of this set's kept weights that `other` keeps too, in [0, 1]."""
+        """Share of the kept weights that `other` keeps too, in [0, 1]."""
         common = sum(int(torch.count_nonzero(mask & other[name])) for name, mask in self.items())
         return common / max(self.kept, 1)
 
     def reaches(self, pattern: Pattern, sparsity: float) -> bool:
-        """Whether as few weights are kept as `pattern` keeps at `sparsity`, and every mask has the pattern."""
+        """Whether every mask has the pattern, and no more weights are kept than `pattern` keeps at `sparsity`."""
         if self.kept > pattern.keeps([mask.shape for mask in self.values()], sparsity):
             return False
         return all(pattern.holds(mask, sparsity) for mask in self.values())
 
     def digest(self) -> str:
-        """SHA-256 over names, shapes and bits: equal digests are equal masks, on any rank and machine."""
+        """SHA-256 over names, shapes and bits. Equal digests mean equal masks, on any process and machine."""
         return packed_digest(self.pack(), {name: tuple(mask.shape) for name, mask in self.items()})
 
     def digests(self) -> dict[str, str]:
-        """`digest` of each mask by itself, by name."""
+        """The `digest` of every mask alone, by name."""
         return {name: MaskSet({name: mask}).digest() for name, mask in self.items()}
 
-    # -- what it does ------------------------------------------------------------------------------------------------
+    # -- weights ------------------------------------------------------------------------------------------------------
 
     def check_fits(self, weights: Mapping[str, Tensor]) -> None:
         """Raise a ValueError unless the masks have exactly the names and shapes of `weights`."""
@@ -122,17 +119,12 @@ class MaskSet(Mapping[str, Tensor]):
     # -- bits --------------------------------------------------------------------------------------------------------
 
     def pack(self) -> dict[str, Tensor]:
-        """uint8 tensors on the CPU, 8 weights a byte, first weight in the highest bit, the last byte padded with 0."""
+        """Masks as uint8 on the CPU, 8 weights a byte, the first in the highest bit, the last byte padded with 0."""
         return {name: pack_bits(mask) for name, mask in self.items()}
 
     @classmethod
-    def unpack(cls, packed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> MaskSet:
-        """The inverse of `pack`, on the device and in the shape of `weights`."""
-        return cls({name: unpack_bits(packed[name], w.shape).to(w.device) for name, w in weights.items()})
-
-    @classmethod
-    def unpack_shapes(cls, packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> MaskSet:
-        """`unpack` on the CPU where only the shapes are known."""
+    def unpack(cls, packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> MaskSet:
+        """The inverse of `pack`, on the CPU."""
         return cls({name: unpack_bits(packed[name], shapes[name]) for name in packed})
 
     def save(
@@ -141,8 +133,7 @@ class MaskSet(Mapping[str, Tensor]):
         metadata: Mapping[str, str] | None = None,
         beside: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write packed masks as safetensors. Shapes, digest and `metadata` go into the header; the tensors `beside` go
-        into the same file and are read by `load_beside`."""
+        """Write packed masks, `metadata`, and the tensors `beside` (which `load_beside` reads) as safetensors."""
         shapes = {name: tuple(mask.shape) for name, mask in self.items()}
         self.save_packed(path, self.pack(), shapes, metadata, beside)
 
@@ -154,7 +145,7 @@ class MaskSet(Mapping[str, Tensor]):
         metadata: Mapping[str, str] | None = None,
         beside: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """`save` of masks that are packed already."""
+        """`save` for masks that are packed already."""
         header = {f"shape.{name}": ",".join(map(str, shape)) for name, shape in shapes.items()}
         header |= {"format": "hf_maskselect.masks", "format_version": str(FORMAT_VERSION)}
         header |= {"digest": packed_digest(packed, shapes), **(metadata or {})}
@@ -165,19 +156,19 @@ class MaskSet(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> tuple[MaskSet, dict[str, str]]:
-        """Masks (on the CPU) and the metadata that `save` was given.
+        """Read masks (to the CPU) and the metadata that `save` wrote.
 
         Raises:
-            ValueError: not such a file, another format version, or bits that do not match the digest.
+            ValueError: the file is another one, has another format version, or is damaged.
         """
         packed, shapes, header = cls.load_packed(path)
-        return cls.unpack_shapes(packed, shapes), header
+        return cls.unpack(packed, shapes), header
 
     @staticmethod
     def load_packed(
         path: str | os.PathLike,
     ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]], dict[str, str]]:
-        """The packed masks, their shapes and the metadata: an eighth of the memory of `load`, and its checks."""
+        """Packed masks, their shapes and the metadata: `load` with an eighth of its memory."""
         try:
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
@@ -194,9 +185,9 @@ class MaskSet(Mapping[str, Tensor]):
             )
         if header_checksum({k: v for k, v in header.items() if k != "checksum"}) != header.get("checksum"):
             raise ValueError(f"{path} is damaged: its header does not match its checksum; restore the file")
-        told = {k.removeprefix("shape."): v.split(",") for k, v in header.items() if k[:6] == "shape."}
-        sizes = [size for shape in told.values() for size in shape]
-        shapes = {k: tuple(map(int, v)) for k, v in told.items()} if all(map(str.isdigit, sizes)) else {}
+        written = {k.removeprefix("shape."): v.split(",") for k, v in header.items() if k[:6] == "shape."}
+        sizes = [size for shape in written.values() for size in shape]
+        shapes = {k: tuple(map(int, v)) for k, v in written.items()} if all(map(str.isdigit, sizes)) else {}
         if shapes.keys() != packed.keys() or any(
             packed[n].dtype != torch.uint8 or packed[n].dim() != 1 or packed[n].numel() != (math.prod(s) + 7) // 8
             for n, s in shapes.items()
@@ -208,25 +199,26 @@ class MaskSet(Mapping[str, Tensor]):
 
     @staticmethod
     def load_beside(path: str | os.PathLike) -> dict[str, Tensor]:
-        """The tensors that `save` was given beside the masks, on the CPU; call `load` first, which checks the header.
+        """Read the tensors that `save` wrote beside the masks, to the CPU. Call `load` first, which checks the header.
 
         Raises:
             ValueError: they do not match the digest in the header.
         """
         with safe_open(path, framework="pt") as file:
             digest = file.metadata().get("beside")
-            found = {name: file.get_tensor(name) for name in file.keys() if name.startswith(_BESIDE)}  # noqa: SIM118
-        if (_tensor_digest(found) if found else None) != digest:
+            names = [name for name in file.keys() if name.startswith(_BESIDE)]  # noqa: SIM118 (not a dict)
+            beside = {name: file.get_tensor(name) for name in names}
+        if (_tensor_digest(beside) if beside else None) != digest:
             raise ValueError(f"{path} is damaged: its tensors do not match their digest; restore the file")
-        return {name.removeprefix(_BESIDE): tensor for name, tensor in found.items()}
+        return {name.removeprefix(_BESIDE): tensor for name, tensor in beside.items()}
 
 
 def packed_digest(packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """`MaskSet.digest` of masks that are packed already."""
+    """`MaskSet.digest` for masks that are packed already."""
     sha = hashlib.sha256()
     for name, bits in sorted(packed.items()):
         sha.update(f"{name}:{shapes[name]}:".encode())
-        sha.update(bits.numpy())
+        sha.update(bits.numpy().data)
     return sha.hexdigest()
 
 
@@ -234,17 +226,17 @@ def _tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """Boolean tensor of n entries -> ceil(n / 8) bytes on the CPU."""
+    """Pack a boolean tensor of n entries into ceil(n / 8) bytes on the CPU."""
     flat = mask.detach().contiguous().view(-1)
     padding = -flat.numel() % 8
     if padding or flat.storage_offset() % 8:
         flat = torch.cat([flat, flat.new_zeros(padding)])
-    # Eight 0/1 bytes are one int64; the product gathers them in its top byte. One pass, no loop over weights.
+    # Eight 0/1 bytes are one int64, whose product has them in its top byte. One pass, no loop over weights.
     words = flat.view(torch.uint8).view(torch.int64)
     return ((words * _BITS) >> 56).to(torch.uint8).cpu()
 
@@ -258,6 +250,6 @@ def unpack_bits(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
 
 
 def diverged(what: str, when: str = "") -> str:
-    """The sentence for NaN or infinity among what was trained; when: " at step 3"."""
+    """Error message for NaN or infinity in `what` was trained; `when` is a suffix such as " at step 3"."""
     remedy = "use a lower learning_rate or a smaller max_grad_norm"
     return f"{what} holds NaN or infinity{when}, training has diverged: {remedy}"

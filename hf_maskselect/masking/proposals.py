@@ -1,5 +1,4 @@
-"""Which masks to try: criterion x scope x perturbation, each a pure function of (weights, statistics, masks so far,
-level, candidate, seed), so that any process can rebuild any candidate."""
+"""Candidates of a search: pure functions of weights, statistics, masks, level, index and seed, on any process."""
 
 from __future__ import annotations
 
@@ -11,14 +10,15 @@ import torch
 from torch import Tensor
 
 from ..utils.seeds import key_seed
-from .dtensors import like, of_parts, part, shards_of, whole
+from .allocation import kept_count
+from .base import Pattern
+from .dtensors import from_local_rows, gathered, local_rows, sharded_like, shards_of
 from .maskset import MaskSet
-from .patterns import NM, SCOPES, Channel, Unstructured, kept_count
+from .patterns import SCOPES
 from .scores import CRITERIA, Criterion, GradientStats, StoredStats, WeightStats, checked_score
-from .sharded import sharded_masks
 from .votes import number_of_draws, rank_by_votes_
 
-# Around candidate 0: what differed most and did best at 16x and 50x on real data comes first.
+# The proposals besides candidate 0: those that differed most and did best at 16x and 50x on real data come first.
 MIXED = (
     "{criterion}:global",
     "fisher:balanced",
@@ -28,7 +28,7 @@ MIXED = (
     "fisher:balanced:votes",
     "magnitude:layer:votes",
 )
-# Where the pattern leaves nothing to scopes. Votes swap weights in many groups at 2:4, however few draws they have.
+# For patterns with one scope. Votes swap weights in many groups at 2:4, however few draws they have.
 MIXED_BY_LAYER = (
     "fisher:layer",
     "magnitude:layer",
@@ -40,7 +40,7 @@ MIXED_BY_LAYER = (
 
 @dataclass(frozen=True)
 class Proposal:
-    """One way to make a mask. ratio: sampling ratio of the votes, None for the deterministic ranking."""
+    """One way to make a mask: a criterion, a scope, and the sampling ratio of votes (None for no votes)."""
 
     criterion: str
     scope: str
@@ -51,11 +51,7 @@ class Proposal:
 
 
 def parse_proposal(text: str, criteria: Sequence[str], ratio: float) -> Proposal:
-    """`"criterion:scope"` or `"criterion:scope:votes"` -> proposal.
-
-    Raises:
-        ValueError: a part is unknown.
-    """
+    """Read `"criterion:scope"` or `"criterion:scope:votes"`, whose votes get `ratio`; a ValueError for others."""
     criterion, _, rest = text.partition(":")
     scope, _, perturbation = rest.partition(":")
     if criterion not in criteria or scope not in SCOPES or perturbation not in ("", "votes"):
@@ -77,10 +73,9 @@ def proposal_pool(
 ) -> list[Proposal]:
     """The `num_candidates` proposals of one level; candidate 0 is the deterministic `criterion:scope`.
 
-    Args:
-        proposals: `["mixed"]`, `["paper"]`, or a list in the notation of `parse_proposal`. The list is repeated as
-            often as needed, votes with the next of `ratios` each time; a deterministic one appears once.
-        layer_only: the pattern knows no joint ranking (N:M), so every scope means "layer".
+    `proposals` is `["mixed"]`, `["paper"]`, or a list in the notation of `parse_proposal`. The list is repeated as
+    often as needed, votes with the next of `ratios` each time; a deterministic proposal appears once. With
+    `layer_only` every scope means "layer". Raises a ValueError for unknown proposals or too few different ones.
     """
     if list(proposals) == ["paper"]:
         texts = [f"{criterion}:{scope}:votes"]
@@ -106,14 +101,13 @@ def proposal_pool(
         if len(pool) == before:
             raise ValueError(
                 f"proposals={list(proposals)} give only {len(pool)} different masks for "
-                f"num_candidates={num_candidates}: "
-                "add a ':votes' proposal or lower num_candidates"
+                f"num_candidates={num_candidates}: add a ':votes' proposal or lower num_candidates"
             )
     return pool
 
 
 def gradient_needs(pool: Sequence[Proposal], criteria: Mapping[str, Criterion] = CRITERIA) -> set[str]:
-    """Which gradient statistics the pool reads."""
+    """The gradient statistics that the pool reads."""
     return {need for proposal in pool for need in criteria[proposal.criterion].needs}
 
 
@@ -128,58 +122,59 @@ def propose(
     sparsity: float,
     level: int,
     seed: int,
-    pattern: Unstructured | NM | Channel,
+    pattern: Pattern,
     criteria: Mapping[str, Criterion] = CRITERIA,
 ) -> MaskSet:
-    """The candidate's masks: exact count, nested in `masks`; whole, also where the weights are sharded.
+    """Masks of candidate `index`: the exact count, among the weights that `masks` keep; all rows, on every process.
+
+    `seed`, `level` and `index` decide the votes. The pattern takes the scope of the proposal if it can have it.
 
     Raises:
         ValueError: scores with NaN or infinity, or negative scores under votes (the tensor is named).
     """
     criterion = criteria[proposal.criterion]
-    if isinstance(pattern, Unstructured):
-        pattern = dataclasses.replace(pattern, scope=proposal.scope)
+    pattern = pattern.scoped(proposal.scope)
     scores = {}
     for name, weight in weights.items():
-        known = WeightStats(None, None, 0) if stats is None else stats.of(name)
-        scores[name] = checked_score(criterion.score, name, part(weight), known)
+        of_weight = WeightStats(None, None, 0) if stats is None else stats.of(name)
+        scores[name] = checked_score(criterion.score, name, local_rows(weight), of_weight)
     if proposal.ratio is not None:
         generator = torch.Generator(device=next(iter(weights.values())).device)
         generator.manual_seed(key_seed(seed, "votes", level, index))
         for name, score in scores.items():
             if float(score.min()) < 0:
                 raise ValueError(f"votes need scores >= 0 but those of {name} are negative: shift them in score_fn")
-            score.masked_fill_(masks[name].logical_not(), 0)  # a dead weight gets no vote
+            score.masked_fill_(masks[name].logical_not(), 0)  # a pruned weight gets no vote
         pattern = _vote_(scores, proposal.ratio, pattern, sparsity, criterion.vote_exponent, generator)
     shards = shards_of(weights)
     if shards is None:
         return MaskSet(pattern.masks(scores, sparsity, masks, consume=True))
-    alive = {name: part(like(masks[name], weight)) for name, weight in weights.items()}
+    allowed = {name: local_rows(sharded_like(masks[name], weight)) for name, weight in weights.items()}
     sizes = [weight.numel() for weight in weights.values()]
     room = [int(torch.count_nonzero(masks[name])) for name in weights]
-    found = sharded_masks(pattern, scores, sparsity, shards, alive, sizes, room)
-    return MaskSet({name: whole(of_parts(found[name], weight)) for name, weight in weights.items()})
+    rows = pattern.sharded_masks(scores, sparsity, shards, allowed, (sizes, room))
+    return MaskSet({name: gathered(from_local_rows(rows[name], weight)) for name, weight in weights.items()})
 
 
 def _vote_(
     scores: dict[str, Tensor],
     ratio: float,
-    pattern: Unstructured | NM,
+    pattern: Pattern,
     sparsity: float,
     exponent: float,
     generator: torch.Generator,
-) -> Unstructured | NM:
-    """Overwrite scores by votes, per matrix or over the pool of all matrices where the ranking is joint; returns the
-    pattern that turns the votes into a mask."""
+) -> Pattern:
+    """Overwrite scores by votes and return the pattern that makes a mask of them.
+
+    Votes are drawn in every matrix, or from all matrices together where the ranking is joint.
+    """
     names = list(scores)
     pools = [[name] for name in names] if pattern.scope == "layer" else [names]
     for pool in pools:
-        pooled = [
-            scores[name] if pattern.scope == "layer" else pattern.comparable(scores[name], True) for name in pool
-        ]
+        pooled = [pattern.comparable(scores[name], consume=True) for name in pool]
         total = sum(score.numel() for score in pooled)
         keep = kept_count(total, sparsity)
         draws = number_of_draws(total - keep, ratio, matrices=len(pool))
         rank_by_votes_(pooled, keep, draws, exponent, generator)
-    # Scores were made comparable before voting; votes are comparable as they are.
-    return dataclasses.replace(pattern, scope="global") if pattern.scope == "balanced" else pattern
+    # The scores were made comparable before voting, so the votes are comparable too.
+    return pattern.scoped("global") if pattern.scope == "balanced" else pattern

@@ -1,4 +1,4 @@
-"""The k largest entries of several tensors at once: exact, ties by index, a few passes over memory."""
+"""The k largest entries of several tensors together: exact, ties by index, a few passes over memory."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _SAMPLE = (1 << 13, 1 << 17)
 def kth_largest(tensors: Sequence[Tensor], k: int) -> Tensor:
     """The k-th largest value (k counts from 1) of all entries of `tensors` together, as a 0-dim tensor.
 
-    A strided sample brackets the answer, one pass counts what lies above the bracket and collects what lies inside,
-    and only the inside (about 2 % of the entries) is searched. A bracket that misses is widened, so the answer is
-    always exact. `tensors` must be contiguous, of one dtype and device, without NaN.
+    A strided sample brackets the answer. One pass counts the entries above the bracket and collects those inside
+    (about 2 % of all), and only these are searched. A bracket that misses is widened, so the answer is always exact.
+    `tensors` must be contiguous, of one dtype and device, without NaN.
 
     Raises:
-        ValueError: k is out of range, or a NaN was met.
+        ValueError: k is out of range, or there is a NaN.
     """
     total = sum(t.numel() for t in tensors)
     if not 1 <= k <= total:
@@ -55,8 +55,11 @@ def kth_largest(tensors: Sequence[Tensor], k: int) -> Tensor:
 
 
 def top_k_masks(tensors: Sequence[Tensor], k: int) -> list[Tensor]:
-    """Boolean masks of the k largest entries of all `tensors` together; among equal values the lower index (earlier
-    tensor, then lower flat position) is kept, so that exactly k entries are True on every machine."""
+    """Boolean masks of the k largest entries of all `tensors` together.
+
+    Among equal values the lower index (earlier tensor, then lower flat position) is kept, so that exactly k entries
+    are True on every machine.
+    """
     if k == 0:
         return [torch.zeros_like(t, dtype=torch.bool) for t in tensors]
     threshold = kth_largest(tensors, k)

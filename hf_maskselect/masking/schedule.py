@@ -1,4 +1,4 @@
-"""Optimizer step -> sparsity level. Pure functions of the configuration, so that resuming needs no state."""
+"""From an optimizer step to its level: pure functions of the configuration, so that resuming needs no state."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ def check_levels(levels: Sequence[float], sparsity: float) -> None:
 class LevelPlan:
     """When each level starts and how long it lasts, in optimizer steps (never micro-steps).
 
-    starts[i] is the first step trained under the mask of level i; steps before starts[0] are dense warm-up, or soft
-    from soft_start on. A soft phase has one level, whose mask is the last; it may start at max_steps.
-
-    soft_start: first step under soft masks, None for hard methods. ramp_steps: length of the linear ramp of their
-    sparsity.
+    Attributes:
+        levels: the sparsity of every level; a soft method has one.
+        starts: the first step under the masks of each level; earlier ones are dense, or soft from `soft_start` on. The
+            level of a soft method may start at `max_steps`.
+        soft_start: the first step under soft masks; None for hard methods.
+        ramp_steps: the steps in which the sparsity of soft masks rises linearly to the target.
     """
 
     levels: tuple[float, ...]
@@ -61,10 +62,8 @@ class LevelPlan:
         if steps < len(levels):
             raise ValueError(
                 f"the plan cannot reach sparsity {levels[-1]}: {len(levels)} levels and {warmup_steps} dense "
-                "warm-up steps "
-                f"do not fit into {max_steps} optimizer steps; raise max_steps or num_train_epochs, or lower "
-                "num_levels "
-                "or pruning_warmup_steps"
+                f"warm-up steps do not fit into {max_steps} optimizer steps; raise max_steps or num_train_epochs, "
+                "or lower num_levels or pruning_warmup_steps"
             )
         weight = len(levels) - 1 + last_weight
         starts = [warmup_steps + round(i * steps / weight) for i in range(len(levels))]
@@ -77,12 +76,10 @@ class LevelPlan:
     def build_soft(
         cls, sparsity: float, max_steps: int, warmup_steps: int, frozen_steps: int, ramp: float
     ) -> LevelPlan:
-        """Dense warm-up, soft masks, and `frozen_steps` under the hard mask at the end.
+        """Plan dense warm-up, a soft phase, and `frozen_steps` under the hard mask at the end.
 
-        ramp: share of the soft phase in which the sparsity rises to the target, in (0, 1].
-
-        Raises:
-            ValueError: no step is left for the soft phase.
+        `ramp` is the share of the soft phase, in (0, 1], in which the sparsity rises to the target. Raises a
+        ValueError if no step is left for the soft phase.
         """
         soft = max_steps - warmup_steps - frozen_steps
         if soft < 1:
@@ -94,17 +91,17 @@ class LevelPlan:
         return cls((sparsity,), (max_steps - frozen_steps,), max_steps, warmup_steps, max(1, round(ramp * soft)))
 
     def ramp_at(self, step: int) -> float:
-        """Share of the target that the soft masks have at `step`: 0 in the warm-up, 1 from the ramp's end on."""
+        """Share of the target sparsity that soft masks have at `step`: 0 in the warm-up, 1 after the ramp."""
         if self.soft_start is None or step < self.soft_start:
             return 0.0
         return min(1.0, (step - self.soft_start + 1) / self.ramp_steps)
 
     def level_at(self, step: int) -> int:
-        """Index of the level that optimizer step `step` (from 0) is trained under; -1 during dense warm-up."""
+        """Index of the level of optimizer step `step` (from 0); -1 before the first level."""
         return bisect.bisect_right(self.starts, step) - 1
 
     def span(self, level: int) -> tuple[int, int]:
-        """First step and one past the last step of `level`; level -1 is the dense warm-up."""
+        """First step and one past the last step of `level`; level -1 is what comes before the first."""
         first = 0 if level < 0 else self.starts[level]
         last = self.starts[level + 1] if level + 1 < len(self.starts) else self.max_steps
         return first, last

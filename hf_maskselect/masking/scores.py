@@ -1,4 +1,4 @@
-"""How much a weight matters: criteria as pure functions of a weight and its gradient statistics."""
+"""The criteria: how much a weight matters, as pure functions of the weight and its gradient statistics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .dtensors import part
+from .dtensors import local_rows
 
 
 @dataclass(frozen=True)
@@ -30,26 +30,28 @@ ScoreFn = Callable[[str, Tensor, WeightStats], Tensor]
 
 
 def magnitude(name: str, weight: Tensor, stats: WeightStats) -> Tensor:
-    """|w|: the classic criterion, and the base of method 1's paper (EMNLP Findings 2023)."""
+    """|w|, the classic criterion, and the base of the paper on random masks (EMNLP Findings 2023)."""
     return weight.detach().abs().float()
 
 
 def fisher(name: str, weight: Tensor, stats: WeightStats) -> Tensor:
-    """w^2 * sum g^2: the loss increase expected from removing w under a diagonal Fisher (Optimal Brain Damage)."""
+    """w^2 * sum g^2, the loss increase expected from pruning w under a diagonal Fisher (Optimal Brain Damage)."""
+    assert stats.square is not None
     return weight.detach().float().square() * stats.square
 
 
 def taylor(name: str, weight: Tensor, stats: WeightStats) -> Tensor:
-    """sum |g * w|: the first-order change of each sample's loss when w is removed, without cancelling over samples."""
+    """Sum of |g * w|: the first-order change of each sample's loss when w is pruned, without cancelling."""
+    assert stats.product is not None
     return stats.product
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A score and what belongs to it.
+    """A score function, the `WeightStats` fields that it needs, and the exponent of its votes.
 
-    needs: the `WeightStats` fields it reads. vote_exponent: the power that turns the score into drawing probabilities,
-    5 for scores that grow like |w| (the paper's exponent) and 2.5 for those that grow like w^2.
+    vote_exponent: the power that turns the score into drawing probabilities, 5 for scores that grow like |w| (the
+    exponent of the paper) and 2.5 for those that grow like w^2.
     """
 
     score: ScoreFn
@@ -65,7 +67,7 @@ CRITERIA: dict[str, Criterion] = {
 
 
 def checked_score(score_fn: ScoreFn, name: str, weight: Tensor, stats: WeightStats) -> Tensor:
-    """Call a score function and refuse what cannot be ranked.
+    """Call a score function and refuse scores that cannot be ranked.
 
     Returns:
         float32 scores shaped like `weight`.
@@ -92,13 +94,11 @@ def checked_score(score_fn: ScoreFn, name: str, weight: Tensor, stats: WeightSta
 class GradientStats:
     """Collects gradient statistics over many small batches, in place and without keeping a graph.
 
-    Use as a context manager around plain `loss.backward()` calls; inside, gradients of the named weights are consumed
-    as soon as they are complete, and no gradient is computed for any other parameter, so the peak is the statistics
-    plus one matrix. On leaving, `requires_grad` and `.grad` are as they were.
+    Use it as a context manager around `sample`. Inside, the gradient of a named weight is consumed as soon as it is
+    complete, and no other parameter gets a gradient, so the memory peak is the statistics plus one matrix. On leaving,
+    `requires_grad` and `.grad` are as they were.
 
-    Args:
-        weights: name -> parameter.
-        needs: which of "square" and "product" to collect; float32 each.
+    needs: which of "square" and "product" to collect; float32 each.
     """
 
     def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter], needs: set[str]) -> None:
@@ -130,17 +130,18 @@ class GradientStats:
         del self._kept
 
     def sample(self, loss: Tensor) -> None:
-        """Backpropagate one small batch's mean loss into the statistics."""
+        """Add one small batch to the statistics: run the backward pass of its mean loss."""
         loss.backward()
         self._samples += 1
 
     def of(self, name: str) -> WeightStats:
-        """The statistics of one weight so far; of sharded weights those of this rank's rows."""
-        found = [of[name] if name in of else None for of in (self._square, self._product)]
-        return WeightStats(*(None if t is None else part(t) for t in found), self._samples)
+        """The statistics of one weight so far; of a sharded weight those of the rows of this process."""
+        square, product = self._square.get(name), self._product.get(name)
+        square, product = (None if t is None else local_rows(t) for t in (square, product))
+        return WeightStats(square, product, self._samples)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Put them into a file for `StoredStats`."""
+        """Write the statistics to a file for `StoredStats`."""
         kinds = {"square": self._square, "product": self._product}
         tensors = {f"{kind}/{name}": t.contiguous() for kind, of in kinds.items() for name, t in of.items()}
         save_file(tensors, path, metadata={"samples": str(self._samples)})
@@ -149,6 +150,7 @@ class GradientStats:
     def _take(self, weight: Tensor) -> None:
         # The hook fires once per backward and parameter, after shared layers (ALBERT) have summed their gradient.
         name, grad = self._names[id(weight)], weight.grad
+        assert grad is not None
         weight.grad = None
         grad = grad.float()
         if name in self._square:
@@ -158,12 +160,7 @@ class GradientStats:
 
 
 class StoredStats:
-    """Gradient statistics that wait on disk; one weight's are in memory at a time.
-
-    Args:
-        path: what `GradientStats.save` wrote.
-        device: where they are wanted.
-    """
+    """Gradient statistics in a file of `GradientStats.save`, loaded to `device` for one weight at a time."""
 
     def __init__(self, path: str | os.PathLike, device: torch.device) -> None:
         self._path, self._device = path, device
@@ -171,6 +168,6 @@ class StoredStats:
     def of(self, name: str) -> WeightStats:
         """The statistics of one weight."""
         with safe_open(self._path, framework="pt") as file:
-            known = set(file.keys()) & {f"square/{name}", f"product/{name}"}
-            found = {key.partition("/")[0]: file.get_tensor(key).to(self._device) for key in known}
-            return WeightStats(found.get("square"), found.get("product"), int(file.metadata()["samples"]))
+            keys = set(file.keys()) & {f"square/{name}", f"product/{name}"}
+            stats = {key.partition("/")[0]: file.get_tensor(key).to(self._device) for key in keys}
+            return WeightStats(stats.get("square"), stats.get("product"), int(file.metadata()["samples"]))

@@ -1,29 +1,17 @@
-"""Masks over weights whose rows are cut among ranks (FSDP2's `Shard(0)`), from all-reduced counts alone.
+"""Masks of weights whose rows lie on several processes (FSDP2's `Shard(0)`), from all-reduced counts alone.
 
-The k-th largest of all entries is read as a number is, from its first digit to its last: every float32 has an integer
-key of 32 bits in the same order; the ranks add up how many of their keys begin with each digit, all see in which one
-the k-th largest lies, and only the keys that begin with it count for the next digit.
+The k-th largest of all entries is found digit by digit, from the first to the last. Every float32 has an integer key
+of 32 bits in the same order. The processes add up how many of their keys begin with each digit, so all of them see the
+digit of the k-th largest, and only the keys that begin with it count for the next digit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from .patterns import (
-    NM,
-    Channel,
-    Unstructured,
-    _cannot_keep,
-    _too_few,
-    _without_dead,
-    allocate,
-    joint_masks,
-    kept_count,
-)
 
 # Bits of the three digits. One pool: each message is 64 KiB or less up to 512 tensors (13 bits in int64, whose sum
 # tells whether int32 holds the counts inside that digit). Many pools have their messages side by side.
@@ -36,13 +24,10 @@ _CHUNK = 1 << 18
 
 
 class Shards:
-    """The ranks among which every matrix is cut by rows: each holds a contiguous block, perhaps of no row; blocks lie
-    in rank order.
+    """The processes of `group` that hold the rows of every matrix: each one block, perhaps empty, in rank order.
 
-    All ranks call the same method at the same time with the same number of pools, tensors and values. What is wrong
-    with the data of one rank raises on all, so that none waits.
-
-    group: the ranks; the default group if None. device: where the group's backend wants what it sums.
+    All processes call the same method at the same time, with the same number of pools, tensors and values. Bad data on
+    one process raises an error on all, so that none waits. The group's backend sums on `device`.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"):
@@ -51,25 +36,21 @@ class Shards:
         self._size = dist.get_world_size(group)
 
     def sums(self, values: Sequence[int]) -> list[int]:
-        """Each value summed over the ranks; one all-reduce in int64."""
+        """Each value summed over the processes; one all-reduce in int64."""
         return self._summed(torch.tensor(values, dtype=torch.int64, device=self._device)).tolist()
 
     def add(self, value: Tensor) -> Tensor:
-        """`value` summed over the ranks."""
+        """`value` summed over the processes."""
         return self._summed(value.clone())
 
     def top_k_masks(
         self, pools: Sequence[Sequence[Tensor]], ks: Sequence[int]
     ) -> tuple[list[list[Tensor]], list[list[int]]]:
-        """For each pool of local shards, boolean masks of the pool's k largest entries over all ranks together:
-        `ranking.top_k_masks` of the whole tensors, cut to the shards. And how many entries of each whole tensor stay.
+        """The local rows of `ranking.top_k_masks` over the whole tensors of each pool; four all-reduces in all.
 
-        All pools share four all-reduces.
-
-        pools: contiguous float32 tensors on one device; -inf is allowed.
-
-        Raises:
-            ValueError: on every rank, if any of them has a NaN or a k is out of range.
+        Returns boolean masks, and how many entries of each whole tensor they keep. The tensors must be contiguous
+        float32 on one device; -inf is allowed. Raises a ValueError on every process if any of them has a NaN, or a k
+        is out of range.
         """
         tensors = [t for pool in pools for t in pool]
         if not tensors:
@@ -123,15 +104,17 @@ class Shards:
         for mask, t, index, count in zip(masks, tensors, owner, kept, strict=True):
             if count:
                 mask.view(-1)[(t == thresholds[index]).view(-1).nonzero().squeeze(1)[:count]] = True
-        found, numbers = iter(masks), iter(stay)
-        return [[next(found) for _ in pool] for pool in pools], [[next(numbers) for _ in pool] for pool in pools]
+        local_masks, numbers = iter(masks), iter(stay)
+        return [[next(local_masks) for _ in pool] for pool in pools], [[next(numbers) for _ in pool] for pool in pools]
 
     def _kept_ties(
         self, ties: list[int], everywhere: list[int], wanted: list[int], owner: list[int], above: list[int]
     ) -> tuple[list[int], list[int]]:
-        """By tensor, how many of the `ties` (entries equal to the threshold) of this rank stay, if each pool keeps the
-        first `wanted` of them: those of earlier tensors, then those of lower ranks. And how many entries stay on all
-        ranks together, with those `above` the threshold."""
+        """How many entries equal to the threshold each tensor keeps here, and how many entries it keeps in all.
+
+        Each pool keeps the first `wanted` of its ties: earlier tensors first, then lower ranks. `ties` and `above` are
+        the local numbers of entries equal to the threshold and above it, `everywhere` the ties of all processes.
+        """
         left = list(wanted)
         quotas = []
         for index, count in zip(owner, everywhere, strict=True):
@@ -148,98 +131,13 @@ class Shards:
         return kept, [sums[i] + quota for i, quota in enumerate(quotas)]
 
     def _summed(self, counts: Tensor) -> Tensor:
-        """`counts` summed over the ranks, in place."""
+        """`counts` summed over the processes, in place."""
         dist.all_reduce(counts, group=self._group)
         return counts
 
 
-def sharded_masks(
-    pattern: Unstructured | NM | Channel,
-    scores: Mapping[str, Tensor],
-    sparsity: float,
-    shards: Shards,
-    alive: Mapping[str, Tensor] | None = None,
-    sizes: Sequence[int] | None = None,
-    room: Sequence[int] | None = None,
-) -> dict[str, Tensor]:
-    """`pattern.masks` where every rank holds only its rows: boolean masks by name, shaped like the local scores.
-
-    They are the rows of the masks of the whole to the bit, but for the scope "balanced", whose means are summed in
-    float64 over the ranks instead of in float32 by one: there they agree up to the rounding of that mean.
-
-    scores: float32 (local rows, ...), the same names in the same order on every rank; `alive`: boolean, of the same
-    shapes, whose dead weights never return. sizes, room: entries of the whole matrices and those alive, where they are
-    known; else the ranks sum theirs.
-
-    Raises:
-        ValueError: on every rank, as in `pattern.masks`; or a score is NaN.
-    """
-    if isinstance(pattern, NM):  # its groups lie within a row
-        _check_groups_alive(pattern, sparsity, shards, alive or {})
-        return pattern.masks(scores, sparsity, alive)
-    if isinstance(pattern, Channel):
-        return _channel_masks(pattern, scores, sparsity, shards, alive)
-    names = list(scores)
-    if sizes is None or room is None:
-        local = [scores[name].numel() for name in names]
-        living = local if alive is None else [int(torch.count_nonzero(alive[name])) for name in names]
-        sums = shards.sums(local + living)
-        sizes, room = sums[: len(names)], sums[len(names) :]
-    keep = kept_count(sum(sizes), sparsity)
-    ranked = [_without_dead(scores[name], name, alive, consume=False) for name in names]
-    if pattern.scope == "layer":
-        masks, _ = shards.top_k_masks([[score] for score in ranked], allocate(keep, sizes, room))
-        return {name: mask for name, (mask,) in zip(names, masks, strict=True)}
-    if keep > sum(room):
-        raise ValueError(_too_few(keep, sum(room)))
-    if pattern.scope == "balanced":
-        roots = _roots_of_means(scores, sizes, shards, alive)
-        ranked = [score / root for score, root in zip(ranked, roots, strict=True)]
-    masks = joint_masks(ranked, keep, pattern.floors(keep, sizes, room), shards.top_k_masks)
-    return dict(zip(names, masks, strict=True))
-
-
-def _roots_of_means(
-    scores: Mapping[str, Tensor], sizes: Sequence[int], shards: Shards, alive: Mapping[str, Tensor] | None
-) -> Tensor:
-    """What "balanced" divides each matrix's scores by (float32, one a matrix): the root of their mean with the dead as
-    zeros, or 1 where that is not above 0."""
-    sums = []
-    for name, score in scores.items():
-        in_force = score if alive is None else score.masked_fill(alive[name].logical_not(), 0)
-        sums.append(in_force.sum(dtype=torch.float64))
-    sums = shards._summed(torch.stack(sums))
-    roots = (sums / torch.tensor(sizes, device=sums.device)).to(torch.float32).sqrt()
-    return torch.where(roots > 0, roots, 1.0)
-
-
-def _check_groups_alive(pattern: NM, sparsity: float, shards: Shards, alive: Mapping[str, Tensor]) -> None:
-    short = shards.sums([pattern.short_groups(mask, sparsity) for mask in alive.values()]) if alive else []
-    for name, count in zip(alive, short, strict=True):
-        if count:
-            raise ValueError(_cannot_keep(name, pattern.too_few(count, sparsity)))
-
-
-def _channel_masks(
-    pattern: Channel,
-    scores: Mapping[str, Tensor],
-    sparsity: float,
-    shards: Shards,
-    alive: Mapping[str, Tensor] | None,
-) -> dict[str, Tensor]:
-    norms = [pattern.norms(name, score, alive) for name, score in scores.items()]
-    # A row that is not whole has the norm -inf.
-    sums = shards.sums([*map(len, norms), *(int(torch.count_nonzero(norm != float("-inf"))) for norm in norms)])
-    keeps = [pattern.rows((count,), sparsity) for count in sums[: len(norms)]]
-    for name, whole, keep in zip(scores, sums[len(norms) :], keeps, strict=True):
-        if whole < keep:
-            raise ValueError(_cannot_keep(name, pattern.too_few(whole, keep)))
-    kept, _ = shards.top_k_masks([[norm] for norm in norms], keeps)
-    return {name: pattern.spread(mask, score) for (name, score), (mask,) in zip(scores.items(), kept, strict=True)}
-
-
 def _folded(bits: Tensor, width: int = 32) -> Tensor:
-    """Bits of float32 values (or their first `width`, as a signed number) -> keys in the values' order, and back."""
+    """Bits of float32 values (or their first `width` bits, signed) to keys in the values' order, and back."""
     return bits ^ ((bits >> (width - 1)) & ((1 << (width - 1)) - 1))
 
 
@@ -250,8 +148,10 @@ def _bits(values: Tensor) -> Iterable[Tensor]:
 
 
 def _digits(parts: Iterable[Tensor], start: int, bits: int, rest: int, device: torch.device) -> Tensor:
-    """How many keys have each digit of `bits` bits, in rising order, before their last `rest` bits: int64 (2**bits,).
-    start: the key, without these last bits, whose digit is the lowest."""
+    """Number of keys by the digit of `bits` bits before their last `rest` bits: int64 (2**bits,), in rising order.
+
+    `start` is the key, without its last `rest` bits, whose digit is the lowest.
+    """
     counts = torch.zeros(1 << bits, dtype=torch.int64, device=device)
     for keys in parts:
         counts += torch.bincount((keys >> rest) - start, minlength=1 << bits)
@@ -259,7 +159,7 @@ def _digits(parts: Iterable[Tensor], start: int, bits: int, rest: int, device: t
 
 
 def _first_digits(pool: Sequence[Tensor], bits: int, device: torch.device) -> Tensor:
-    """The same for the first digit of a pool's values. The last one is that of no number: it counts any NaN."""
+    """`_digits` for the first digit of a pool's values; the last count, which no number has, is that of NaNs."""
     half = 1 << (bits - 1)
     counts = _digits((part for values in pool for part in _bits(values)), -half, bits, 32 - bits, device)
     counts[:half] = counts[:half].flip(0)  # to fold the counts is cheaper than to fold every key
@@ -270,14 +170,16 @@ def _first_digits(pool: Sequence[Tensor], bits: int, device: torch.device) -> Te
 
 
 def _beginning(keys: Tensor, begin: int, rest: int) -> Tensor:
-    """The keys that are `begin` when their last `rest` bits are cut off."""
+    """The keys that equal `begin` without their last `rest` bits."""
     return keys[(keys >> rest) == begin]
 
 
 def _descend(counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """By pool, from `counts` (pools, digits) in rising order and how many of the largest are wanted: the digit in
-    which the last of them lies (the highest, above every number, if none is wanted), how many are still wanted there,
-    how many lie there; int64."""
+    """Find by pool the digit of the last of the `wanted` largest keys; counts: (pools, digits), in rising order.
+
+    Returns that digit (the highest, above every number, if none is wanted), how many of the keys that have it are
+    still wanted, and how many keys have it; int64.
+    """
     from_top = counts.flip(1).cumsum(1, dtype=torch.int64)
     above = (from_top < wanted.unsqueeze(1)).sum(1, keepdim=True)
     digits = (counts.shape[1] - 1 - above).clamp_(min=0)  # an empty pool reaches none

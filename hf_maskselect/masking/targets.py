@@ -1,4 +1,4 @@
-"""Which weights may be pruned."""
+"""The prunable weights of a model."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ def prunable_weights(
     target_modules: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] | None = None,
 ) -> dict[str, nn.Parameter]:
-    """Name -> weight matrix of everything that may be pruned, in model order, each parameter once.
+    r"""Prunable weight matrices by name, in model order, each parameter once.
 
-    By default these are the weights of every `nn.Linear`, `nn.Conv2d` and `Conv1D` (of transformers: a linear layer
-    stored transposed) that lies in a stack of layers (an `nn.ModuleList`): the encoder of BERT-like models and the
-    stages of a ResNet, whatever their submodules are called. Embeddings and their projections, poolers, heads, biases
-    and norms lie outside the stack or are of another type, and stay dense. Of a model of transformers only what lies
-    in its `base_model` counts: a stack beside that is one of heads.
+    By default these are the weights of every `nn.Linear`, `nn.Conv2d` and `Conv1D` (a linear layer of transformers
+    that is stored transposed) in a stack of layers (an `nn.ModuleList`): the encoder of BERT-like models, the stages
+    of a ResNet. Embeddings and their projections, poolers, heads, biases and norms lie outside a stack or have another
+    type, and stay dense. In a model of transformers only stacks of its `base_model` count, since others belong to
+    heads.
 
     Args:
         model: any `nn.Module`, not wrapped (unwrap DDP or `torch.compile` first).
         target_modules: module names to prune instead of the default choice, as in PEFT: a suffix (`"query"`,
-            `"output.dense"`) or a regex that must match the full module name (`r".*layer\\.[0-5]\\..*"`), or a list.
-        exclude_modules: module names, in the same notation, that are left dense.
+            `"output.dense"`) or a regex that must match the full module name (`r".*layer\.[0-5]\..*"`), or a list.
+        exclude_modules: module names, in the same notation, that stay dense.
 
     Returns:
-        dict from parameter name (`"...query.weight"`) to a parameter of shape `(out_features, in_features)`, for a
-        convolution `(out, in / groups, height, width)`, for `Conv1D` `(in, out)`. A layer shared between depths
-        (ALBERT) appears once, under its first name; of matrices that a model of transformers ties, under the name that
-        it is saved by. A matrix tied to an embedding is left out.
+        dict from parameter name (`"...query.weight"`) to a parameter of shape `(out_features, in_features)`; for a
+        convolution `(out, in / groups, height, width)`, for `Conv1D` `(in, out)`. A layer that depths share (ALBERT)
+        appears once, under its first name. A matrix that a model of transformers ties has the name under which it is
+        saved. A matrix tied to an embedding is left out.
 
     Raises:
         ValueError: nothing is left to prune, or an entry of one of the lists is no regex or matches no layer.
@@ -46,7 +46,7 @@ def prunable_weights(
     stacks = tuple(name for name in lists if name.startswith(_body(model)))
     every = {name: module.weight for name, module in model.named_modules() if is_layer(module)}
     layers = {name: weight for name, weight in every.items() if id(weight) not in embeddings}
-    # What stays dense anyway may be excluded by name.
+    # A layer that stays dense anyway may also be named in exclude_modules.
     targets, excluded = _matched(layers, target_modules), _matched(every, exclude_modules)
     named, left = set().union(*targets.values()), set().union(*excluded.values())
     saved = _ties(model)
@@ -64,8 +64,8 @@ def prunable_weights(
             f"{_examples(model)}, so name one of their suffixes (or leave target_modules unset for every such layer "
             "of the encoder)"
         )
-    for field, found in (("target_modules", targets), ("exclude_modules", excluded)):
-        if idle := [pattern for pattern, names in found.items() if not names]:
+    for field, matched in (("target_modules", targets), ("exclude_modules", excluded)):
+        if idle := [pattern for pattern, names in matched.items() if not names]:
             raise ValueError(
                 f"{field} names {idle!r}, which matches no linear or convolution layer of {type(model).__name__}; its "
                 f"layers are named like {_examples(model)}: mend the spelling or leave it out"
@@ -74,7 +74,7 @@ def prunable_weights(
 
 
 def check_module_names(patterns: str | Sequence[str]) -> None:
-    """Raise a ValueError unless every module name is a suffix or a regex."""
+    """Raise a ValueError if a module name is neither a suffix nor a regex."""
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if _REGEX_CHARACTERS & set(pattern):
             try:
@@ -84,13 +84,13 @@ def check_module_names(patterns: str | Sequence[str]) -> None:
 
 
 def _is_of_transformers(model: nn.Module) -> bool:
-    # By name: this package of masks does not know transformers.
-    known = {(kind.__module__, kind.__name__) for kind in type(model).__mro__}
-    return ("transformers.modeling_utils", "PreTrainedModel") in known
+    # Compared by name, since this package does not import transformers.
+    classes = {(kind.__module__, kind.__name__) for kind in type(model).__mro__}
+    return ("transformers.modeling_utils", "PreTrainedModel") in classes
 
 
 def _body(model: nn.Module) -> str:
-    """What the names of all that is no head begin with."""
+    """The prefix of all module names outside the heads."""
     if not _is_of_transformers(model):
         return ""
     prefix = model.base_model_prefix
@@ -98,12 +98,12 @@ def _body(model: nn.Module) -> str:
 
 
 def _ties(model: nn.Module) -> dict[str, str]:
-    """Name of a tied parameter -> the name under which it is saved."""
+    """For each tied parameter, the name under which it is saved."""
     if not _is_of_transformers(model):
         return {}
     named = dict(model.named_parameters(remove_duplicate=False))
-    told = vars(model).get("all_tied_weights_keys", {})  # none where a class of the user's calls no post_init
-    return {name: source for name, source in told.items() if name in named and named.get(source) is named[name]}
+    ties = vars(model).get("all_tied_weights_keys", {})  # missing if a user's class does not call post_init
+    return {name: source for name, source in ties.items() if name in named and named.get(source) is named[name]}
 
 
 def transposed_weights(model: nn.Module) -> set[str]:
@@ -112,23 +112,23 @@ def transposed_weights(model: nn.Module) -> set[str]:
 
 
 def _is_transposed(module: nn.Module) -> bool:
-    # By name, as above.
+    # Compared by name, as above.
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether it is of a type whose weight may be pruned."""
+    """Whether the module has a type whose weight may be pruned."""
     return isinstance(module, nn.Linear | nn.Conv2d) or _is_transposed(module)
 
 
 def known_modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Those of the patterns that match a layer of the model."""
+    """The module names, as in `prunable_weights`, that match a layer of the model."""
     names = [name for name, module in model.named_modules() if is_layer(module)]
-    return [pattern for pattern, found in _matched(names, patterns).items() if found]
+    return [pattern for pattern, matched in _matched(names, patterns).items() if matched]
 
 
 def _matched(names: Collection[str], patterns: str | Sequence[str] | None) -> dict[str, set[str]]:
-    """Pattern -> those of the names that it matches."""
+    """For each pattern, the names that it matches."""
     patterns = [patterns] if isinstance(patterns, str) else patterns or ()
     return {pattern: {name for name in names if _matches(name, pattern)} for pattern in patterns}
 

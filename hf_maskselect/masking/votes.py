@@ -1,9 +1,9 @@
 """Mild randomness around any score: the vote counts of "Randomized Pruning Mask Generation and Selection".
 
-The paper draws k entries without replacement from p_i ~ |w_i|^5, T times, counts how often each entry was drawn and
-keeps the k with most votes. For n entries that is O(n^2) work, since T grows with n. Drawing without replacement
-includes entry i with probability close to `pi_i = 1 - exp(-p_i * tau)`, tau such that the pi sum to k; the T draws are
-independent, so the counts are Binomial(T, pi_i): one draw per entry with the same law, O(n).
+The paper draws k entries without replacement from p_i ~ |w_i|^5, T times, counts how often each entry was drawn, and
+keeps the k with most votes. T grows with the number of entries n, so that is O(n^2) work. Drawing without replacement
+includes entry i with probability close to `pi_i = 1 - exp(-p_i * tau)`, with tau such that the pi sum to k. The T
+draws are independent, so the counts are Binomial(T, pi_i): one draw per entry has the same law and costs O(n).
 """
 
 from __future__ import annotations
@@ -23,26 +23,25 @@ _SMALL_POOL = 1 << 22
 
 
 def number_of_draws(removed: int, ratio: float, matrices: int = 1) -> int:
-    """T = max(int(removed * ratio), 1), the paper's rule; for a joint ranking `removed` is taken per matrix, so that
-    the same ratio means the same randomness."""
+    """T = max(int(removed * ratio), 1), the rule of the paper, for the average of several `matrices`."""
     return max(int(removed / matrices * ratio), 1)
 
 
 def inclusion_rates(weights: Sequence[Tensor], keep: int) -> list[Tensor]:
-    """pi_i = 1 - exp(-p_i * tau) with sum(pi) = keep, over the pool of all `weights` (unnormalised p, >= 0, float32).
+    """Rates pi_i = 1 - exp(-p_i * tau) with sum(pi) = keep, over the pool of all `weights` (p_i >= 0, float32).
 
-    Entries of weight 0 have rate 0. If `keep` or fewer entries are positive, these have rate 1.
+    p need not be normalised. Entries of weight 0 have rate 0; if `keep` or fewer are positive, these have rate 1.
     """
     return _rates_([p.clone() for p in weights], keep)
 
 
 def _rates_(weights: list[Tensor], keep: int) -> list[Tensor]:
-    """`inclusion_rates` in place: no second copy of the pool."""
+    """`inclusion_rates` in place, without a second copy of the pool."""
     positive = sum(int(torch.count_nonzero(p)) for p in weights)
     if positive <= keep:
         return [p.copy_(p > 0) for p in weights]
     tau = _solve(_sampled(weights), keep / sum(p.numel() for p in weights))
-    # Newton from the sample's answer; the sum is concave in tau, so one or two full passes are the rule.
+    # Newton's method starts at the sample's answer; the sum is concave in tau, so one or two full passes are usual.
     for _ in range(_NEWTON_STEPS):
         total = slope = 0.0
         for p in weights:
@@ -56,7 +55,7 @@ def _rates_(weights: list[Tensor], keep: int) -> list[Tensor]:
 
 
 def _sampled(weights: Sequence[Tensor], size: int = 1 << 14) -> Tensor:
-    """About `size` entries, spread by a multiplicative hash: a stride would walk down a few columns only."""
+    """About `size` entries, chosen by a multiplicative hash, since a stride would see only a few columns."""
     total = sum(p.numel() for p in weights)
     chosen = []
     for p in weights:
@@ -67,8 +66,8 @@ def _sampled(weights: Sequence[Tensor], size: int = 1 << 14) -> Tensor:
 
 
 def _solve(p: Tensor, share: float) -> float:
-    """tau with mean(1 - exp(-p tau)) = share, by bisection in log space (float64, on a sample)."""
-    # The sample may hold fewer positive entries than are to be kept; a finite start is all Newton needs.
+    """Find tau with mean(1 - exp(-p tau)) = share, by bisection in log space (float64, on a sample)."""
+    # The sample may have too few positive entries for this share; Newton's method needs only a finite start.
     share = min(share, 0.9 * float((p > 0).double().mean()))
     low, high = 1e-12, 1.0
     for _ in range(200):
@@ -87,15 +86,11 @@ def _solve(p: Tensor, share: float) -> float:
 def votes(
     scores: Sequence[Tensor], keep: int, draws: int, exponent: float, generator: torch.Generator
 ) -> list[Tensor]:
-    """Vote counts of `draws` draws of `keep` entries from the pool of all `scores` (float32, >= 0).
+    """Vote counts of `draws` draws of `keep` entries (T and k of the paper) from the pool of all `scores`.
 
-    Args:
-        keep: entries of one draw, k of the paper.
-        exponent: p_i ~ score_i^exponent; 5 in the paper.
-        generator: on the scores' device; the result is a pure function of its state.
-
-    Returns:
-        float32 counts in 0..draws, shaped like the scores. A zero score never gets a vote.
+    The scores are float32 and >= 0, with p_i ~ score_i^exponent; a zero score never gets a vote. Returns float32
+    counts in 0..draws, shaped like the scores: a pure function of the state of the generator, which is on their
+    device.
     """
     rates = _rates_(_powers_([s.clone() for s in scores], keep, exponent), keep)
     return [torch.binomial(torch.full_like(r, draws), r.clamp_(max=1.0), generator=generator) for r in rates]
@@ -104,18 +99,18 @@ def votes(
 def rank_by_votes_(
     scores: list[Tensor], keep: int, draws: int, exponent: float, generator: torch.Generator
 ) -> list[Tensor]:
-    """Overwrite scores by what ranks them as `votes` would, and faster: the `keep` largest are the mask.
+    """Overwrite scores by values that rank entries as `votes` would, but faster: the `keep` largest are the mask.
 
-    `torch.binomial` costs 100 ns an entry, so only entries are drawn whose place is in doubt. Where the last kept
-    entry has about a votes, one that reaches 0.7 a with probability below 1e-15 gets none, and one that surely exceeds
-    a gets all. A threshold outside the assumed range (very few draws) draws all. Entries without a vote rank below all
-    others, by their rate: every real draw holds `keep` different entries, so they are needed only where the Binomial
-    law, which counts to `keep` on average, leaves too few.
+    `torch.binomial` costs 100 ns an entry, so only entries whose place is in doubt are drawn. Let the last kept entry
+    have about a votes. An entry that reaches 0.7 a with probability below 1e-15 gets no vote, and one that surely
+    exceeds a gets all. If the threshold lies outside the assumed range (very few draws), all entries are drawn.
+    Entries without a vote rank below all others, by their rate. They are needed only where the Binomial law, whose
+    draws hold `keep` entries on average and not exactly, leaves too few entries with votes.
     """
-    keep = max(keep, 1)  # a small matrix may round to nothing and still be ranked
+    keep = max(keep, 1)  # a small matrix may keep nothing after rounding, and is ranked all the same
     rates = _rates_(_powers_(scores, keep, exponent), keep)
-    # In a large pool the number of votes at the threshold is as good as fixed; a small one may be surprised, and is
-    # then drawn again in full.
+    # In a large pool the number of votes at the threshold hardly varies. A small one may leave the assumed range, and
+    # all its entries are then drawn.
     spare = [rate.clone() for rate in rates] if sum(rate.numel() for rate in rates) <= _SMALL_POOL else None
     last = float(kth_largest(rates, keep)) * draws
     low, high = math.floor(0.7 * last), math.ceil(last + 0.3 * (draws - last))
@@ -131,15 +126,20 @@ def rank_by_votes_(
 
 
 def _powers_(scores: list[Tensor], keep: int, exponent: float) -> list[Tensor]:
-    """p = (score / keep-th largest score)^exponent: float32 then resolves the scores around the threshold however long
-    their tail is. What would overflow is drawn in any case, what underflows never."""
+    """Overwrite scores by p = (score / keep-th largest score)^exponent.
+
+    Float32 then resolves the scores around the threshold, however long their tail is. An entry whose p would overflow
+    is always drawn, one whose p underflows never.
+    """
     unit = float(kth_largest(scores, keep)) or max(float(s.max()) for s in scores)
     return [s.div_(unit).pow_(exponent).clamp_(max=1e12) for s in scores] if unit > 0 else scores
 
 
 def _draw_(rate: Tensor, draws: int, hopeless: float, certain: float, generator: torch.Generator) -> None:
-    """Overwrite rates by votes: none up to `hopeless`, all from `certain` on, a Binomial draw between; without a vote
-    half the rate remains."""
+    """Overwrite rates by votes: all from `certain` on, a Binomial draw above `hopeless`, else none.
+
+    An entry without a vote gets half its rate instead, which is below one vote.
+    """
     flat = rate.view(-1)
     places = ((flat > hopeless) & (flat < certain)).nonzero().squeeze(1)
     p = flat[places].clamp_(max=1.0)
@@ -151,8 +151,7 @@ def _draw_(rate: Tensor, draws: int, hopeless: float, certain: float, generator:
 
 
 def _surely_below(count: int, draws: int, chance: float = 1e-15) -> float:
-    """The largest rate (to 1e-6) at which Binomial(draws, rate) >= count is less likely than `chance`, by Chernoff's
-    bound."""
+    """Largest rate (to 1e-6) at which Binomial(draws, rate) reaches `count` with less than `chance` (Chernoff)."""
     if count <= 0:
         return 0.0
     share, low, high = count / draws, 0.0, count / draws

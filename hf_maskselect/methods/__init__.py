@@ -1,1 +1,1 @@
-"""Who decides what is zero, and when: one file a method."""
+"""Pruning methods: when masks come into force, and how the weights train under them. One file a method."""

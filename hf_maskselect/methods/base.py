@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -18,8 +17,8 @@ class Method(Protocol):
 
     The caller chooses the masks. Before every optimizer step it asks `level_due`. Where a level is due it calls
     `prepare_level`, chooses the masks, and passes them to `start_level`. Then it calls `on_step_begin`, and later in
-    the same step `before_clipping` and `on_optimizer_step`. What a method does depends on nothing but the step and its
-    seed, so a resumed run continues as if it had never stopped.
+    the same step `before_clipping` and `on_optimizer_step`. What a method does depends only on the step and its seed,
+    so a resumed run continues as if it had never stopped.
 
     Attributes:
         weights: the prunable parameters by name; empty before `attach`.
@@ -27,7 +26,7 @@ class Method(Protocol):
         shards: the processes that hold the rows of the weights; None where each holds all of them.
     """
 
-    weights: Mapping[str, nn.Parameter]
+    weights: dict[str, nn.Parameter]
     level: int
     shards: Shards | None
 
@@ -43,6 +42,7 @@ class Method(Protocol):
 
     def parameter_groups(self) -> list[dict]:
         """Optimizer groups of the parameters that the method adds to the model's own. Call `attach` first."""
+        return []
 
     def begin(self, plan: LevelPlan, optimizer: torch.optim.Optimizer) -> None:
         """Start to train by `plan`, or continue after `load_state_dict`."""
@@ -57,19 +57,14 @@ class Method(Protocol):
         """Put the masks of `level` in force and clear the optimizer moments of the weights that they prune."""
 
     def set_masks(self, masks: MaskSet) -> None:
-        """Put masks in force and set the pruned weights to zero; the level stays.
-
-        Raises:
-            ValueError: the masks have other names or shapes than the weights.
-        """
+        """Put masks in force and set the pruned weights to zero; a ValueError if the masks do not fit."""
 
     def candidate(self, ratio: float | None, seed: int) -> MaskSet | None:
-        """Masks at the target sparsity from what the method has learned; None where a criterion makes the masks.
+        """Masks at the target sparsity that the method has learned; None where a criterion makes the masks.
 
-        Args:
-            ratio: the sampling ratio of a random candidate; None for the deterministic masks.
-            seed: the seed of a random candidate.
+        They are the deterministic ones where `ratio` is None, else random ones by that sampling ratio and `seed`.
         """
+        return None
 
     def on_step_begin(self, step: int) -> None:
         """Run before the first micro-batch of optimizer step `step`."""
@@ -82,12 +77,14 @@ class Method(Protocol):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint needs besides the model's weights and the masks."""
+        return {}
 
     def load_state_dict(self, masks: MaskSet, state: dict[str, Tensor], step: int) -> None:
         """Restore the masks and the `state_dict` of a checkpoint written after `step` optimizer steps."""
 
     def baked_state_dict(self) -> dict[str, Tensor] | None:
         """Exactly sparse weights to save, under the model's names; None if the model holds them already."""
+        return None
 
     def finalize(self) -> None:
         """End the training: leave the model plain and exactly sparse."""

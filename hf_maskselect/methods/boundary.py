@@ -1,4 +1,4 @@
-"""The gap in a ranking where a mask is cut: between the largest value that falls and the smallest that stays."""
+"""The gap in a ranking where a mask is cut: between the largest pruned value and the smallest kept one."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 from ..masking.ranking import kth_largest
 
-# Half-width of the bracket, as a share of the entries: sorting what lies inside should cost no more than the pass that
-# finds it. It is doubled where values or ranks turn out to move faster.
+# Half-width of the bracket, as a share of the entries, so that sorting those inside costs no more than finding them.
+# It is doubled where values or ranks move faster.
 _MARGIN, _WIDEST = 1 / 400, 1 / 32
 
 
 class Boundary:
-    """The two neighbouring values between which a rank falls, exact at every call and cheap where values drift.
+    """Finds the two neighbouring values at a cut: always exact, and cheap while the values drift.
 
-    The bracket left by the last call is counted in one pass; only the few values inside are sorted. Where the answer
-    has left the bracket (or at the first call), the search starts afresh. The answer never depends on the bracket.
+    One pass collects the values in the bracket of the last call, and only these few are sorted. At the first call, or
+    where the answer has left the bracket, the whole ranking is searched. The answer never depends on the bracket.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Boundary:
 
         Args:
             values: contiguous, any shape, without NaN.
-            below: how many fall, in 1 .. numel - 1.
+            below: how many values lie below the cut, in 1 .. numel - 1.
 
         Raises:
             ValueError: `below` is out of range.
@@ -41,7 +41,7 @@ class Boundary:
         if self._bracket is not None:
             low, high = self._bracket
             above_low = flat >= low
-            rank = below - (total - int(torch.count_nonzero(above_low))) - 1  # of the answer, among those inside
+            rank = below - (total - int(torch.count_nonzero(above_low))) - 1  # of the answer, inside the bracket
             inside = flat[above_low.logical_and_(flat <= high)]
             if 0 <= rank and rank + 1 < inside.numel():
                 inside = inside.sort().values
@@ -56,10 +56,9 @@ class Boundary:
         return largest_below, smallest_above
 
     def _center(self, inside: Tensor, rank: int, moved: int, total: int) -> None:
-        """Lay the next bracket around where the answer will be if the rank moves on as it did, at the density of the
-        values around it."""
+        """Set the next bracket around the answer if the rank moves on as it did, by the density of values there."""
         margin = max(int(total * self._margin), 1)
         first, last = max(rank - margin, 0), min(rank + margin, inside.numel() - 1)
-        pace = (inside[last] - inside[first]) / max(last - first, 1)  # of the values, per rank
+        pace = (inside[last] - inside[first]) / max(last - first, 1)  # change of the value per rank
         ahead = moved if abs(moved) <= 4 * margin else 0
         self._bracket = inside[rank] + pace * (ahead - margin), inside[rank + 1] + pace * (ahead + margin)

@@ -1,24 +1,27 @@
-"""Gumbel-Softmax subnetworks with Smart Rescale: "Extracting Effective Subnetworks with Gumbel-Softmax" (Dupont,
-Alaoui, Sahbi, Lebois; ICIP 2022; arXiv 2202.12986).
+"""Gumbel-Softmax subnetworks with Smart Rescale.
 
-In the soft phase the weights are frozen; one logit a weight and one scale a matrix are trained. Every optimizer step
-draws one hard mask, and the model computes with `scale * weight * mask`. At the end the scale is folded in and the
-mask is fixed: where `logit >= 0` (the paper: the sparsity emerges), or the best logits of an exact budget (ours). The
-budget also holds while training: a shift common to all logits, the multiplier of the constraint, keeps the expected
-number of kept weights on the ramp, so that logits only compete with each other and no penalty weight has to be tuned.
+From "Extracting Effective Subnetworks with Gumbel-Softmax" (Dupont, Alaoui, Sahbi, Lebois; ICIP 2022; arXiv
+2202.12986). In the soft phase the weights are frozen; one logit a weight and one scale a matrix are trained. Every
+optimizer step draws one hard mask, and the model computes with `scale * weight * mask`. At the end the weights are
+multiplied by their scale, and the mask is fixed: where `logit >= 0` (the paper; the sparsity emerges), or the best
+logits of an exact budget (ours). The budget also holds in training: one shift of all logits keeps the expected number
+of kept weights on the ramp. So logits only compete with each other, and no penalty has to be tuned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..masking.allocation import allocate, kept_count
+from ..masking.base import Pattern
+from ..masking.groups import Groups
 from ..masking.maskset import MaskSet, diverged
-from ..masking.patterns import NM, Unstructured, allocate, kept_count
+from ..masking.schedule import LevelPlan
 from .gumbel_sample import budget_shift, perturbed, sample
 from .hard import FindWeights
 from .soft import SoftMethod
@@ -28,12 +31,20 @@ _LOGITS, _SCALE, _SHIFT = "logits.", "scale.", "shift."  # prefixes in a checkpo
 
 @dataclass(frozen=True)
 class GumbelOptions:
-    """tau: temperature. budget: hold the expected number of kept weights at the ramp and end in the exact count; else
-    the paper's rule. rescale: learn the scales. initial_logit, prior: the logits start at `initial_logit + prior * z`,
-    z the standardized log-magnitude of each weight in its matrix. signed_constant: replace each weight by its sign
-    times its matrix's standard deviation before training. logit_rate, scale_rate: learning rates. train_rest: in the
-    soft phase, also train what is neither prunable nor part of the head (what lies outside a transformers model's
-    `base_model`; a model that has no such part has no head)."""
+    """Options of the Gumbel method.
+
+    Attributes:
+        tau: temperature.
+        budget: hold the expected number of kept weights on the ramp and end in the exact count; else the paper's rule.
+        rescale: learn the scales.
+        initial_logit: the logits start at `initial_logit + prior * z`.
+        prior: weight of z, the standardized log-magnitude of each weight in its matrix.
+        signed_constant: before training, replace each weight by its sign times its matrix's standard deviation.
+        logit_rate: learning rate of the logits.
+        scale_rate: learning rate of the scales.
+        train_rest: in the soft phase, also train parameters of the `base_model` that are not prunable; else only the
+            head, the part of a transformers model outside it, is trained besides the masks.
+    """
 
     tau: float
     budget: bool
@@ -46,8 +57,8 @@ class GumbelOptions:
     train_rest: bool
 
 
-_NEVER = -1e4  # the logit of a weight that was dead before
-_LEAST = -4.0  # the standardized log-magnitude of a weight that is zero and may return
+_NEVER = -1e4  # the logit of a weight that was pruned before
+_LEAST = -4.0  # the standardized log-magnitude of a weight that is zero but not pruned
 _SAME = 1e-3  # standard deviations of log-magnitude below this are rounding: all weights are of one size
 
 
@@ -55,17 +66,17 @@ class Gumbel(SoftMethod):
     """Learned masks over frozen weights.
 
     Args:
-        pattern: `Unstructured` with scope "global" or "layer" (where the budget is shared), or `NM` (every group's
-            best, from M:M down to N:M along the ramp).
+        pattern: a pattern of single weights, whose scope "global" or "layer" says which weights share a budget; or one
+            with groups, each of which keeps its best, from all weights down to the target along the ramp.
         sparsity: the target; not used without a budget.
-        seed_of: optimizer step -> seed of its sample.
+        seed_of: returns the seed of an optimizer step's sample.
     """
 
     def __init__(
         self,
         find_weights: FindWeights,
         report: Callable[[Mapping[str, float]], None],
-        pattern: Unstructured | NM,
+        pattern: Pattern,
         sparsity: float,
         options: GumbelOptions,
         seed_of: Callable[[int], int],
@@ -76,18 +87,19 @@ class Gumbel(SoftMethod):
         self._logits: dict[str, nn.Parameter] = {}
         self._scales: dict[str, nn.Parameter] = {}
         self._shifts: dict[str, float] = {}
-        self._slopes: dict[str, Tensor] = {}  # of the sample by its logit, for one step
-        self._started = False  # whether the logits know the weights that the soft phase began with
+        self._slopes: dict[str, Tensor] = {}  # derivatives of the sample by the logits, for one step
+        self._started = False  # whether the logits have their values for the weights that the soft phase began with
         self._frozen: list[nn.Parameter] = []
-        self._generator: torch.Generator | None = None
+        self._generator = torch.Generator()
 
     # -- what is trained ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def attach(self, model: nn.Module) -> None:
-        known = self.weights
+        """Find the model's weights; in a new model, make their logits and scales."""
+        before = self.weights
         super().attach(model)
-        if all(known.get(name) is weight for name, weight in self.weights.items()):
+        if all(before.get(name) is weight for name, weight in self.weights.items()):
             return
         options = self._options
         self._logits, self._scales, self._shifts, self._started = {}, {}, {}, False
@@ -100,6 +112,7 @@ class Gumbel(SoftMethod):
 
     @torch.no_grad()
     def reset(self) -> None:
+        """Forget the logits and scales of an earlier run."""
         self._shifts, self._started = {}, False
         for name, logits in self._logits.items():
             logits.fill_(self._options.initial_logit)
@@ -108,13 +121,15 @@ class Gumbel(SoftMethod):
                 self.optimizer.state.pop(trained, None)
 
     def parameter_groups(self) -> list[dict]:
+        """The logits, and the scales if they are learned."""
         groups = [{"params": list(self._logits.values()), "lr": self._options.logit_rate, "weight_decay": 0.0}]
         if self._options.rescale:
             groups.append({"params": list(self._scales.values()), "lr": self._options.scale_rate, "weight_decay": 0.0})
         return groups
 
     @torch.no_grad()
-    def begin(self, plan, optimizer: torch.optim.Optimizer) -> None:
+    def begin(self, plan: LevelPlan, optimizer: torch.optim.Optimizer) -> None:
+        """Start to train by `plan`, with weights of one magnitude a matrix if asked for."""
         if self._options.signed_constant and self._steps_done == 0:
             for weight in self.weights.values():
                 weight.copy_(weight.sign() * weight.float().std())
@@ -123,7 +138,7 @@ class Gumbel(SoftMethod):
     # -- one step ----------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        """Once, from the weights that the soft phase begins with: the prior, and no chance for what is dead."""
+        """Once, set the logits by the weights that the soft phase begins with; pruned weights get no chance."""
         if self._started:
             return
         self._started = True
@@ -139,14 +154,15 @@ class Gumbel(SoftMethod):
                 logits.masked_fill_(self._keep[name] == 0, _NEVER)
 
     def prepare(self, step: int) -> None:
+        """Seed the samples of the step and compute the shifts that hold the budgets."""
         self._start()
         device = next(iter(self._logits.values())).device
         self._generator = torch.Generator(device=device).manual_seed(self._seed_of(step))
-        if self._options.budget and isinstance(self._pattern, Unstructured):
+        if self._options.budget and self._pattern.groups is None:
             pools = self._pools()
             for names, keep in zip(pools, self._budgets(pools, self.plan.ramp_at(step) * self._sparsity), strict=True):
                 pool = [self._logits[name] for name in names]
-                shift = _NEVER / 2  # what lives is kept
+                shift = _NEVER / 2  # keeps every weight that is not pruned
                 if keep is not None:
                     try:
                         shift = budget_shift(pool, keep, self._shifts.get(names[0], 0.0))
@@ -161,14 +177,14 @@ class Gumbel(SoftMethod):
         return [names] if self._pattern.scope == "global" else [[name] for name in names]
 
     def _finite_logits(self) -> dict[str, Tensor]:
-        """The logits by name, or a ValueError where training has diverged."""
+        """The logits by name; a ValueError if training has diverged."""
         for name, logits in self._logits.items():
             if not bool(torch.isfinite(torch.stack(logits.data.aminmax())).all()):
                 raise ValueError(diverged(f"the logit matrix of {name}", f" at step {self._step}"))
         return {name: logits.data for name, logits in self._logits.items()}
 
     def _budgets(self, pools: list[list[str]], sparsity: float) -> list[float | None]:
-        """How many weights each pool is to keep on average; None for all that live."""
+        """How many weights each pool is to keep on average; None for all that are not pruned."""
         sizes = [sum(self._logits[name].numel() for name in names) for names in pools]
         if not self._keep:
             density = 1 - sparsity
@@ -176,20 +192,19 @@ class Gumbel(SoftMethod):
         room = [sum(int(torch.count_nonzero(self._keep[name])) for name in names) for names in pools]
         quotas = allocate(min(kept_count(sum(sizes), sparsity), sum(room)), sizes, room)
         # A share that rounds to nothing is half a weight on average.
-        return [None if quota == living else max(quota, 0.5) for quota, living in zip(quotas, room, strict=True)]
+        return [None if quota == left else max(quota, 0.5) for quota, left in zip(quotas, room, strict=True)]
 
-    def _groups_now(self) -> NM | None:
-        """The N:M of this point of the ramp; None for unstructured masks, and while groups still keep everything."""
-        if not isinstance(self._pattern, NM):
-            return None
-        dropped = round(self.plan.ramp_at(self._step) * (self._pattern.m - self._pattern.n))
-        return replace(self._pattern, n=self._pattern.m - dropped) if dropped else None
+    def _groups_now(self) -> Groups | None:
+        """The groups at this point of the ramp; None if there are none, and while they keep every weight."""
+        groups = self._pattern.groups
+        return None if groups is None else groups.after(self.plan.ramp_at(self._step))
 
     def effective(self, name: str, weight: Tensor) -> Tensor:
+        """The weight times its scale and a sample of its mask."""
         drawn = perturbed(self._logits[name].data, self._generator)
         drawn.sub_(self._shifts.get(name, 0.0))
         groups = self._groups_now()
-        if isinstance(self._pattern, NM) and groups is None:
+        if self._pattern.groups is not None and groups is None:
             mask, slope = torch.ones_like(drawn, dtype=torch.bool), torch.zeros_like(drawn)
         else:
             mask, slope = sample(drawn, self._options.tau, groups)
@@ -197,18 +212,21 @@ class Gumbel(SoftMethod):
         return weight * self._scales[name].data.to(weight.dtype) * mask
 
     def carry(self, name: str, weight: Tensor, grad: Tensor, effective: Tensor) -> None:
+        """Compute the gradients of the scale and the logits."""
         scale = self._scales[name]
         if scale.requires_grad:
             scale.grad = (grad * effective).sum(dtype=torch.float32).div_(scale.data)
-        # d effective / d logit = scale * weight * slope, in the buffer of the gradient that is no longer needed
+        # d effective / d logit = scale * weight * slope, in the memory of the gradient, which is not needed any more
         self._logits[name].grad = grad.float().mul_(self._slopes.pop(name)).mul_(weight).mul_(scale.data)
 
     def gap(self, masks: MaskSet) -> float:
-        found = super().gap(masks)
+        """The change by hardening, from one sample."""
+        gap = super().gap(masks)
         self._slopes.clear()
-        return found
+        return gap
 
     def before_clipping(self) -> None:
+        """Compute the gradients of logits and scales, and clear those of frozen parameters."""
         stepping = bool(self._trained)
         super().before_clipping()
         if stepping:
@@ -216,55 +234,61 @@ class Gumbel(SoftMethod):
                 parameter.grad = None
 
     def on_optimizer_step(self) -> None:
+        """Set the pruned weights to zero and clear the gradients of logits and scales."""
         super().on_optimizer_step()
         for trained in (*self._logits.values(), *self._scales.values()):
             trained.grad = None
 
-    # -- the masks they amount to ------------------------------------------------------------------------------------
+    # -- masks ------------------------------------------------------------------------------------
 
     def hard_masks(self) -> MaskSet:
+        """The best logits at this point of the ramp; without a budget, those >= 0."""
         self._start()
         logits = self._finite_logits()
         if not self._options.budget:
             return MaskSet({name: t >= 0 for name, t in logits.items()})
-        if isinstance(self._pattern, Unstructured):
-            sparsity = self.plan.ramp_at(self._step) * self._sparsity
-            alive = self.alive()
-            if alive is not None:  # early on the ramp there are more zeros than it asks for
-                sparsity = max(sparsity, MaskSet(alive).sparsity())
-            return MaskSet(self._pattern.masks(logits, sparsity, alive))
+        if self._pattern.groups is None:
+            sparsity, allowed = self.plan.ramp_at(self._step) * self._sparsity, self.allowed()
+            if allowed is not None:  # early on the ramp the model has more zeros than it asks for
+                sparsity = max(sparsity, MaskSet(allowed).sparsity())
+            return MaskSet(self._pattern.masks(logits, sparsity, allowed))
         groups = self._groups_now()
         if groups is None:
             return MaskSet.ones(logits)
-        alive = self.alive() if groups == self._pattern else None  # wider groups may hold what is dead
-        return MaskSet(groups.masks(logits, groups.sparsity, alive))
+        if groups == self._pattern.groups:
+            return MaskSet(self._pattern.masks(logits, self._sparsity, self.allowed()))
+        return MaskSet({name: groups.best(t) for name, t in logits.items()})  # they may need pruned weights
 
     def candidate(self, ratio: float | None, seed: int) -> MaskSet:
+        """The best logits at the target, or a sample of the learned law with the exact count."""
         self._start()
         scores = self._finite_logits()
-        if ratio is not None:  # a sample of the learned law with the exact count
+        if ratio is not None:
             generator = torch.Generator(device=next(iter(scores.values())).device).manual_seed(seed)
             scores = {name: perturbed(t, generator) for name, t in scores.items()}
         if not self._options.budget:
             return MaskSet({name: t >= 0 for name, t in scores.items()})
-        return MaskSet(self._pattern.masks(scores, self._sparsity, self.alive()))
+        return MaskSet(self._pattern.masks(scores, self._sparsity, self.allowed()))
 
     def folded(self, name: str, weight: Tensor) -> Tensor:
+        """The weight times its scale."""
         return weight * self._scales[name].data.to(weight.dtype)
 
     # -- resume ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The weights, logits, scales and shifts; empty outside the soft phase."""
         state = super().state_dict()
         if state:
             for name in self.weights:
                 state |= {_LOGITS + name: self._logits[name].data, _SCALE + name: self._scales[name].data}
-            for name, shift in self._shifts.items():  # Newton's start decides the last bits of the next shift
+            for name, shift in self._shifts.items():  # the start of Newton's method decides the next shift's last bits
                 state[_SHIFT + name] = torch.tensor(shift, dtype=torch.float64)
         return state
 
     @torch.no_grad()
     def load_state_dict(self, masks: MaskSet, state: dict[str, Tensor], step: int) -> None:
+        """Restore a checkpoint with its logits, scales and shifts."""
         super().load_state_dict(masks, state, step)
         for name in self.weights if state else ():
             self._logits[name].copy_(state[_LOGITS + name])

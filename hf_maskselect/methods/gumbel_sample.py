@@ -1,9 +1,8 @@
-"""Masks drawn from logits: "Extracting Effective Subnetworks with Gumbel-Softmax" (Dupont, Alaoui, Sahbi, Lebois; ICIP
-2022; arXiv 2202.12986).
+"""Masks drawn from logits, as in "Extracting Effective Subnetworks with Gumbel-Softmax" (ICIP 2022; arXiv 2202.12986).
 
-A weight is kept with probability `sigmoid(logit)`: Gumbel-Softmax over `[logit, 0]` (the paper's Arbitrarily Shifted
+A weight is kept with probability `sigmoid(logit)`. Gumbel-Softmax over `[logit, 0]` (the paper's Arbitrarily Shifted
 Log Parametrization) needs only the difference of its two Gumbels, which is logistic noise L. The sample is hard,
-`logit + L > 0`, and its gradient that of `sigmoid((logit + L) / tau)` (straight-through).
+`logit + L > 0`; its gradient is that of `sigmoid((logit + L) / tau)` (straight-through).
 """
 
 from __future__ import annotations
@@ -14,50 +13,47 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..masking.patterns import NM, grouped
-from .pdp_mask import group_boundaries
+from ..masking.groups import Groups
 
 
 @torch.no_grad()
 def perturbed(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """`logits + L`, L logistic and independent; the sample keeps what is above 0."""
+    """`logits + L` with independent logistic noise L; a sample keeps the entries above 0."""
     noise = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
     return noise.logit_(eps=torch.finfo(noise.dtype).tiny).add_(logits)
 
 
 @torch.no_grad()
-def sample(perturbed_logits: Tensor, tau: float, pattern: NM | None = None) -> tuple[Tensor, Tensor]:
-    """The hard sample and the derivative of the soft one.
+def sample(perturbed_logits: Tensor, tau: float, groups: Groups | None = None) -> tuple[Tensor, Tensor]:
+    """The hard sample, and the derivative of the soft sample.
 
     Args:
         perturbed_logits: from `perturbed`.
         tau: temperature, > 0; the paper's is 1.
-        pattern: keep the best N of every M along the input axis instead of what is above 0; the soft sample is then
-            measured from half-way between the last that stays and the first that falls.
+        groups: keep the best of every group instead of the entries above 0. The soft sample is then measured from the
+            middle between the smallest kept and the largest dropped entry of the group.
 
     Returns:
-        mask (bool) and `s (1 - s) / tau` with `s = sigmoid(perturbed / tau)`, both shaped like the logits.
+        Mask (bool) and `s (1 - s) / tau` with `s = sigmoid(perturbed / tau)`, both shaped like the logits.
     """
-    if pattern is None:
+    if groups is None:
         mask = perturbed_logits > 0
         soft = perturbed_logits.mul(1 / tau).sigmoid_()
     else:
-        mask = pattern.masks({"": perturbed_logits}, pattern.sparsity)[""]
-        groups = grouped(perturbed_logits, pattern.m)
-        falls, stays = group_boundaries(groups, pattern.n)
+        mask = groups.best(perturbed_logits)
         soft = perturbed_logits.clone()
-        grouped(soft, pattern.m).sub_(falls.add(stays).mul_(0.5).unsqueeze(-1))
+        groups.view(soft).sub_(groups.middle(perturbed_logits))
         soft.mul_(1 / tau).sigmoid_()
     return mask, soft.addcmul_(soft, soft, value=-1).mul_(1 / tau)
 
 
 @torch.no_grad()
 def budget_shift(logits: Sequence[Tensor], keep: float, start: float = 0.0, tolerance: float = 1e-3) -> float:
-    """theta with `sum sigmoid(logit - theta) = keep`, to within half a weight or `tolerance` of what is kept or falls,
-    whichever of these is less.
+    """Find theta with `sum sigmoid(logit - theta) = keep`, by Newton's method inside a bracket.
 
-    It holds the expected number of kept weights at the budget whatever the logits do: the multiplier of that
-    constraint. Newton's steps from `start`, kept inside a bracket that always holds the answer.
+    Subtracted from all logits, theta holds the expected number of kept weights at `keep`. The error is at most half a
+    weight, or `tolerance` times the kept or the pruned weights, whichever are fewer. `start` is the first guess, which
+    decides the last bits of the answer.
 
     Raises:
         ValueError: `keep` is not inside (0, number of logits), or a logit is NaN or infinite.

@@ -26,7 +26,7 @@ def candidate_pool(config: PruningConfig, criteria: Mapping[str, Criterion]) -> 
         settings.num_candidates,
         config.sampling_ratios,
         criteria,
-        layer_only=config.pattern != "unstructured",
+        layer_only=len(settings.pattern.scopes) == 1,
     )
 
 

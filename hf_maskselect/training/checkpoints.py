@@ -10,9 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..fields.resolved import ResolvedConfig
-from ..masking.dtensors import exchange as swap_data
-from ..masking.dtensors import part as local_rows
-from ..masking.dtensors import whole as gathered
+from ..masking.dtensors import gathered, local_rows, swap_data
 from ..methods.base import Method
 from ..storage.state import PruningState
 

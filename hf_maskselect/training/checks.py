@@ -16,9 +16,9 @@ from transformers.utils import is_peft_available
 from ..config import PruningConfig
 from ..distillation.losses import Distiller
 from ..fields.rules import SELECTION_LOSSES
-from ..masking.dtensors import is_cut
+from ..masking.base import Pattern
+from ..masking.dtensors import is_sharded
 from ..masking.maskset import MaskSet
-from ..masking.patterns import NM, Channel, Unstructured
 from ..masking.schedule import LevelPlan
 from ..masking.scores import Criterion, ScoreFn
 from ..masking.targets import transposed_weights
@@ -154,7 +154,7 @@ def check_shapes(args: PruningConfig, weights: Mapping[str, Tensor], transposed:
     pattern = args.resolved().pattern
     for name, weight in weights.items():
         pattern.check(name, weight.shape)
-    if args.pattern != "unstructured" and (turned := sorted(transposed & weights.keys())):
+    if not pattern.transposable and (turned := sorted(transposed & weights.keys())):
         raise ValueError(
             f"pattern={args.pattern!r} does not fit {turned[0]}: Conv1D stores its weight transposed, so rows and "
             "groups would run along the wrong axis; use pattern='unstructured', or leave it out with exclude_modules"
@@ -216,21 +216,18 @@ def _returning(args: PruningConfig) -> str:
     return "requires_grad=True for weights that are frozen, whose zeros stay in any case"
 
 
-def _same_zeros(pattern: Unstructured | NM | Channel, masks: MaskSet) -> str:
+def _same_zeros(pattern: Pattern, masks: MaskSet) -> str:
     """The arguments that keep exactly the zeros of the model; empty where all its weights are zero."""
     if not masks.kept:
         return ""
     sparsity = masks.sparsity()
-    # Other patterns cannot have every sparsity; of channels only rows count that are whole.
-    as_it_is = isinstance(pattern, Channel) and masks.kept == pattern.keeps(
-        [m.shape for m in masks.values()], sparsity
-    )
-    fits = isinstance(pattern, Unstructured) or (as_it_is and masks.reaches(pattern, sparsity))
+    same_count = masks.kept == pattern.keeps([mask.shape for mask in masks.values()], sparsity)
+    fits = pattern.sparsity is None and same_count and masks.reaches(pattern, sparsity)
     within = "" if fits else "pattern='unstructured' and "
     return f"{within}sparsity={sparsity!r} to fine-tune it with its zeros kept, more to prune further, or "
 
 
-def _shortage(pattern: Unstructured | NM | Channel, masks: MaskSet, sparsity: float) -> str:
+def _shortage(pattern: Pattern, masks: MaskSet, sparsity: float) -> str:
     """Why the first matrix cannot hold the pattern among its kept weights; empty if all can."""
     if masks.reaches(pattern, sparsity):  # the level changes nothing
         return ""
@@ -261,7 +258,7 @@ def check_engine(args: PruningConfig, trainer: Trainer, score_fn: ScoreFn | None
             raise ValueError(
                 f"{kind} parallelism (over {size} devices) is not supported: use DistributedDataParallel or FSDP2"
             )
-    if any(is_cut(weight) for weight in trainer.model.parameters()):
+    if any(is_sharded(weight) for weight in trainer.model.parameters()):
         raise ValueError(
             "the model is sharded already: load it plainly, and let fsdp=True with fsdp_config={'version': 2} shard it"
         )
@@ -308,15 +305,15 @@ def check_fsdp(args: PruningConfig, trainer: Trainer, score_fn: ScoreFn | None) 
             f"level_eval_steps={args.level_eval_steps} keeps whole weights",
             f"set it to 0, {ddp}",
         ),
-        (
-            args.permute_channels,
-            "permute_channels=True would move rows between ranks",
-            "call hf_maskselect.permute_channels on the model before",
-        ),
         (score_fn is not None, "score_fn would see the rows of one rank", f"use a built-in criterion, {ddp}"),
+        (
+            not settings.pattern.row_local,
+            f"pattern={args.pattern!r} prunes across rows, which lie on several processes",
+            f"use another pattern, {ddp}",
+        ),
         (args.method == "gumbel", "method='gumbel' is not supported", f"use 'pdp' with an N:M pattern, {ddp}"),
         (
-            args.method == "pdp" and not isinstance(settings.pattern, NM),
+            args.method == "pdp" and settings.pattern.groups is None,
             f"method='pdp' with pattern={args.pattern!r} needs thresholds over whole matrices at every step",
             f"use an N:M pattern, whose thresholds lie inside a row, {ddp}",
         ),

@@ -20,7 +20,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / 
 from tiny import losses, make, make_config, make_rows  # noqa: E402
 
 from hf_maskselect import PruningTrainer, prunable_weights  # noqa: E402
-from hf_maskselect.masking.dtensors import whole  # noqa: E402
+from hf_maskselect.masking.dtensors import gathered  # noqa: E402
 from hf_maskselect.masking.patterns import parse_pattern  # noqa: E402
 from hf_maskselect.masking.proposals import Proposal, propose  # noqa: E402
 from hf_maskselect.masking.schedule import LevelPlan  # noqa: E402
@@ -75,7 +75,7 @@ def prune(model):
         optimizer.step()
         method.on_optimizer_step()
         optimizer.zero_grad()
-    zeros = sum(int(whole(weight.detach()).eq(0).sum()) for weight in method.weights.values())
+    zeros = sum(int(gathered(weight.detach()).eq(0).sum()) for weight in method.weights.values())
     sharded = all(isinstance(keep, DTensor) for keep in method._keep.values())
     masks = {"masks": method.masks.digest(), "kept": method.masks.kept}
     return {**masks, "zeros": zeros, "loss": loss.item(), "sharded": sharded}

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from hf_maskselect.masking import ranking, sharded
 from hf_maskselect.masking.patterns import NM, Channel, Unstructured
-from hf_maskselect.masking.sharded import Shards, sharded_masks
+from hf_maskselect.masking.sharded import Shards
 
 RANKS = 3
 INF = float("inf")
@@ -128,8 +128,8 @@ def wide_counters(group):
 def nothing_to_rank(group):
     ranks = Ranks(group, "uneven")
     assert ranks.top_k_masks([], []) == ([], [])
-    assert sharded_masks(Unstructured("layer"), {}, 0.5, ranks) == {}
-    assert sharded_masks(Unstructured("global"), {}, 0.5, ranks) == {}
+    assert Unstructured("layer").sharded_masks({}, 0.5, ranks) == {}
+    assert Unstructured("global").sharded_masks({}, 0.5, ranks) == {}
     empty = [torch.empty(0, 4)]
     assert [mask.shape for mask in ranks.top_k_masks([empty], [0])[0][0]] == [(0, 4)]
     ((first,), (second,)), _ = ranks.top_k_masks([empty, [ranks.mine(torch.arange(8.0).view(8, 1))]], [0, 3])
@@ -160,11 +160,11 @@ def impossible_counts(group):
     scores = dict(zip("ab", tensors, strict=True))
     alive = {name: torch.zeros_like(t, dtype=torch.bool) for name, t in scores.items()}
     for scope in ("layer", "global", "balanced"):
-        message = error(lambda scope=scope: sharded_masks(Unstructured(scope), scores, 0.5, ranks, alive))
-        assert message.startswith("cannot keep 16 weights: only 0 are left alive")
+        message = error(lambda scope=scope: Unstructured(scope).sharded_masks(scores, 0.5, ranks, alive))
+        assert message.startswith("cannot keep 16 weights: only 0 are not pruned yet")
     alive["a"][:] = True
     for pattern, words in ((NM(2, 4), "groups of 4 have fewer than 2"), (Channel(), "2 of its rows must stay whole")):
-        message = error(lambda pattern=pattern: sharded_masks(pattern, scores, 0.5, ranks, alive))
+        message = error(lambda pattern=pattern: pattern.sharded_masks(scores, 0.5, ranks, alive))
         assert message.startswith("b cannot keep its share") and words in message
 
 
@@ -183,7 +183,7 @@ def check_pattern(group, pattern, scores, first=0.5, second=0.75):
         alive = None
         for sparsity in (first, second):
             whole = pattern.masks(scores, sparsity, alive)
-            found = sharded_masks(pattern, ranks.named(scores), sparsity, ranks, ranks.named(alive))
+            found = pattern.sharded_masks(ranks.named(scores), sparsity, ranks, ranks.named(alive))
             assert list(found) == list(whole)
             same(ranks, found.values(), whole.values())
             assert alive is None or not any((found[name] & ~ranks.mine(alive[name])).any() for name in found)
@@ -201,7 +201,7 @@ def jointly(group):
     check_pattern(group, Unstructured("global", 0.9), make_scores("few values"))
     scores, ranks = make_scores(), Ranks(group, "uneven")
     sizes = [score.numel() for score in scores.values()]
-    sharded_masks(Unstructured("global", 0), ranks.named(scores), 0.9, ranks, None, sizes, sizes)
+    Unstructured("global", 0).sharded_masks(ranks.named(scores), 0.9, ranks, None, (sizes, sizes))
     assert len(ranks.messages) <= 4 and max(ranks.messages) <= 65536, ranks.messages  # a whole level
     free, bound = (Unstructured("global", floor).masks(make_scores(), 0.9) for floor in (0, 0.9))
     assert sum(int(free[name].sum()) != int(bound[name].sum()) for name in free) > 2
@@ -216,7 +216,7 @@ def balanced(group):
     whole = pattern.masks(scores, 0.8, alive := pattern.masks(scores, 0.5))
     for cut in CUTS:
         ranks = Ranks(group, cut)
-        found = sharded_masks(pattern, ranks.named(scores), 0.8, ranks, ranks.named(alive))
+        found = pattern.sharded_masks(ranks.named(scores), 0.8, ranks, ranks.named(alive))
         kept = ranks.sums([int(mask.sum()) for mask in found.values()])
         assert sum(kept) == sum(int(mask.sum()) for mask in whole.values())
         other = ranks.sums([int((found[name] != ranks.mine(whole[name])).sum()) for name in found])

@@ -54,7 +54,7 @@ def test_bits_of_a_view_are_those_of_its_copy(view):
 def test_a_set_unpacks_into_the_shapes_of_its_weights():
     masks = example()
     weights = {name: torch.empty(mask.shape) for name, mask in masks.items()}
-    assert same(MaskSet.unpack(masks.pack(), weights), masks)
+    assert same(MaskSet.unpack(masks.pack(), {name: w.shape for name, w in weights.items()}), masks)
 
 
 # -- digest -----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from hf_maskselect import MaskSet
-from hf_maskselect.masking.patterns import NM, SCOPES, Unstructured, kept_count
+from hf_maskselect.masking.allocation import kept_count
+from hf_maskselect.masking.patterns import NM, SCOPES, Unstructured
 from hf_maskselect.masking.proposals import Proposal, gradient_needs, parse_proposal, proposal_pool, propose
 from hf_maskselect.masking.scores import CRITERIA, Criterion, WeightStats
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from hf_maskselect.masking.patterns import NM
+from hf_maskselect.masking.groups import Groups
 from hf_maskselect.methods.gumbel_sample import budget_shift, perturbed, sample
 
 
@@ -45,7 +45,7 @@ def test_the_slope_is_that_of_gumbel_softmax(tau):
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (5, 7)])
 def test_groups_keep_their_best_perturbed_logits(n, m):
     drawn = perturbed(torch.zeros(6, 7 * m), generator(5))
-    mask, slope = sample(drawn, 1.0, NM(n, m))
+    mask, slope = sample(drawn, 1.0, Groups(n, m))
     assert (mask.view(-1, m).sum(1) == n).all()
     kept, lost = (
         drawn.view(-1, m).masked_fill(~mask.view(-1, m), 99),

@@ -5,14 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_maskselect.methods.pdp_mask import (
-    group_boundaries,
-    soft_gradient_,
-    soft_mask,
-    soft_row_gradient_,
-    soft_row_weight,
-    soft_weight,
-)
+from hf_maskselect.methods.pdp_mask import soft_gradient_, soft_mask, soft_weight
 
 
 class SoftWeight(torch.autograd.Function):
@@ -70,26 +63,18 @@ def test_half_precision_weights_are_masked_in_float32():
     assert torch.equal(found, soft_weight(weight.float(), 0.06, 1e-4).bfloat16())
 
 
-@pytest.mark.parametrize(("keep", "size"), [(2, 4), (1, 4), (3, 4), (1, 2), (4, 8), (5, 7), (2, 32)])
-def test_group_boundaries_are_the_neighbours_of_the_cut(keep, size):
-    values = torch.randn(6, 7 * size, generator=torch.Generator().manual_seed(size)).abs()
-    falls, stays = group_boundaries(values.view(6, 7, size), keep)
-    ordered = values.view(6, 7, size).sort(dim=2).values
-    assert torch.equal(falls, ordered[..., size - keep - 1]) and torch.equal(stays, ordered[..., size - keep])
-
-
 class SoftRows(SoftWeight):
     """The same for whole rows."""
 
     @staticmethod
     def forward(ctx, weight, threshold, tau):
         ctx.save_for_backward(weight)
-        ctx.constants = threshold, tau
-        return soft_row_weight(weight, threshold, tau)
+        ctx.constants = threshold, tau, tuple(range(1, weight.dim()))
+        return soft_weight(weight, *ctx.constants)
 
     @staticmethod
     def backward(ctx, grad):
-        return soft_row_gradient_(grad.clone(), *ctx.saved_tensors, *ctx.constants), None, None
+        return soft_gradient_(grad.clone(), *ctx.saved_tensors, *ctx.constants), None, None
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (5, 2, 3, 3)])
@@ -98,7 +83,7 @@ def test_rows_share_one_mask_and_its_gradient(shape):
     norms = weight.flatten(1).square().mean(1).sqrt()
     t, tau = float(norms.median()), 1e-3
     expected = weight * torch.sigmoid((norms**2 - t**2) / tau).view(-1, *[1] * (len(shape) - 1))
-    torch.testing.assert_close(soft_row_weight(weight, t, tau), expected)
+    torch.testing.assert_close(soft_weight(weight, t, tau, tuple(range(1, len(shape)))), expected)
     assert torch.autograd.gradcheck(
         lambda w: SoftRows.apply(w, t, tau), (weight.requires_grad_(),), eps=1e-7, atol=1e-6
     )

@@ -6,7 +6,7 @@ from tiny import losses, make, make_trainer, same, weights_of
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from hf_maskselect import MaskSet, PruningState, prunable_weights, verify
-from hf_maskselect.masking.patterns import allocate
+from hf_maskselect.masking.allocation import allocate
 
 METHODS = [
     {"method": "pdp", "num_levels": None, "frozen_steps": 0, "pruning_warmup_steps": 2, "pdp_tau": 1e-3},
@@ -70,7 +70,7 @@ def test_a_step_that_never_ends_loses_nothing(tmp_path, method):
         trainer.train()
     trained = {name: tensor.clone() for name, tensor in trainer.run.method._trained.items()}
     stop.raising = False
-    with pytest.warns(UserWarning, match="before the soft masks had reached their target"):
+    with pytest.warns(UserWarning, match="before the soft masks reached their target"):
         trainer.train()
     assert trained and MaskSet.from_zeros(trainer.model).sparsity() == 0.75
     trainer.save_model()

@@ -176,7 +176,9 @@ def test_groups_without_room_beside_the_zeros_are_refused(tmp_path, method):
 @pytest.mark.parametrize("method", [METHODS[0], METHODS[2]], ids=lambda method: method["method"])
 def test_rows_without_room_beside_the_zeros_are_refused(tmp_path, method):
     model, _ = sparse(0.4)
-    with pytest.raises(ValueError, match="rows must stay whole, and only 0 have no dead weight; set keep_zeros=False"):
+    with pytest.raises(
+        ValueError, match="rows must stay whole, and only 0 have no pruned weight; set keep_zeros=False"
+    ):
         make_trainer(tmp_path, model, **method, pattern="channel").train()
     trainer = make_trainer(tmp_path, model, **method, pattern="channel", keep_zeros=False)
     trainer.train()
