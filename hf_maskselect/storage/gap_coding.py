@@ -6,8 +6,6 @@ a bit more per kept weight. The low bits are stored as k bit planes and the unar
 and decoding are operations on whole tensors.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

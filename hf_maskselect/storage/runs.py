@@ -1,7 +1,5 @@
 """Find the checkpoints of a run."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

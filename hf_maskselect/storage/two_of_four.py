@@ -4,8 +4,6 @@ The layout is the one of CUTLASS for Ampere, which torch's `SparseSemiStructured
 `meta`. A group of four is read as one machine word, so that packing takes a few passes over words.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -22,6 +20,8 @@ _PLACES = {
     0b0000: (2, 3), 0b0001: (0, 2), 0b0010: (1, 2), 0b0100: (2, 3), 0b1000: (2, 3),
     0b0011: (0, 1), 0b0101: (0, 2), 0b1001: (0, 3), 0b0110: (1, 2), 0b1010: (1, 3), 0b1100: (2, 3),
 }  # fmt: skip
+# For each set the two-bit places of the first (low bits) and the second stored value; 16 if the set is not 2:4.
+_CODES = [_PLACES[places][0] | _PLACES[places][1] << 2 if places in _PLACES else 16 for places in range(16)]
 
 
 def layout_of(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[int, int] | None:
@@ -85,7 +85,7 @@ def compress(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{name} is not contiguous and would be packed in another order: call .contiguous() first")
     word, pair, meta_dtype, _ = _WORDS[weight.dtype]
     bits = 8 * weight.dtype.itemsize
-    codes = torch.tensor(_codes(), dtype=torch.uint8, device=weight.device).index_select(0, _places(weight))
+    codes = torch.tensor(_CODES, dtype=torch.uint8, device=weight.device).index_select(0, _places(weight))
     if bool((codes > 0b1111).any()):
         check_groups(name, weight)
     groups = weight.view(word).view(-1)
@@ -122,11 +122,6 @@ def _places(weight: Tensor) -> Tensor:
     # Four 0/1 bytes are one int32; the product gathers them in the low half of its top byte.
     flags = weight.ne(0).view(torch.uint8).view(torch.int32).view(-1)
     return ((flags * 0x01020408) >> 24) & 0b1111
-
-
-def _codes() -> list[int]:
-    """Map a set of places to the two-bit places of its stored values, the first in the low bits; 16 if not 2:4."""
-    return [_PLACES[places][0] | _PLACES[places][1] << 2 if places in _PLACES else 16 for places in range(16)]
 
 
 def _gather_nibbles(codes: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,5 @@
 """Check everything that a saved pruned model promises."""
 
-from __future__ import annotations
-
 import os
 
 from ..masking.patterns import NM, parse_pattern

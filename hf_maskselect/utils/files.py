@@ -1,7 +1,5 @@
 """Write files that are either complete or absent, and safetensors files one tensor at a time."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
