@@ -528,7 +528,7 @@ def test_what_the_refusal_of_no_gradients_advises_works(tmp_path, keywords):
         (
             {},
             {"teacher": torch.nn.Linear(3, 3)},
-            "teacher must be a model of transformers or the name of one, got Lin",
+            "teacher must be a transformers model or the name of one, got Lin",
         ),
         ({"method": "random", "train_sampling_strategy": "batch_rebalance"}, {}, "a trial runs on one"),
         ({"warmup_steps": 5}, {}, "longer than the shortest level \\(4 steps\\)"),

@@ -5,57 +5,49 @@ import math
 import os
 
 import torch
-import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
+from ..storage.models import architecture_of, load_strictly, named_class
+
 
 def load_teacher(teacher: PreTrainedModel | str | os.PathLike, student: PreTrainedModel) -> PreTrainedModel:
-    """The teacher as a model: `teacher` itself, or the checkpoint it names, loaded in float32 on the CPU.
+    """Return the teacher as a model: `teacher` itself, or the checkpoint it names, loaded in float32 on the CPU.
 
-    The class is the one named first in the checkpoint's `architectures`, looked up in `transformers` only. No code
-    from the checkpoint is run and only safetensors files are read.
+    The class is the transformers class that the checkpoint names first in `architectures`. No code from the checkpoint
+    is run and only safetensors files are read.
 
     Args:
         teacher: a model (returned unchanged), or a folder or Hub repository with a fine-tuned model of the student's
             task.
-        student: the model to be taught; named in the messages.
+        student: the model to teach; named in the messages.
 
     Raises:
-        ValueError: if `teacher` is neither, or the checkpoint names no model class of `transformers`, one of another
-            model type, or lacks some of its weights, which would be random (typically the head of a model that was
-            never fine-tuned).
-        OSError: from `transformers`, if there is no checkpoint or it has no safetensors file.
+        ValueError: `teacher` is neither, or the checkpoint names no transformers class, one of another model type, or
+            lacks some of its weights, which would be random (usually the head of a model that was not fine-tuned).
+        OSError: from transformers, if there is no checkpoint or it has no safetensors file.
     """
     if isinstance(teacher, PreTrainedModel):
         return teacher
     if not isinstance(teacher, str | os.PathLike):
         raise ValueError(
-            f"The teacher must be a model of transformers or the name of one, got {type(teacher).__name__}: pass one "
-            f"of the task of this {type(student).__name__}."
+            f"the teacher must be a transformers model or the name of one, got {type(teacher).__name__}: pass one of "
+            f"the task of this {type(student).__name__}"
         )
     config = AutoConfig.from_pretrained(teacher, trust_remote_code=False)
-    name = (config.architectures or [""])[0]
-    model_class = getattr(transformers, name, None) if name else None
-    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+    cls, name = named_class(config), architecture_of(config)
+    if cls is None:
         raise ValueError(
-            f"The teacher {str(teacher)!r} names the architecture {name!r}, which is no model class of transformers: "
-            f"load it yourself and pass the model as teacher of this {type(student).__name__}."
+            f"the teacher {str(teacher)!r} names the architecture {name!r}, which transformers does not have: load it "
+            f"yourself and pass the model as teacher of this {type(student).__name__}"
         )
-    if model_class.config_class is not type(config):
+    if cls.config_class is not type(config):
         raise ValueError(
-            f"The teacher {str(teacher)!r} names the architecture {name!r} but its model_type is "
-            f"{config.model_type!r}: mend its config.json or load it yourself and pass the model."
+            f"the teacher {str(teacher)!r} names the architecture {name!r} but its model_type is "
+            f"{config.model_type!r}: mend its config.json, or load it yourself and pass the model"
         )
-    model, info = model_class.from_pretrained(
-        teacher, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-    )
-    if info["missing_keys"]:
-        raise ValueError(
-            f"The teacher {str(teacher)!r} lacks {len(info['missing_keys'])} weights of {name}, such as "
-            f"{min(info['missing_keys'])!r}, which would be random: fine-tune it on the task first."
-        )
-    return model
+    remedy = "these weights of the teacher would be random: fine-tune it on the task first"
+    return load_strictly(cls, teacher, remedy=remedy, config=config, dtype=torch.float32)
 
 
 def _argument_names(model: PreTrainedModel) -> frozenset[str]:

@@ -1,1 +1,1 @@
-"""Sparse models in the forms that other engines take."""
+"""Files for other engines: 2:4 models for sparse tensor cores, and ONNX."""

@@ -1,5 +1,4 @@
-"""ONNX through transformers' own exporter: for portability. ONNX Runtime has no sparse kernels, so zeros make nothing
-faster there."""
+"""Export to ONNX by the exporter of transformers, for portability: ONNX Runtime has no kernels that use zeros."""
 
 from __future__ import annotations
 
@@ -17,9 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..masking.targets import prunable_weights
-from ..storage.load import find_folder
+from ..storage.folders import check_output, copy_companions, find_folder
 from ..storage.models import load_strictly, model_class
-from ..storage.pack import check_output, copy_companions
 from ..storage.state import PruningState
 from ..storage.weights import check_unpacked
 
@@ -29,11 +27,11 @@ _PACKAGES = ("onnx", "onnxscript", "onnxruntime", "transformers.exporters")
 
 @dataclass(frozen=True)
 class OnnxReport:
-    """What was written and how it compares.
+    """The file that was written and its comparison with the model.
 
-    zeros: of the prunable matrices, found again in the graph; folded: number of those that the exporter multiplied
-    with other constants, so that their zeros are gone; difference: largest absolute one between the outputs of the
-    model and of ONNX Runtime, on inputs of another shape than that of the export.
+    zeros: number of the prunable matrices' zeros in the graph; folded: number of prunable matrices that the exporter
+    multiplied with other constants, which lost the zeros; difference: largest absolute difference between the outputs
+    of the model and of ONNX Runtime, on inputs of another shape than that of the export.
     """
 
     path: Path
@@ -42,9 +40,9 @@ class OnnxReport:
     difference: float
 
     def __str__(self) -> str:
-        gone = f" ({self.folded} matrices became part of other constants)" if self.folded else ""
+        folded = f" ({self.folded} matrices became part of other constants)" if self.folded else ""
         return (
-            f"{self.path}: {self.zeros:,} zeros kept{gone}, outputs within {self.difference:.1e} of the model's in "
+            f"{self.path}: {self.zeros:,} zeros kept{folded}, outputs within {self.difference:.1e} of the model's in "
             "ONNX Runtime (which has no sparse kernels: this is for portability, not speed)"
         )
 
@@ -58,23 +56,23 @@ def export_onnx(
     """Write `output/model.onnx` (weights in `model.onnx.data`), with dynamic batch and length, and compare it.
 
     Args:
-        model_or_path: a float32 model of transformers, or a folder or Hub repository of one, which is read as float32.
-        output: a folder, made if need be; configuration and tokenizer of a folder are copied there.
-        inputs: a batch of at least two rows to export with; by default token ids of two rows of eight, for models
-            that take them.
-        tolerance: how far outputs may differ, relative to the largest of the model's.
+        model_or_path: a float32 transformers model, or a folder or Hub repository, which is read as float32.
+        output: a folder, created if needed. The configuration and tokenizer of a folder are copied there.
+        inputs: a batch of at least two rows to export with; by default token ids of two rows of eight.
+        tolerance: largest difference of outputs, relative to the model's largest output.
 
     Raises:
-        ValueError: packages of the `onnx` extra are missing, no such model, or a graph with other outputs (nothing is
-            written then).
+        ValueError: packages of the `onnx` extra are missing, there is no such model, or the graph has other outputs
+            (nothing is written then).
     """
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise ValueError(f"export to ONNX needs {', '.join(missing)}: pip install -U 'hf_maskselect[onnx]'")
-    output, folder = Path(output), None
+    output = Path(output)
+    folder: Path | None = None
     if isinstance(model_or_path, PreTrainedModel):
         model = model_or_path
     elif isinstance(model_or_path, nn.Module):
-        raise ValueError(f"{type(model_or_path).__name__} is no model of transformers: use torch.onnx.export")
+        raise ValueError(f"{type(model_or_path).__name__} is not a transformers model: use torch.onnx.export")
     else:
         folder = find_folder(model_or_path)
         check_unpacked(folder)
@@ -82,22 +80,22 @@ def export_onnx(
         state = PruningState.find(folder)
         if state is not None:
             state.check_saved(folder)
-        model = load_strictly(model_class(folder)[0], folder, folder, ("missing_keys",), dtype=torch.float32)
+        model = load_strictly(model_class(folder)[0], folder, dtype=torch.float32)
     if model.dtype != torch.float32:
-        raise ValueError(f"the model is {model.dtype}, which ONNX Runtime's CPU kernels lack: export model.float()")
+        raise ValueError(f"the model is {model.dtype}, which ONNX Runtime lacks on the CPU: export model.float()")
     if inputs is None and model.main_input_name != "input_ids":
-        raise ValueError(f"{type(model).__name__} takes {model.main_input_name}: pass a batch of them as inputs")
-    trains, device = model.training, model.device
+        raise ValueError(f"{type(model).__name__} takes {model.main_input_name}: pass a batch of that as inputs")
+    training, device = model.training, model.device
     model.eval().cpu()
     output.mkdir(parents=True, exist_ok=True)
     try:
-        # Aside, and in its place when it has been compared; uploads leave out what begins with an underscore.
-        with tempfile.TemporaryDirectory(dir=output, prefix="_onnx-") as aside:
-            report = _export(model, Path(aside), inputs, tolerance)
-            for path in sorted(Path(aside).iterdir()):
+        # The graph moves into place once it has been compared; uploads skip names that begin with an underscore.
+        with tempfile.TemporaryDirectory(dir=output, prefix="_onnx-") as temporary:
+            report = _export(model, Path(temporary), inputs, tolerance)
+            for path in sorted(Path(temporary).iterdir()):
                 os.replace(path, output / path.name)
     finally:
-        model.train(trains).to(device)
+        model.train(training).to(device)
     if folder is not None:
         copy_companions(folder, output)
     return replace(report, path=output / ONNX_FILE)
@@ -108,25 +106,25 @@ def _export(model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor] |
     from transformers.exporters import OnnxConfig, OnnxExporter
 
     if inputs is None:
-        given, others = _token_rows(model, 2, 8), _token_rows(model, 3, 11)
+        batch, other_batch = _token_rows(model, 2, 8), _token_rows(model, 3, 11)
     else:
-        given = {name: tensor.cpu() for name, tensor in inputs.items()}
-        others = {name: torch.cat([tensor, tensor[:1]]) for name, tensor in given.items()}
-    with contextlib.redirect_stdout(io.StringIO()):  # its progress
-        exported = OnnxExporter().export(model, dict(given), config=OnnxConfig(dynamic=True))
+        batch = {name: tensor.cpu() for name, tensor in inputs.items()}
+        other_batch = {name: torch.cat([tensor, tensor[:1]]) for name, tensor in batch.items()}
+    with contextlib.redirect_stdout(io.StringIO()):  # the exporter prints its progress
+        exported = OnnxExporter().export(model, dict(batch), config=OnnxConfig(dynamic=True))
     exported.save_pretrained(folder)
     zeros, folded = _find_zeros(folder / ONNX_FILE, model)
-    difference, largest = _compare(folder / ONNX_FILE, model, others)
+    difference, largest = _compare(folder / ONNX_FILE, model, other_batch)
     if not difference <= tolerance * max(1.0, largest):
         raise ValueError(
-            f"the graph computes something else, its outputs are up to {difference:.3g} from the model's, so it was "
-            "not written: try other versions of torch, onnx and onnxscript"
+            f"the graph computes something else (its outputs differ from the model's by up to {difference:.3g}) and "
+            "was not written: try other versions of torch, onnx and onnxscript"
         )
     return OnnxReport(folder / ONNX_FILE, zeros, folded, difference)
 
 
 def _token_rows(model: PreTrainedModel, rows: int, length: int) -> dict[str, Tensor]:
-    """Ids that are no special tokens; the second row is shorter, so that the mask means something."""
+    """Make rows of ordinary token ids; the last row is half as long, so that the attention mask matters."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, model.config.vocab_size, (rows, length), generator=generator)
     mask = torch.ones_like(ids)
@@ -135,39 +133,41 @@ def _token_rows(model: PreTrainedModel, rows: int, length: int) -> dict[str, Ten
 
 
 def _find_zeros(path: Path, model: PreTrainedModel) -> tuple[int, int]:
-    """(zeros of the prunable matrices in the graph, number of those that are not there): names and orientation change
-    on the way, so a matrix is known by its shape and its number of zeros."""
+    """Count the prunable matrices' zeros in the graph, and the matrices that are not there.
+
+    The export changes names and orientation, so a matrix is recognised by its shape and its number of zeros.
+    """
     import onnx
     from onnx import numpy_helper
 
-    found = []
+    constants = []
     for initializer in onnx.load(path).graph.initializer:
         array = numpy_helper.to_array(initializer)
-        found.append((sorted(array.shape), int((array == 0).sum())))
+        constants.append((sorted(array.shape), int((array == 0).sum())))
     zeros = folded = 0
     for weight in prunable_weights(model).values():
-        wanted = sorted(weight.shape), int((weight == 0).sum())
-        if wanted in found:
-            found.remove(wanted)
-            zeros += wanted[1]
+        matrix = sorted(weight.shape), int((weight == 0).sum())
+        if matrix in constants:
+            constants.remove(matrix)
+            zeros += matrix[1]
         else:
             folded += 1
     return zeros, folded
 
 
 def _compare(path: Path, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[float, float]:
-    """(largest difference, largest magnitude) over the tensors that both return under one name."""
+    """Return (largest difference, largest magnitude) over the outputs that have the same name in both."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    takes = {node.name for node in session.get_inputs()}
+    arguments = {node.name for node in session.get_inputs()}
     names = [node.name for node in session.get_outputs()]
-    found = session.run(names, {name: tensor.numpy() for name, tensor in inputs.items() if name in takes})
+    outputs = session.run(names, {name: tensor.numpy() for name, tensor in inputs.items() if name in arguments})
     with torch.no_grad():
         expected = {name: value for name, value in model(**inputs).items() if isinstance(value, Tensor)}
-    pairs = [(torch.from_numpy(f), expected[name]) for name, f in zip(names, found, strict=True) if name in expected]
+    pairs = [(torch.from_numpy(o), expected[name]) for name, o in zip(names, outputs, strict=True) if name in expected]
     if not pairs:
         raise ValueError(
-            f"the graph returns {', '.join(names)}, and the model {', '.join(expected)}: nothing to compare"
+            f"the graph returns {', '.join(names)} and the model {', '.join(expected)}: there is nothing to compare"
         )
-    return max(float((f - e).abs().max()) for f, e in pairs), max(float(e.abs().max()) for _, e in pairs)
+    return max(float((o - e).abs().max()) for o, e in pairs), max(float(e.abs().max()) for _, e in pairs)

@@ -1,5 +1,4 @@
-"""Is 2:4 faster here? Dense and sparse side by side on this GPU, each layer shape and the whole model, and the layers
-where dense wins stay dense."""
+"""Time an exported 2:4 model against dense on this GPU, and choose the layers that are worth being sparse."""
 
 from __future__ import annotations
 
@@ -12,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.benchmark import Timer
+from transformers import PreTrainedModel
 
-from ..storage.load import open_packed
+from ..storage.pack import open_packed
 from ..utils.tables import markdown_table, text_table, without_section
 from .semi_structured import (
     MODES,
@@ -32,7 +32,7 @@ from .semi_structured import (
 
 @dataclass(frozen=True)
 class LayerTime:
-    """One product of `tokens` rows with a matrix of `(out, in)`, in seconds: dense, and sparse by back end."""
+    """Seconds of one product of `tokens` rows with a matrix `(out, in)`: dense, and sparse by back end."""
 
     shape: tuple[int, int]
     tokens: int
@@ -43,7 +43,7 @@ class LayerTime:
 
 @dataclass(frozen=True)
 class ModelTime:
-    """One forward pass in seconds: dense, and with the matrices that are worth it sparse, by back end."""
+    """Seconds of one forward pass: dense, and with the chosen matrices sparse, by back end."""
 
     batch: int
     length: int
@@ -54,15 +54,16 @@ class ModelTime:
 
 @dataclass(frozen=True)
 class TimingReport:
-    """Every measurement, and what follows from them."""
+    """All measurements and the choices made from them."""
 
     timing: Timing
     layers: tuple[LayerTime, ...]
     models: tuple[ModelTime, ...]
 
     def tables(self, show: Callable[[Sequence[str], Sequence[Sequence[object]]], str]) -> tuple[str, str]:
-        """(by layer shape, whole model), milliseconds, drawn by `text_table` or `markdown_table`."""
-        backends = sorted({name for time in (*self.layers, *self.models) for name in time.sparse})
+        """Return two tables in milliseconds, by layer shape and of the whole model, formatted by `show`."""
+        measured: list[LayerTime | ModelTime] = [*self.layers, *self.models]
+        backends = sorted({name for time in measured for name in time.sparse})
         tail = ["dense ms", *(f"{name} ms" for name in backends), "best speed-up"]
 
         def times(time: LayerTime | ModelTime) -> list[str]:
@@ -79,25 +80,21 @@ class TimingReport:
 
     @property
     def verdict(self) -> str:
-        """What the exported model does on this device, one sentence a mode."""
-        told = []
+        """One sentence a mode on how the exported model runs on this device."""
+        sentences = []
         for mode, choice in self.timing.choices.items():
             if choice.backend is None:
-                told.append(
-                    f"On {self.timing.device}, {mode}: nothing beats dense at every shape, so all layers stay."
-                )
+                result = "nothing is faster than dense at every shape, so all layers stay dense."
             else:
-                told.append(
-                    f"On {self.timing.device}, {mode}: {len(choice.sparse)} matrices run sparse ({choice.backend}), "
-                    "the others are as fast dense, or faster."
-                )
-        return " ".join(told)
+                result = f"{len(choice.sparse)} matrices run sparse ({choice.backend}), the others are faster dense."
+            sentences.append(f"On {self.timing.device}, {mode}: {result}")
+        return " ".join(sentences)
 
     def __str__(self) -> str:
         return "\n\n".join([*self.tables(text_table), self.verdict])
 
     def write_card(self, folder: str | os.PathLike) -> None:
-        """Put the tables into the folder's model card, in place of those of an earlier timing."""
+        """Write the tables into the folder's model card, replacing those of an earlier timing."""
         path = Path(folder) / "README.md"
         text = without_section(path.read_text(encoding="utf-8"), SPEED_HEADING) if path.is_file() else ""
         section = "\n\n".join([SPEED_HEADING, self.verdict, *self.tables(markdown_table)])
@@ -111,118 +108,119 @@ def time_export(
     device: str | torch.device = "cuda",
     modes: Sequence[str] = MODES,
 ) -> TimingReport:
-    """Time an exported folder at every batch size and length, and write down which layers are worth being sparse.
+    """Time an exported model at every batch size and length, and save which layers are worth being sparse.
 
-    Plain and compiled use are timed and decided apart. In each, a matrix is sparse only if it was faster so at every
-    shape, and a back end is taken only if the whole model was, too. `load_semi_structured` then follows it on the same
-    kind of device, and the tables go into the folder's `README.md`.
+    Plain and compiled use are timed and decided separately. In each, a matrix becomes sparse only if that was faster
+    at every shape, and a back end is chosen only if the whole model was faster at every shape. `load_semi_structured`
+    follows the choice on the same kind of device, and the tables go into the folder's `README.md`. Lengths are in
+    tokens, modes are `"eager"`, `"compiled"` or both.
 
     Raises:
-        ValueError: no CUDA device with sparse kernels, no exported file of a text model, or a shape it does not take.
+        ValueError: there is no CUDA device with sparse kernels or no exported text model, or a shape does not fit it.
     """
     folder = Path(folder)
     backends = available_backends(device) if torch.cuda.is_available() else []
     if not backends:
         raise ValueError(
             f"timing {folder} needs a CUDA device of compute capability 8.0 or more and a torch with sparse kernels "
-            "for it, and there is none here: the exported file is whole, time it where it will run"
+            "for it, which this machine lacks: the exported file is complete, time it where it will run"
         )
     names = sparse_names(open_packed(folder, SEMI_STRUCTURED_FILE, "export"))
     model = load_semi_structured(folder)
     check_shapes(model, batch_sizes, lengths)
-    model.to(device)
+    nn.Module.to(model, device)
     tokens = sorted({batch * length for batch in batch_sizes for length in lengths})
     layers: list[LayerTime] = []
     models: list[ModelTime] = []
     choices = {}
     with torch.inference_mode():
         for mode in modes:
-            own = time_layers(model, names, tokens, backends, mode)
-            chosen = {backend: worthwhile(model, names, own, backend) for backend in backends}
-            whole = time_models(model, chosen, batch_sizes, lengths, mode)
-            backend = best_backend(whole)
+            layer_times = time_layers(model, names, tokens, backends, mode)
+            chosen = {backend: worthwhile(model, names, layer_times, backend) for backend in backends}
+            model_times = time_models(model, chosen, batch_sizes, lengths, mode)
+            backend = best_backend(model_times)
             choices[mode] = Choice(backend, [] if backend is None else chosen[backend])
-            layers += own
-            models += whole
+            layers += layer_times
+            models += model_times
     report = TimingReport(Timing(torch.cuda.get_device_name(device), choices), tuple(layers), tuple(models))
     report.timing.save(folder)
     report.write_card(folder)
     return report
 
 
-def check_shapes(model: nn.Module, batch_sizes: Sequence[int], lengths: Sequence[int]) -> None:
-    """Raise a ValueError for what the model cannot be run on."""
+def check_shapes(model: PreTrainedModel, batch_sizes: Sequence[int], lengths: Sequence[int]) -> None:
+    """Raise a ValueError unless the model takes token ids in these shapes."""
     if model.main_input_name != "input_ids":
-        raise ValueError(f"{type(model).__name__} takes {model.main_input_name}, and only text models are timed")
+        raise ValueError(f"{type(model).__name__} takes {model.main_input_name}: only text models can be timed")
     if not batch_sizes or not lengths or min(*batch_sizes, *lengths) < 1:
         raise ValueError(
-            f"batch sizes {list(batch_sizes)} and lengths {list(lengths)} must be whole numbers from 1 on"
+            f"batch sizes {list(batch_sizes)} and lengths {list(lengths)} must be whole numbers of at least 1"
         )
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and max(lengths) > longest:
-        raise ValueError(f"length {max(lengths)} is more than the {longest} positions of the model: time shorter rows")
+        raise ValueError(f"length {max(lengths)} exceeds the {longest} positions of the model: time shorter rows")
 
 
 def time_layers(
     model: nn.Module, names: Sequence[str], tokens: Sequence[int], backends: Sequence[str], mode: str
 ) -> list[LayerTime]:
-    """Each shape among the named matrices once, at each number of tokens."""
-    found = []
-    for shape, name in {tuple(model.get_parameter(name).shape): name for name in names}.items():
+    """Time each shape among the named matrices once, at each number of tokens."""
+    times = []
+    for (out_features, in_features), name in {tuple(model.get_parameter(name).shape): name for name in names}.items():
         weight = model.get_parameter(name).detach()
         packed = {b: sparse_weight(name, weight, b) for b in backends if names_that_fit(model, [name], b)}
         for count in tokens:
-            rows = torch.randn(count, shape[1], dtype=weight.dtype, device=weight.device)
+            rows = torch.randn(count, in_features, dtype=weight.dtype, device=weight.device)
             dense = _seconds(nn.functional.linear, mode, rows, weight)
             sparse = {backend: _seconds(nn.functional.linear, mode, rows, packed[backend]) for backend in packed}
-            found.append(LayerTime(shape, count, mode, dense, sparse))
-    return found
+            times.append(LayerTime((out_features, in_features), count, mode, dense, sparse))
+    return times
 
 
 def worthwhile(model: nn.Module, names: Sequence[str], layers: Sequence[LayerTime], backend: str) -> list[str]:
-    """The matrices whose shape was faster sparse at every number of tokens."""
-    lost = {layer.shape for layer in layers if layer.sparse.get(backend, layer.dense) >= layer.dense}
-    return [name for name in names if tuple(model.get_parameter(name).shape) not in lost]
+    """Return the names of the matrices whose shape was faster sparse at every number of tokens."""
+    slower = {layer.shape for layer in layers if layer.sparse.get(backend, layer.dense) >= layer.dense}
+    return [name for name in names if tuple(model.get_parameter(name).shape) not in slower]
 
 
 def time_models(
-    model: nn.Module,
+    model: PreTrainedModel,
     chosen: dict[str, list[str]],
     batch_sizes: Sequence[int],
     lengths: Sequence[int],
     mode: str,
 ) -> list[ModelTime]:
-    """Whole forward passes, dense and with the chosen matrices of each back end sparse."""
-    sparse = {}
+    """Time whole forward passes, dense and with the chosen matrices of each back end sparse."""
+    sparse: dict[str, PreTrainedModel] = {}
     for backend, names in chosen.items():
         if names:
             sparse[backend] = copy.deepcopy(model)
             make_sparse(sparse[backend], names, backend)
-    device, found = next(model.parameters()).device, []
+    times = []
     for batch in batch_sizes:
         for length in lengths:
-            ids = torch.randint(5, model.config.vocab_size, (batch, length), device=device)
+            ids = torch.randint(5, model.config.vocab_size, (batch, length), device=model.device)
             mask = torch.ones_like(ids)
             dense = _seconds(model, mode, ids, mask)
-            times = {backend: _seconds(each, mode, ids, mask) for backend, each in sparse.items()}
-            found.append(ModelTime(batch, length, mode, dense, times))
-    return found
+            by_backend = {backend: _seconds(each, mode, ids, mask) for backend, each in sparse.items()}
+            times.append(ModelTime(batch, length, mode, dense, by_backend))
+    return times
 
 
 def best_backend(models: Sequence[ModelTime]) -> str | None:
-    """The back end that was faster than dense at every shape, by the largest of its smallest speed-ups."""
+    """Return the back end with the largest worst-case speed-up; None if it is not faster than dense at every shape."""
     worst: dict[str, float] = {}
     for model in models:
         for backend, seconds in model.sparse.items():
             worst[backend] = min(model.dense / seconds, worst.get(backend, float("inf")))
-    best = max(worst, key=worst.get, default=None)
+    best = max(worst, key=worst.__getitem__, default=None)
     return best if best is not None and worst[best] > 1 else None
 
 
 def _seconds(job: Callable, mode: str, *inputs: torch.Tensor) -> float:
-    """Median of one call; the timer waits for the GPU."""
+    """Return the median time of one call; the timer waits for the GPU."""
     if mode == "compiled":
-        torch._dynamo.reset()  # after eight shapes it would stop compiling, and the time be that of plain use
+        torch._dynamo.reset()  # after eight shapes torch stops compiling, and would time plain use
         job = torch.compile(job, dynamic=False)
     job(*inputs)  # compiles and warms up
     timer = Timer("job(*inputs)", globals={"job": job, "inputs": inputs})

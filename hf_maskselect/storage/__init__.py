@@ -1,1 +1,1 @@
-"""What is written to disk and read back: weights, pruning state and packed files."""
+"""Files on disk: saved weights, the pruning state beside them, and packed models."""

@@ -1,12 +1,10 @@
-"""Where the kept weights of a tensor lie, in few bits: a bitmap, or the gaps between them.
+"""Code the positions of kept weights in few bits, as the gaps between them.
 
-Gaps are Golomb-Rice coded: a gap g is its k low bits and g >> k in unary. For masks without structure, whose gaps are
-geometric, that is within a few percent of the entropy; for any other mask of the same density it costs at most half a
-bit a kept weight more. Low bits lie in k bit planes and the unary parts in one stream, so that coding and decoding are
-whole-tensor operations.
+Gaps are Golomb-Rice coded: a gap g becomes its k low bits and g >> k in unary. Gaps of unstructured masks are
+geometric, and their code is within a few percent of the entropy; any other mask of the same density costs at most half
+a bit more per kept weight. The low bits are stored as k bit planes and the unary parts as one stream, so that coding
+and decoding are operations on whole tensors.
 """
-
-from __future__ import annotations
 
 import math
 
@@ -15,32 +13,32 @@ from torch import Tensor
 
 from ..masking.maskset import pack_bits, unpack_bits
 
-LARGEST = 2**31 - 1  # weights of one tensor; `torch.nonzero` goes no further
+LARGEST = 2**31 - 1  # most weights in one tensor: the limit of `torch.nonzero`
 
 
 def gaps_of(positions: Tensor) -> Tensor:
-    """Pruned weights before each kept one. positions: int64, increasing; returns int32 of the same length."""
+    """Count the pruned weights before each kept one. positions: int64, increasing; returns int32 of that length."""
     gaps = positions.clone()
     gaps[1:] -= positions[:-1] + 1
     return gaps.int()
 
 
 def rice_parameter(gaps: Tensor, total: int) -> tuple[int, int]:
-    """(k, bits): the best number of low bits for these gaps, and what they then cost.
+    """Return (k, bits): the best number of low bits for these gaps, and the size of their code.
 
-    The cost is convex in k with its minimum near log2(ln 2 * mean gap), so the neighbours of that are tried.
+    The size is convex in k with its minimum near log2(ln 2 * mean gap), so only the neighbours of that are tried.
     """
     kept = gaps.numel()
     if kept == 0:
         return 0, 0
     likely = round(math.log2(max(1.0, math.log(2) * (total - kept) / kept)))
-    costs = {k: kept * (k + 1) + int((gaps >> k).sum()) for k in range(max(0, likely - 1), likely + 2)}
-    best = min(costs, key=costs.get)
-    return best, costs[best]
+    sizes = {k: kept * (k + 1) + int((gaps >> k).sum()) for k in range(max(0, likely - 1), likely + 2)}
+    best = min(sizes, key=sizes.__getitem__)
+    return best, sizes[best]
 
 
 def encode_gaps(gaps: Tensor, k: int) -> Tensor:
-    """uint8: k planes of low bits, each padded to a byte, then the unary parts (g >> k zeros and a one)."""
+    """Return the code as uint8: k planes of low bits, each padded to a byte, then g >> k zeros and a one per gap."""
     if gaps.numel() == 0:
         return torch.empty(0, dtype=torch.uint8)
     planes = [pack_bits((gaps & (1 << bit)) != 0) for bit in range(k)]
@@ -51,11 +49,7 @@ def encode_gaps(gaps: Tensor, k: int) -> Tensor:
 
 
 def decode_gaps(coded: Tensor, k: int, kept: int, total: int) -> Tensor:
-    """The inverse: int64 positions of the `kept` weights among `total`.
-
-    Raises:
-        ValueError: the bytes are not the code of that many positions.
-    """
+    """Return the positions (int64) of the `kept` weights among `total`; raises a ValueError for any other code."""
     plane = (kept + 7) // 8
     if not 0 <= k < 32 or coded.numel() < k * plane:
         raise ValueError(f"{coded.numel()} bytes cannot hold {kept} gaps of {k} low bits")
@@ -76,7 +70,7 @@ def decode_gaps(coded: Tensor, k: int, kept: int, total: int) -> Tensor:
 
 
 def entropy_bits(kept: int, total: int) -> float:
-    """What the mask of a tensor costs at least if only its density is known: total * H(kept / total) bits."""
+    """Return the fewest bits for a mask of which only the density is known: total * H(kept / total)."""
     if kept in (0, total):
         return 0.0
     density = kept / total

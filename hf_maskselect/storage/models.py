@@ -1,14 +1,16 @@
-"""What a configuration tells of a saved model: its class, the modules it was pruned in, and the model itself, whose
-weights are found by their names."""
+"""Build and load the model class that `config.json` names."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import inspect
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -16,39 +18,48 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from ..masking.targets import known_modules
+from ..utils.files import read_object
+
+# Keys of config.json that do not affect the model's outputs.
+_DESCRIPTIVE = ("_name_or_path", "finetuning_task", "id2label", "label2id", "transformers_version")
 
 
 def model_class(folder: str | os.PathLike) -> tuple[type[PreTrainedModel], PretrainedConfig]:
-    """The transformers class named in `config.json` (a look-up, no code from the config) and the configuration.
+    """Return the transformers class that `config.json` names, and the configuration. Runs no code from the folder.
 
     Raises:
-        ValueError: the configuration names no class of transformers.
+        ValueError: there is no readable `config.json`, or it names no transformers class.
     """
     if not (Path(folder) / CONFIG_NAME).is_file():
         raise ValueError(
-            f"{folder} has no config.json, so it is no saved model of transformers: give the folder of one that "
+            f"{folder} has no config.json, so it is not a saved transformers model: give a folder that "
             "save_pretrained or PruningTrainer wrote"
         )
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: config.json cannot be read ({error}); restore the file") from error
     cls = named_class(config)
     if cls is None:
-        name = (config.architectures or [""])[0]
+        name = architecture_of(config)
         raise ValueError(f"{folder}: config.json names the architecture {name!r}, which transformers does not have")
     return cls, config
 
 
+def architecture_of(config: PretrainedConfig) -> str:
+    """Return the class name that a configuration gives first, or an empty text."""
+    return (config.architectures or [""])[0]
+
+
 def named_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """The class of transformers that a configuration names, if it names one."""
-    name = (config.architectures or [""])[0]
+    """Return the transformers class that a configuration names, or None."""
+    name = architecture_of(config)
     cls = getattr(transformers, name, None) if name else None
     return cls if isinstance(cls, type) and issubclass(cls, PreTrainedModel) else None
 
 
 def of_transformers(folder: str | os.PathLike) -> bool:
-    """Whether `config.json` is there and names a class of transformers."""
+    """Return whether the folder has a `config.json` that names a transformers class."""
     try:
         model_class(folder)
     except ValueError:
@@ -57,73 +68,90 @@ def of_transformers(folder: str | os.PathLike) -> bool:
 
 
 def pruned_modules(config: PretrainedConfig) -> dict[str, list[str]]:
-    """`target_modules` and `exclude_modules` of the run that a model comes from, where they were set."""
-    told = vars(config).get("pruning")
-    names = ("target_modules", "exclude_modules")
-    return {name: told[name] for name in names if told.get(name)} if isinstance(told, dict) else {}
+    """Return the `target_modules` and `exclude_modules` that the model was pruned with, those that were set."""
+    pruning = vars(config).get("pruning")
+    fields = ("target_modules", "exclude_modules")
+    return {name: pruning[name] for name in fields if pruning.get(name)} if isinstance(pruning, dict) else {}
 
 
 def pruned_modules_of(model: PreTrainedModel) -> dict[str, list[str]]:
-    """The same, of what the model still has: its head may have been dropped, and names with it."""
-    told = {name: known_modules(model, patterns) for name, patterns in pruned_modules(model.config).items()}
-    return {name: patterns for name, patterns in told.items() if patterns}
+    """Return `pruned_modules` without names that match no layer: the model may have lost its head."""
+    fields = {name: known_modules(model, patterns) for name, patterns in pruned_modules(model.config).items()}
+    return {name: patterns for name, patterns in fields.items() if patterns}
+
+
+def config_digest(folder: str | os.PathLike) -> str:
+    """Return the SHA-256 of the `config.json` keys that affect the model's outputs; empty if there is no such file."""
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        return ""
+    config = read_object(path, "restore the file")
+    hashed = {name: value for name, value in config.items() if name not in _DESCRIPTIVE}
+    labels = config.get("id2label")  # the names may change; their number, by default 2, is the size of the head
+    hashed["labels"] = len(labels) if isinstance(labels, dict) else 2
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
 
 def skeleton(folder: str | os.PathLike) -> PreTrainedModel:
-    """The model that `config.json` describes, without weights: names and shapes only."""
+    """Build the model that `config.json` describes, without memory for weights: names and shapes only."""
     cls, config = model_class(folder)
     with torch.device("meta"):
         return cls._from_config(config)
 
 
 def load_strictly(
-    cls: type[PreTrainedModel], folder: str | os.PathLike, source, refused: Sequence[str], **options
+    cls: type[PreTrainedModel],
+    folder: str | os.PathLike,
+    refused: Sequence[str] = ("missing_keys",),
+    remedy: str = "its weights are of another model",
+    **options,
 ) -> PreTrainedModel:
-    """`cls.from_pretrained(source, ...)` that refuses what it would only warn of.
+    """Load a model by `from_pretrained`, and raise where that only warns.
 
-    Args:
-        folder: where the model lies, for the messages.
-        refused: names of the loading report that must be empty.
+    folder: folder or Hub repository; with the option `state_dict`, only named in messages. refused: lists of the
+    loading report that must be empty. remedy: end of the message about them.
 
     Raises:
         ValueError: the weights are not those of the class and configuration.
     """
+    source = None if "state_dict" in options else folder
     try:
-        model, info = cls.from_pretrained(source, output_loading_info=True, use_safetensors=True, **options)
+        loaded: Any = cls.from_pretrained(source, output_loading_info=True, use_safetensors=True, **options)
     except RuntimeError as error:
         raise ValueError(
             f"{folder}: its weights do not fit {cls.__name__} as config.json describes it ({error})"
         ) from error
+    model, info = loaded
     for kind in refused:
-        if info[kind]:
+        if keys := sorted(info[kind]):
             raise ValueError(
-                f"{folder}: loads with {kind.replace('_', ' ')} {sorted(info[kind])[:3]} in {cls.__name__}; its "
-                "weights are of another model"
+                f"{folder}: {len(keys)} {kind.replace('_', ' ')} in {cls.__name__}, such as {keys[0]!r}; {remedy}"
             )
     return model
 
 
 @contextlib.contextmanager
 def own_names(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, `model.save_pretrained` keeps the names that the weights have in memory.
+    """Make `model.save_pretrained` write the parameter names of the model in memory, inside the block.
 
-    transformers writes some models (NomicBERT, GTE, ViT) under the names of older files instead. By those neither a
-    mask nor `Trainer`, when it resumes or loads its best model, finds a weight again; `from_pretrained` reads both.
+    For some models (NomicBERT, GTE, ViT) transformers writes the names of older files. Masks would not match those
+    names, nor would `Trainer` when it resumes or loads its best model. `from_pretrained` reads both.
     """
     if not isinstance(model, PreTrainedModel) or not _takes_names(model.save_pretrained):
         yield
         return
-    given = vars(model).get("save_pretrained")  # of this one model, which a user has set
-    model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+    attributes = vars(model)
+    own = attributes.get("save_pretrained")  # a function that the user set on this instance
+    attributes["save_pretrained"] = functools.partial(model.save_pretrained, save_original_format=False)
     try:
         yield
     finally:
-        del model.save_pretrained
-        if given is not None:
-            model.save_pretrained = given
+        del attributes["save_pretrained"]
+        if own is not None:
+            attributes["save_pretrained"] = own
 
 
 def _takes_names(save: Callable) -> bool:
-    """Whether it can be told which names to save under; a user's own class may save as it is named in any case."""
+    """Return whether `save` takes `save_original_format`; a user's own class may not."""
     takes = inspect.signature(save).parameters
     return "save_original_format" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())

@@ -1,37 +1,33 @@
-"""Folders of saved models to and from the packed file, and `load_pruned`, which reads either."""
+"""Write model folders as packed files, and packed files as model folders."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..masking.maskset import MaskSet, pack_bits, packed_digest, unpack_bits
 from ..utils.digests import WeightsDigest
 from ..utils.files import bytes_of, replacing, write_safetensors
-from .load import _COMPANIONS, _pruning_fields, open_packed
-from .models import skeleton
-from .packed_file import PACKED_FILE, PackedWriter
-from .state import STATE_FILE, PruningState, changed
-from .weights import check_weights, check_zeros, config_digest, saved_tensors
-
-_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-_LEFT_OUT = (SAFE_WEIGHTS_INDEX_NAME, "trainer_state.json")
+from .folders import check_output, copy_companions
+from .models import config_digest, skeleton
+from .packed_file import DENSE, PACKED_FILE, PackedFile, PackedWriter, PackItem
+from .state import STATE_FILE, PruningState, changed_message
+from .weights import check_weights, check_zeros, has_weights, saved_tensors
 
 
 @dataclass(frozen=True)
 class PackReport:
-    """Sizes in bytes: of the tensors unpacked, of the packed file, and the least that the file could have.
+    """Sizes in bytes: the unpacked tensors (dense), the packed file, and the smallest size possible (bound).
 
-    bound: the entropy of each sparse tensor's mask at its density, plus its kept values, plus all else, at the dtypes
-    stored.
+    bound: the entropy of each sparse tensor's mask at its density, its kept values, and all other tensors, at the
+    stored dtypes.
     """
 
     path: Path
@@ -54,31 +50,33 @@ def pack(
 ) -> PackReport:
     """Write the model saved in `folder` as `output/packed_model.safetensors`, with its configuration and tokenizer.
 
-    Every weight comes back to the bit, but for the sign of a pruned zero. One tensor is in memory at a time.
+    Unpacking gives every weight to the bit, except for the sign of pruned zeros. One tensor is in memory at a time.
 
     Args:
-        folder: a folder of `PruningTrainer`, or of any saved model of transformers with zeros.
-        output: another folder (made if need be), or `folder` itself to put the packed file beside the weights.
-        values: `"bf16"` or `"fp16"` rounds all floating values (lossy).
+        folder: a folder written by `PruningTrainer`, or any saved transformers model with zeros.
+        output: another folder (created if needed), or `folder` itself to put the packed file beside the weights.
+        values: `"bf16"` or `"fp16"` rounds all floating-point values (lossy).
         embeddings: `"int8"` rounds embedding tables to 255 steps a row (lossy).
 
     Raises:
-        ValueError: no such model, weights that are not those of its masks, or an option that does not exist.
+        ValueError: there is no such model, its weights do not match its masks, or an option is unknown.
     """
     folder, output = Path(folder), Path(output)
     if embeddings not in (None, "int8"):
         raise ValueError(f"embeddings={embeddings!r} must be 'int8', or left out to keep every bit")
     writer = PackedWriter(values)
     model = skeleton(folder)
-    known = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    model_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    bits, shapes, fields = {}, {}, {}
+    bits: dict[str, Tensor] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    fields: dict[str, str] = {}
     metadata = {"config": config_digest(folder)}
     if (folder / STATE_FILE).is_file():
         bits, shapes, fields = MaskSet.load_packed(folder / STATE_FILE)
         metadata["pruning"] = json.dumps({**fields, "masked": sorted(bits)})
 
-    def encoded() -> Iterator[tuple[str, Tensor, str, Tensor | None]]:
+    def items() -> Iterator[PackItem]:
         digest = WeightsDigest()
         for name, tensor in saved_tensors(folder):
             digest.add(name, tensor)
@@ -86,59 +84,124 @@ def pack(
             if mask is not None:
                 check_zeros(folder, name, tensor, mask)
             if embeddings and name in tables:
-                yield name, tensor, "int8", None
+                yield PackItem(name, tensor, "int8")
             else:
-                yield name, tensor, "sparse" if known.get(name) == tensor.shape else "raw", mask
+                yield PackItem(name, tensor, "sparse" if model_shapes.get(name) == tensor.shape else "raw", mask)
         if bits and digest.hex() != fields["weights"]:
-            raise ValueError(changed(folder, "the weights are not those"))
+            raise ValueError(changed_message(folder, "the weights are not those"))
 
     check_output(folder, output)
     output.mkdir(parents=True, exist_ok=True)
     copy_companions(folder, output)
     path = output / PACKED_FILE
-    writer.write(path, encoded(), metadata)
+    writer.write(path, items(), metadata)
     return PackReport(path, writer.dense_bytes, path.stat().st_size, writer.bound_bits / 8)
 
 
 def unpack(folder: str | os.PathLike, output: str | os.PathLike) -> None:
-    """Write the packed model of `folder` as an ordinary one in `output` (it may be `folder`).
+    """Write the packed model of `folder` as an ordinary model in `output`, which may be `folder`.
 
     Raises:
-        ValueError: no packed model there, damaged, or not of the model that its `config.json` describes.
+        ValueError: there is no packed model, it is damaged, or it does not belong to its `config.json`.
     """
     folder, output = Path(folder), Path(output)
     packed = open_packed(folder)
-    names, state = _pruning_fields(packed)
-    if (output / SAFE_WEIGHTS_NAME).exists() or (output / SAFE_WEIGHTS_INDEX_NAME).exists():
-        raise ValueError(f"{output} holds weights already: choose another output folder")
-    bits, shapes = {}, {}
+    pruning = pruning_of(packed)
+    if has_weights(output):
+        raise ValueError(f"{output} already holds the weights of a model: choose another output folder")
+    bits: dict[str, Tensor] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
 
     def chunks() -> Iterator[memoryview]:
-        for name in packed.entries:
-            tensor, mask = packed.tensor_and_mask(name)
-            if name in names:
-                mask = torch.ones_like(tensor, dtype=torch.bool) if mask is None else mask
+        for name, tensor, mask in tensors_and_masks(packed, pruning):
+            if mask is not None:
                 bits[name], shapes[name] = pack_bits(mask), tuple(mask.shape)
             yield bytes_of(tensor)
 
-    check_output(folder, output)
     output.mkdir(parents=True, exist_ok=True)
     copy_companions(folder, output)
     with replacing(output / SAFE_WEIGHTS_NAME) as temporary:
         with open(temporary, "wb") as file:
             write_safetensors(file, packed.layout, chunks(), {"format": "pt"})
-        if names and packed_digest(bits, shapes) != state["digest"]:
-            raise ValueError(f"{packed.path} is damaged: its masks do not match their digest; restore the file")
-    if names:
-        masks = _Unpacked(bits, shapes)
-        told = {"weights": check_weights(output, masks), "config": config_digest(output)}
-        state = {name: text for name, text in state.items() if name in PruningState.from_fields(masks, state).fields}
+        if pruning is not None:
+            pruning.check_digest(packed_digest(bits, shapes), packed)
+    if pruning is not None:
+        digests = {"weights": check_weights(output, _Unpacked(bits, shapes)), "config": config_digest(output)}
         with replacing(output / STATE_FILE) as temporary:
-            MaskSet.save_packed(temporary, bits, shapes, {**state, **told})
+            MaskSet.save_packed(temporary, bits, shapes, pruning.state.fields | digests)
+
+
+def open_packed(folder: str | os.PathLike, file: str = PACKED_FILE, command: str = "pack") -> PackedFile:
+    """Open the packed file of a folder and check it against the `config.json` beside it.
+
+    command: the console command that writes such files, for the message.
+
+    Raises:
+        ValueError: the file is missing, damaged, or of another model.
+    """
+    folder = Path(folder)
+    if not (folder / file).is_file():
+        raise ValueError(f"{folder} has no {file}: give a folder that `hf-maskselect {command}` wrote")
+    packed = PackedFile(folder / file)
+    if config_digest(folder) != packed.metadata.get("config"):
+        raise ValueError(f"{folder}: config.json is not the one that {file} was made with; restore the file")
+    model_shapes = {name: tuple(tensor.shape) for name, tensor in skeleton(folder).state_dict().items()}
+    for name, entry in packed.entries.items():
+        # A sparse tensor may be far larger than its bytes: check its size before it is allocated.
+        if entry.coding not in DENSE and model_shapes.get(name) != entry.shape:
+            raise ValueError(
+                f"{packed.path}: {name} has shape {entry.shape} but config.json describes {model_shapes.get(name)}; "
+                "the file is of another model"
+            )
+    return packed
+
+
+@dataclass(frozen=True)
+class PackedPruning:
+    """The pruning state in the header of a packed file.
+
+    masked: names of the masked tensors; digest: `MaskSet.digest` of their masks; state: the state without masks.
+    """
+
+    masked: frozenset[str]
+    digest: str
+    state: PruningState
+
+    def check_digest(self, digest: str, packed: PackedFile) -> None:
+        """Raise a ValueError unless the decoded masks have the digest of the header."""
+        if digest != self.digest:
+            raise ValueError(f"{packed.path} is damaged: its masks do not match their digest; restore the file")
+
+
+def pruning_of(packed: PackedFile) -> PackedPruning | None:
+    """Read the pruning state from the header of a packed file; None for a model that PruningTrainer did not write."""
+    if "pruning" not in packed.metadata:
+        return None
+    try:
+        fields = json.loads(packed.metadata["pruning"])
+        masked = frozenset(fields.pop("masked"))
+        if not masked <= packed.entries.keys() or "digest" not in fields:
+            raise ValueError("masks of tensors it does not hold")
+        return PackedPruning(masked, fields["digest"], PruningState.from_fields(MaskSet({}), fields))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{packed.path} is damaged: its header does not describe masks ({error})") from error
+
+
+def tensors_and_masks(
+    packed: PackedFile, pruning: PackedPruning | None
+) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Decode one tensor after the other: (name, tensor, boolean mask or None where the tensor is not masked)."""
+    masked = frozenset() if pruning is None else pruning.masked
+    for name in packed.entries:
+        tensor, mask = packed.tensor_and_mask(name)
+        if name in masked:
+            yield name, tensor, torch.ones_like(tensor, dtype=torch.bool) if mask is None else mask
+        else:
+            yield name, tensor, None
 
 
 class _Unpacked(Mapping[str, Tensor]):
-    """Masks that are unpacked one at a time, when they are asked for."""
+    """Packed masks that are unpacked one at a time, on access."""
 
     def __init__(self, bits: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
         self._bits, self._shapes = bits, shapes
@@ -151,19 +214,3 @@ class _Unpacked(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._bits)
-
-
-def check_output(folder: Path, output: Path) -> None:
-    """Raise a ValueError where writing a model into `output` would mix two models."""
-    if output.resolve() != folder.resolve() and any((output / name).exists() for name in _WEIGHTS):
-        raise ValueError(f"{output} holds the weights of a model already: choose another output folder")
-
-
-def copy_companions(folder: Path, output: Path) -> None:
-    """Copy what belongs to a model besides its weights; the output folder is there."""
-    if output.resolve() == folder.resolve():
-        return
-    for pattern in _COMPANIONS:
-        for file in sorted(folder.glob(pattern)):
-            if file.name not in _LEFT_OUT and not file.name.startswith("optimizer"):
-                shutil.copyfile(file, output / file.name)

@@ -1,10 +1,8 @@
-"""2:4 matrices as sparse tensor cores take them: the kept values, and two bits for where each lay in its group.
+"""Pack 2:4 matrices for sparse tensor cores: the kept values, and two bits for the place of each in its group.
 
 The layout is the one of CUTLASS for Ampere, which torch's `SparseSemiStructuredTensorCUTLASS` holds as `packed` and
-`meta`. A group of four is one machine word here, so that a matrix is packed and unpacked by a few passes over words.
+`meta`. A group of four is read as one machine word, so that packing takes a few passes over words.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -16,17 +14,21 @@ _WORDS = {
     torch.bfloat16: (torch.int64, torch.int32, torch.int16, 32),
     torch.int8: (torch.int32, torch.int16, torch.int32, 16),
 }
-# For each set of non-zero places (bit i: place i) the two places that are stored, the lower first. Sets of fewer than
-# two are filled up as torch fills them, so that both write the same bits; sets of more are no 2:4 group.
+# For each set of non-zero places (bit i: place i) the two places that are stored, the lower first. Smaller sets are
+# filled up in torch's way, so that both write the same bits; larger sets are not 2:4 groups.
 _PLACES = {
     0b0000: (2, 3), 0b0001: (0, 2), 0b0010: (1, 2), 0b0100: (2, 3), 0b1000: (2, 3),
     0b0011: (0, 1), 0b0101: (0, 2), 0b1001: (0, 3), 0b0110: (1, 2), 0b1010: (1, 3), 0b1100: (2, 3),
 }  # fmt: skip
+# For each set the two-bit places of the first (low bits) and the second stored value; 16 if the set is not 2:4.
+_CODES = [_PLACES[places][0] | _PLACES[places][1] << 2 if places in _PLACES else 16 for places in range(16)]
 
 
 def layout_of(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """Shape of the metadata of a matrix, or None where the layout cannot hold it: other dtypes than float16, bfloat16
-    and int8, rows that are no multiple of 32 (int8: 16) or columns that are no multiple of 32 (int8: 64)."""
+    """Return the shape of a matrix's metadata, or None if the layout cannot hold the matrix.
+
+    It holds float16, bfloat16 and int8, with rows a multiple of 32 (int8: 16) and columns of 32 (int8: 64).
+    """
     if dtype not in _WORDS or len(shape) != 2:
         return None
     word, _, meta, rows = _WORDS[dtype]
@@ -37,12 +39,12 @@ def layout_of(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[int, int] | N
 
 
 def check_groups(name: str, weight: Tensor, n: int = KEPT, m: int = GROUP) -> None:
-    """Raise a ValueError unless at most `n` of every `m` consecutive entries of each row are not zero."""
+    """Raise a ValueError if more than `n` of `m` consecutive entries of a row are non-zero, in any group of `m`."""
     inputs = weight.shape[1] if weight.dim() > 2 else weight.shape[-1]
     if inputs % m:
         raise ValueError(
-            f"{name} has {inputs} columns, no multiple of {m}, so it cannot hold the pattern {n}:{m}: leave it dense "
-            "with exclude_modules"
+            f"{name} has {inputs} columns, not a multiple of {m}, so it cannot hold the pattern {n}:{m}: leave it "
+            "dense with exclude_modules"
         )
     last = weight.movedim(1, -1) if weight.dim() > 2 else weight
     counts = last.ne(0).unflatten(-1, (-1, m)).sum(-1)
@@ -57,22 +59,21 @@ def check_groups(name: str, weight: Tensor, n: int = KEPT, m: int = GROUP) -> No
 
 
 def compress(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(values, metadata) of a 2:4 matrix.
+    """Pack a 2:4 matrix into values and metadata.
 
     Args:
-        weight: contiguous, `(rows, columns)`, float16, bfloat16 or int8, of a shape that `layout_of` takes.
+        name: of the matrix, for messages.
+        weight: contiguous, `(rows, columns)`, float16, bfloat16 or int8, of a shape that `layout_of` accepts; else a
+            ValueError is raised, also for a group with more than two non-zeros.
 
     Returns:
-        values `(rows, columns / 2)` of the same dtype, and metadata in the order of CUTLASS: int16 `(rows, columns /
+        Values `(rows, columns / 2)` of the same dtype, and metadata in the order of CUTLASS: int16 `(rows, columns /
         16)`, for int8 int32 `(rows, columns / 32)`.
-
-    Raises:
-        ValueError: another dtype or shape, not contiguous, or a group of more than two.
     """
     meta_shape = layout_of(weight.dtype, tuple(weight.shape))
     if weight.dtype not in _WORDS:
         raise ValueError(
-            f"{name} has dtype {weight.dtype}, which sparse tensor cores do not take packed: convert it to float16, "
+            f"{name} has dtype {weight.dtype}, which cannot be packed for sparse tensor cores: convert it to float16, "
             "bfloat16 or int8 first"
         )
     if meta_shape is None:
@@ -81,10 +82,10 @@ def compress(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
             f"{_WORDS[weight.dtype][3]} and columns of {8 * _WORDS[weight.dtype][2].itemsize * 2}; leave it dense"
         )
     if not weight.is_contiguous():
-        raise ValueError(f"{name} is not contiguous, and would be packed in another order: call .contiguous() first")
+        raise ValueError(f"{name} is not contiguous and would be packed in another order: call .contiguous() first")
     word, pair, meta_dtype, _ = _WORDS[weight.dtype]
     bits = 8 * weight.dtype.itemsize
-    codes = torch.tensor(_codes(), dtype=torch.uint8, device=weight.device).index_select(0, _places(weight))
+    codes = torch.tensor(_CODES, dtype=torch.uint8, device=weight.device).index_select(0, _places(weight))
     if bool((codes > 0b1111).any()):
         check_groups(name, weight)
     groups = weight.view(word).view(-1)
@@ -97,11 +98,7 @@ def compress(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decompress(values: Tensor, meta: Tensor) -> Tensor:
-    """The dense matrix again.
-
-    Raises:
-        ValueError: shapes or dtypes that do not belong together, or metadata of no 2:4 matrix.
-    """
+    """Return the dense matrix: the inverse of `compress`. Raises a ValueError if the two do not belong together."""
     shape = (values.shape[0], 2 * values.shape[-1])
     if values.dim() != 2 or layout_of(values.dtype, shape) != tuple(meta.shape):
         raise ValueError(f"values {tuple(values.shape)} and metadata {tuple(meta.shape)} do not belong together")
@@ -112,7 +109,7 @@ def decompress(values: Tensor, meta: Tensor) -> Tensor:
     codes = _scatter_nibbles(_deinterleave(meta))
     low, high = codes & 0b11, codes >> 2
     if bool((low >= high).any()):
-        raise ValueError("metadata that names no two places of a group")
+        raise ValueError("metadata does not name two places in every group")
     lowest = (1 << bits) - 1
     stored = values.contiguous().view(pair).to(word).view(-1)
     groups = (stored & lowest) << low.mul_(bits)
@@ -121,31 +118,29 @@ def decompress(values: Tensor, meta: Tensor) -> Tensor:
 
 
 def _places(weight: Tensor) -> Tensor:
-    """int32, one a group: bit i is set where entry i is not zero."""
-    # Four 0/1 bytes are one int32; the product gathers them in its top byte's low half.
+    """Return an int32 per group: bit i is set if entry i is not zero."""
+    # Four 0/1 bytes are one int32; the product gathers them in the low half of its top byte.
     flags = weight.ne(0).view(torch.uint8).view(torch.int32).view(-1)
     return ((flags * 0x01020408) >> 24) & 0b1111
 
 
-def _codes() -> list[int]:
-    """Place set -> two-bit places of the first (low) and the second stored value; 16 for no 2:4 group."""
-    return [_PLACES[places][0] | _PLACES[places][1] << 2 if places in _PLACES else 16 for places in range(16)]
-
-
 def _gather_nibbles(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Codes of consecutive groups side by side in words, the first in the lowest bits."""
+    """Join the codes of consecutive groups into words, the first in the lowest bits."""
     pairs = codes.view(-1, 2)
     return (pairs[:, 0] | pairs[:, 1] << 4).view(dtype)
 
 
 def _scatter_nibbles(meta: Tensor) -> Tensor:
-    found = meta.contiguous().view(torch.uint8).view(-1)
-    return torch.stack([found & 0b1111, found >> 4], dim=1).view(-1)
+    pairs = meta.contiguous().view(torch.uint8).view(-1)
+    return torch.stack([pairs & 0b1111, pairs >> 4], dim=1).view(-1)
 
 
 def _interleave(meta: Tensor) -> Tensor:
-    """From row-major order to that of CUTLASS: of each block of 32 rows (int32 words: 16), row r goes to
-    `r % 8 * (4 or 2) + r // 8`; 2x2 blocks are transposed; pairs of columns then follow each other."""
+    """Reorder metadata from row-major order to that of CUTLASS.
+
+    In each block of 32 rows (int32 words: 16), row r goes to `r % 8 * (4 or 2) + r // 8`; 2x2 blocks are transposed;
+    pairs of columns then follow each other.
+    """
     rows, columns = meta.shape
     block = 32 if meta.dtype == torch.int16 else 16
     moved = meta.view(rows // block, block // 8, 8, columns).transpose(1, 2).reshape(rows // 2, 2, columns // 2, 2)

@@ -1,7 +1,5 @@
 """Check everything that a saved pruned model promises."""
 
-from __future__ import annotations
-
 import os
 
 from ..masking.patterns import NM, parse_pattern
@@ -12,53 +10,49 @@ from .two_of_four import check_groups
 from .weights import saved_tensors
 
 
-def parse_groups(pattern: str) -> NM:
-    """The N:M pattern that a text names.
-
-    Raises:
-        ValueError: it names another, or none.
-    """
-    groups = parse_pattern(pattern)
-    if not isinstance(groups, NM):
-        raise ValueError(f"pattern={pattern!r} is not checked by itself: give an N:M pattern such as '2:4'")
-    return groups
+def parse_nm(pattern: str) -> NM:
+    """Parse an N:M pattern such as `"2:4"`; raises a ValueError for anything else."""
+    parsed = parse_pattern(pattern)
+    if not isinstance(parsed, NM):
+        raise ValueError(f"pattern={pattern!r} cannot be checked alone: give an N:M pattern such as '2:4'")
+    return parsed
 
 
 def verify(folder: str | os.PathLike, pattern: str | None = None) -> PruningState:
-    """Everything a user may rely on: the zeros are the masks, their count is the target's and their places are those
-    of the pattern that the folder was pruned to, the model loads plainly.
+    """Check that zeros and masks agree, meet the target and its pattern, and that the model loads plainly.
 
     Args:
-        pattern: `"N:M"`; every masked matrix must hold it along its input axis, whatever it was pruned to.
+        folder: a folder that `PruningTrainer` saved.
+        pattern: `"N:M"`: check also that every masked matrix holds it along its input axis.
 
     Returns:
-        the pruning state of the folder.
+        The pruning state of the folder.
 
     Raises:
-        ValueError: the first thing that does not hold, with the tensor or the counts.
+        ValueError: the first check that failed, with the tensor or the counts.
     """
-    groups = None if pattern is None else parse_groups(pattern)
+    groups = None if pattern is None else parse_nm(pattern)
     state = PruningState.load(folder)
     state.check_saved(folder)
-    if groups is not None and (turned := sorted(transposed_weights(skeleton(folder)) & state.masks.keys())):
-        raise ValueError(f"{turned[0]} belongs to a Conv1D, which stores it transposed: it cannot hold {pattern}")
+    if groups is not None and (transposed := sorted(transposed_weights(skeleton(folder)) & state.masks.keys())):
+        raise ValueError(f"{transposed[0]} belongs to a Conv1D, which stores it transposed: it cannot hold {pattern}")
     for name, tensor in saved_tensors(folder):
         if name not in state.masks:
             continue
         if groups is not None:
             check_groups(name, tensor, groups.n, groups.m)
-        found, kept = int(tensor.count_nonzero()), int(state.masks[name].count_nonzero())
-        if found != kept:
+        nonzero, kept = int(tensor.count_nonzero()), int(state.masks[name].count_nonzero())
+        if nonzero != kept:
             raise ValueError(
-                f"{folder}: {name} has {found} non-zero weights but its mask keeps {kept}: weights that are kept were "
-                "still zero when they were saved, so train longer, or start from a model without zeros at these places"
+                f"{folder}: {name} has {nonzero} non-zero weights but its mask keeps {kept}: kept weights were still "
+                "zero when they were saved, so train longer, or start from a model without zeros at these places"
             )
     pruned_to = parse_pattern(state.pattern)
-    wanted = pruned_to.keeps([mask.shape for mask in state.masks.values()], state.sparsity)
-    if state.masks.kept != wanted:
+    target = pruned_to.keeps([mask.shape for mask in state.masks.values()], state.sparsity)
+    if state.masks.kept != target:
         raise ValueError(
             f"{folder}: {state.masks.kept} of {state.masks.total} prunable weights are kept but sparsity "
-            f"{state.sparsity} with pattern {state.pattern!r} keeps {wanted}; the run had not reached its last level "
+            f"{state.sparsity} with pattern {state.pattern!r} keeps {target}; the run had not reached its last level "
             f"(step {state.step}, level {state.level + 1})"
         )
     for name, mask in state.masks.items():
@@ -68,6 +62,5 @@ def verify(folder: str | os.PathLike, pattern: str | None = None) -> PruningStat
                 f"{folder}: {name} keeps as many weights as pattern {state.pattern!r} at sparsity {state.sparsity:g}, "
                 "but in other places; prune a dense model to it, or this one with keep_zeros=False"
             )
-    cls, _ = model_class(folder)
-    load_strictly(cls, folder, folder, ("missing_keys", "unexpected_keys"))
+    load_strictly(model_class(folder)[0], folder, refused=("missing_keys", "unexpected_keys"))
     return state

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..masking.maskset import MaskSet, diverged
+from ..masking.maskset import diverged
 from ..utils.digests import WeightsDigest
-from ..utils.files import read_object
 from .packed_file import PACKED_FILE
 
-# What of config.json says nothing about the function that the model computes.
-_DESCRIPTIVE = ("_name_or_path", "finetuning_task", "id2label", "label2id", "transformers_version")
 
-
-def saved_tensors(folder: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of the weights saved in `folder`; they are mapped, and read when they are used.
-
-    Raises:
-        ValueError: no safetensors weights there.
-    """
+def saved_tensors(folder: str | os.PathLike) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of the saved weights, memory-mapped; raises a ValueError if there are none to read."""
     folder = Path(folder)
-    if (folder / SAFE_WEIGHTS_NAME).is_file():  # in the order in which from_pretrained looks
+    if (folder / SAFE_WEIGHTS_NAME).is_file():  # from_pretrained looks in this order
         files = [folder / SAFE_WEIGHTS_NAME]
     elif (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
         files = [folder / name for name in shard_names(folder / SAFE_WEIGHTS_INDEX_NAME)]
@@ -45,23 +37,21 @@ def saved_tensors(folder: str | os.PathLike) -> Iterator[tuple[str, torch.Tensor
             raise ValueError(f"{path} cannot be read as weights ({error}); restore the file") from error
 
 
+def has_weights(folder: str | os.PathLike) -> bool:
+    """Return whether a folder holds ordinary safetensors weights, in one file or in shards."""
+    return any((Path(folder) / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+
+
 def check_unpacked(folder: str | os.PathLike) -> None:
-    """Raise a ValueError where a folder holds a packed model only."""
-    folder = Path(folder)
-    weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-    if (folder / PACKED_FILE).is_file() and not any((folder / name).is_file() for name in weights):
+    """Raise a ValueError if a folder holds only a packed model."""
+    if (Path(folder) / PACKED_FILE).is_file() and not has_weights(folder):
         raise ValueError(
-            f"{folder} holds a packed model: write it as an ordinary one first, with `hf-maskselect unpack {folder} "
-            "--output FOLDER`"
+            f"{folder} holds a packed model: unpack it first, with `hf-maskselect unpack {folder} --output FOLDER`"
         )
 
 
 def shard_names(path: Path) -> list[str]:
-    """The files that an index of sharded weights names, all of its own folder.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """Read the file names from an index of sharded weights; raises a ValueError if it is damaged."""
     try:
         names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
         if not names or any(Path(name).name != name for name in names):
@@ -72,7 +62,7 @@ def shard_names(path: Path) -> list[str]:
 
 
 def check_present(folder: str | os.PathLike, prunable: Set[str], saved: Iterable[str]) -> None:
-    """Raise a ValueError unless all prunable weights are among the names of those saved in `folder`."""
+    """Raise a ValueError unless the names saved in `folder` include all prunable weights."""
     if missing := prunable - set(saved):
         raise ValueError(
             f"{folder}: {min(missing)} is prunable but not saved: its weights are of another model, or under the "
@@ -81,58 +71,40 @@ def check_present(folder: str | os.PathLike, prunable: Set[str], saved: Iterable
         )
 
 
-def check_weights(folder: str | os.PathLike, masks: MaskSet) -> str:
-    """Re-read the saved weights and compare them with the masks.
-
-    Returns:
-        `WeightsDigest` of all tensors, whatever files they lie in.
+def check_weights(folder: str | os.PathLike, masks: Mapping[str, Tensor]) -> str:
+    """Read the saved weights, compare them with the masks, and return the `WeightsDigest` of all tensors.
 
     Raises:
-        ValueError: a masked weight is missing, or not zero where its mask says so.
+        ValueError: a masked weight is missing, or is not zero where its mask is False.
     """
     digest = WeightsDigest()
 
-    def check(named: tuple[str, torch.Tensor]) -> None:
+    def check(named: tuple[str, Tensor]) -> None:
         name, tensor = named
         digest.add(name, tensor)
         if name in masks:
             check_zeros(folder, name, tensor, masks[name])
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # one core takes one digest; nothing is read before
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing takes one core per tensor
         for _ in pool.map(check, saved_tensors(folder)):
             pass
     if missing := masks.keys() - digest.names:
-        raise ValueError(
-            f"{folder}: {sorted(missing)[0]} is masked but not in the file; the weights are of another model"
-        )
+        raise ValueError(f"{folder}: {min(missing)} is masked but not in the file; the weights are of another model")
     return digest.hex()
 
 
-def check_zeros(folder: str | os.PathLike, name: str, tensor: torch.Tensor, mask: torch.Tensor) -> None:
-    """Raise a ValueError unless one saved tensor is zero where its mask says so."""
+def check_zeros(folder: str | os.PathLike, name: str, tensor: Tensor, mask: Tensor) -> None:
+    """Raise a ValueError unless a saved tensor is zero where its mask is False."""
     if tensor.shape != mask.shape:
         raise ValueError(
             f"{folder}: {name} has shape {tuple(tensor.shape)} but its mask has {tuple(mask.shape)}; the masks are of "
             "another model"
         )
-    alive = int(torch.count_nonzero(tensor.ne(0).gt_(mask.cpu())))  # not zero, and not kept
-    if alive:
+    unmasked = int(torch.count_nonzero(tensor.ne(0).gt_(mask.cpu())))  # not zero, and not kept
+    if unmasked:
         if not bool(torch.isfinite(tensor).all()):  # NaN times 0 is NaN
             raise ValueError(f"{folder}: {diverged(name)}")
         raise ValueError(
-            f"{folder}: {name} has {alive} non-zero weights where its mask is zero; the file was changed after "
-            "pruning or written without it, so save it again from the trainer"
+            f"{folder}: {name} has {unmasked} non-zero weights where its mask is zero; the file was changed after "
+            "pruning or not written by the trainer, so save it again from the trainer"
         )
-
-
-def config_digest(folder: str | os.PathLike) -> str:
-    """SHA-256 over what `config.json` says of the function the model computes (not of its labels); empty where there
-    is no such file, as for a module that is not of transformers."""
-    path = Path(folder) / CONFIG_NAME
-    if not path.is_file():
-        return ""
-    found = read_object(path, "restore the file")
-    told = {name: value for name, value in found.items() if name not in _DESCRIPTIVE}
-    labels = found.get("id2label")  # the names may change, their number is the head's size: 2 where none are told
-    told["labels"] = len(labels) if isinstance(labels, dict) else 2
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,5 @@
 """SHA-256 checksums of file headers and digests of tensors."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 

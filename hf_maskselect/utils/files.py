@@ -1,7 +1,5 @@
 """Write files that are either complete or absent, and safetensors files one tensor at a time."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -17,17 +15,9 @@ from torch import Tensor
 
 # The names that safetensors has for the dtypes.
 DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 def sync(path: str | os.PathLike) -> None:
@@ -59,11 +49,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def read_object(path: str | os.PathLike, remedy: str) -> dict:
-    """Read the object that a JSON file holds.
-
-    Raises:
-        ValueError: the file holds no JSON object; `remedy` ends the message.
-    """
+    """Read the object that a JSON file holds; raises a ValueError that ends with `remedy` if it holds none."""
     try:
         content = json.loads(Path(path).read_text())
     except ValueError as error:
@@ -81,11 +67,7 @@ def write_json(path: str | os.PathLike, content: object) -> None:
 
 
 def read_json(path: str | os.PathLike, remedy: str) -> Any:
-    """Read the content that `write_json` wrote.
-
-    Raises:
-        ValueError: the file is damaged or was not written by `write_json`; `remedy` ends the message.
-    """
+    """Read the content that `write_json` wrote; raises a ValueError that ends with `remedy` if it is damaged."""
     stored = read_object(path, remedy)
     content = stored.get("content")
     if not isinstance(content, str) or hashlib.sha256(content.encode()).hexdigest() != stored.get("sha256"):

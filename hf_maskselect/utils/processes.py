@@ -18,11 +18,8 @@ class Processes:
     """This process and the others of the run; a run without torch.distributed has one process.
 
     The processes exchange Python objects of a few hundred bytes in a gloo group of their own. Trials take minutes, and
-    the training backend (NCCL and its watchdog) would not wait that long.
-
-    Attributes:
-        rank: number of this process, from 0.
-        count: number of processes.
+    the training backend (NCCL and its watchdog) would not wait that long. `rank` is the number of this process, from 0
+    to `count` - 1.
     """
 
     def __init__(self) -> None:
@@ -54,7 +51,7 @@ class Processes:
             dist.all_gather_object(values, value, group=self._group)
         except RuntimeError as error:
             raise RuntimeError(
-                f"rank {self.rank} got no answer from the other ranks: one of them died (see its own log), or was busy "
+                f"rank {self.rank} got no answer from the other ranks: one of them died (see its log), or was busy "
                 f"for more than {self._seconds:.0f} s (raise ddp_timeout) ({error})"
             ) from error
         return values
@@ -97,14 +94,9 @@ class Processes:
         return [cast(T, result) for result, _ in outcomes]
 
     def agree(self, digests_of: Callable[[], Mapping[str, str]], what: str) -> None:
-        """Check that all processes hold the same digests by name.
+        """Raise a RuntimeError in every process unless all hold the same digests by name.
 
-        Args:
-            digests_of: computes the digests of this process; not called in a run of one process.
-            what: the things compared, for the message.
-
-        Raises:
-            RuntimeError: in every process, if digests differ; the message names the first.
+        The message names the things compared (`what`) and the first name that differs. A single process computes none.
         """
         if self.count == 1:
             return
@@ -138,10 +130,7 @@ def deal_to_holders(work: Sequence[int], holders: Mapping[int, Collection[int]],
 def deal(work: Sequence[int], holders: Mapping[int, Collection[int]], ranks: int) -> list[list[int]]:
     """Divide `work` among processes in shares that differ by at most one piece, to holders where that allows it.
 
-    Args:
-        work: numbers of the pieces.
-        holders: for each piece, the ranks that need no preparation for it.
-        ranks: number of processes.
+    holders: for each piece of `work`, the ranks that need no preparation for it.
 
     >>> deal([0, 2, 4, 6], {0: [0, 1], 2: [0], 4: [0], 6: [0]}, ranks=2)
     [[2, 4], [0, 6]]

@@ -1,7 +1,5 @@
 """Random seeds derived from the purpose they serve."""
 
-from __future__ import annotations
-
 import hashlib
 
 

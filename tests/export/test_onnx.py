@@ -55,7 +55,7 @@ def test_a_packed_folder_is_to_be_unpacked_first(tmp_path):
 @needs_onnx
 def test_a_graph_that_computes_something_else_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_compare", lambda *_: (float("nan"), 1.0))
-    with pytest.raises(ValueError, match="computes something else, its outputs are up to nan"):
+    with pytest.raises(ValueError, match=r"computes something else .*by up to nan"):
         export_onnx(make(), tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -71,10 +71,10 @@ def test_a_saved_bfloat16_model_is_read_as_float32(tmp_path):
     ("model", "message"),
     [
         (lambda: make().bfloat16(), "the model is torch.bfloat16"),
-        (lambda: torch.nn.Linear(2, 2), "Linear is no model of transformers"),
+        (lambda: torch.nn.Linear(2, 2), "Linear is not a transformers model"),
         (
             lambda: ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])),
-            "takes pixel_values: pass a batch of them as inputs",
+            "takes pixel_values: pass a batch of that as inputs",
         ),
     ],
 )

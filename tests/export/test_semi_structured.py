@@ -125,7 +125,7 @@ def test_int8_refuses_what_it_cannot_hold(saved, tmp_path):
     [
         (lambda f, _: load_semi_structured(f, "gpu"), "device='gpu' is unknown to torch"),
         (lambda f, _: load_semi_structured(f, mode="fast"), "mode='fast' must be one of eager, compiled"),
-        (lambda f, to: export_semi_structured(torch.nn.Linear(4, 4), to), "Linear is no model of transformers"),
+        (lambda f, to: export_semi_structured(torch.nn.Linear(4, 4), to), "Linear is not a transformers model"),
         (lambda f, to: export_semi_structured(f, to, "fp8"), "dtype='fp8' must be one of"),
     ],
 )
@@ -137,14 +137,14 @@ def test_wrong_arguments_are_refused(saved, tmp_path, call, message):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")
 def test_a_device_that_is_not_there_is_named(saved, tmp_path):
     export_semi_structured(saved[0], tmp_path)
-    with pytest.raises(ValueError, match="device='cuda' is not there, or this torch is built without CUDA"):
+    with pytest.raises(ValueError, match="device='cuda' is not available, or this torch is built without CUDA"):
         load_semi_structured(tmp_path, "cuda")
 
 
 def test_a_folder_with_weights_is_not_written_into(saved, tmp_path):
     make().save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match="holds the weights of a model already"):
+    with pytest.raises(ValueError, match="already holds the weights of a model"):
         export_semi_structured(saved[0], tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -214,7 +214,7 @@ def test_verify_knows_that_conv1d_is_transposed(tmp_path):
 
 
 def test_verify_takes_n_m_patterns_only(saved):
-    with pytest.raises(ValueError, match="pattern='channel' is not checked by itself"):
+    with pytest.raises(ValueError, match="pattern='channel' cannot be checked alone"):
         verify(saved[0], "channel")
 
 

@@ -146,9 +146,9 @@ def test_tables_go_into_the_card_once(exported, pretended):
 @pytest.mark.parametrize(
     ("batches", "lengths", "message"),
     [
-        ([0], [8], "must be whole numbers from 1 on"),
-        ([1], [], "must be whole numbers from 1 on"),
-        ([1], [65], "length 65 is more than the 64 positions"),
+        ([0], [8], "must be whole numbers of at least 1"),
+        ([1], [], "must be whole numbers of at least 1"),
+        ([1], [65], "length 65 exceeds the 64 positions"),
     ],
 )
 def test_shapes_that_the_model_does_not_take_are_refused(exported, pretended, batches, lengths, message):
@@ -179,7 +179,7 @@ def test_without_a_gpu_the_export_is_done_and_timing_says_why_not(tmp_path, caps
     assert main(["export", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--benchmark"]) == 1
     told = capsys.readouterr()
     assert "12 matrices as 2:4" in told.out
-    assert "needs a CUDA device of compute capability 8.0" in told.err and "the exported file is whole" in told.err
+    assert "needs a CUDA device of compute capability 8.0" in told.err and "the exported file is complete" in told.err
     assert load_semi_structured(tmp_path / "out").dtype == torch.bfloat16
 
 

@@ -83,15 +83,8 @@ def read_journal(folder):
 
 
 def read_search(folder):
-    search = MaskSearch(
-        types.SimpleNamespace(output_dir=str(folder), selection="halving"),
-        None,
-        None,
-        {},
-        None,
-        Processes(),
-        quiet=True,
-    )
+    config = types.SimpleNamespace(output_dir=str(folder), selection="halving")
+    search = MaskSearch(config, None, None, {}, None, Processes(), quiet=True)
     search.recall(100, folder)
     assert all(type(done.step) is int and done.metrics() for done in search.history)
     return {}, "", []  # a table for people: refused or read, no weights depend on it

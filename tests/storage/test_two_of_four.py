@@ -70,7 +70,7 @@ def test_a_single_bad_group_is_named():
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
-        (torch.zeros(32, 32), "has dtype torch.float32, which sparse tensor cores do not take packed"),
+        (torch.zeros(32, 32), "has dtype torch.float32, which cannot be packed for sparse tensor cores"),
         (torch.zeros(32, 770, dtype=torch.float16), r"shape \(32, 770\)"),
         (torch.zeros(33, 64, dtype=torch.float16), "rows must be a multiple of 32 and columns of 32"),
         (torch.zeros(16, 32, dtype=torch.int8), "rows must be a multiple of 16 and columns of 64"),
@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_refused(weight, message):
 
 
 def test_columns_that_make_no_groups_are_named():
-    with pytest.raises(ValueError, match="w has 770 columns, no multiple of 4"):
+    with pytest.raises(ValueError, match="w has 770 columns, not a multiple of 4"):
         check_groups("w", torch.zeros(8, 770))
 
 
