@@ -75,7 +75,7 @@ class Scribe(TrialBench):
     """
 
     def __init__(self, trainer: PruningTrainer, parts: list[Dataset], metric: str) -> None:
-        super().__init__(trainer, trainer._method, parts[0])
+        super().__init__(trainer, trainer._method, parts[0], settings=trainer.args)
         self._parts, self._metric = parts, metric
         self._teachers = [self._logits(trainer.teacher, part) for part in parts]
         self._labels = [torch.tensor(part["label"]) for part in parts]
@@ -112,8 +112,8 @@ class Scribe(TrialBench):
     def _logits(self, model: PreTrainedModel, part: Dataset) -> torch.Tensor:
         model.eval()
         batches = []
-        with self.random_state():
-            for inputs in self._loader(part, 64):
+        with self.sandbox.random_state():
+            for inputs in self.batches.load(part, 64):
                 known = {k: v for k, v in self._trainer._prepare_inputs(inputs).items() if k != "labels"}
                 batches.append(model(**known).logits.float().cpu())
         return torch.cat(batches)
@@ -132,7 +132,7 @@ def input_norms(trainer: PruningTrainer, samples: int = 64) -> dict[str, torch.T
     rows = range(min(8 * samples, len(trainer.train_dataset)))
     trainer.model.eval()
     with torch.no_grad():
-        for inputs in trainer._bench._loader(trainer.train_dataset, 8, rows):
+        for inputs in trainer._bench.batches.load(trainer.train_dataset, 8, rows):
             trainer.model(**trainer._prepare_inputs(inputs))
     for hook in hooks:
         hook.remove()
@@ -222,10 +222,10 @@ def run(job: Job, model, config, options: argparse.Namespace, folder: Path) -> N
     criteria = {**CRITERIA, "activation": Criterion(lambda n, w, _: w.detach().abs().float() * norms[n], (), 5.0)}
     before_cut = {name: weight.detach().clone() for name, weight in trainer._method.weights.items()}
     masks = [cut(trainer, proposal, index, stats, criteria) for index, proposal in enumerate(POOL)]
-    with bench.untouched():
+    with bench.sandbox.untouched():
         for kind, trial, seed, index in tqdm(missing, desc=folder.name, unit="curve"):
             bench.seen = []
-            bench.restore()
+            bench.sandbox.restore()
             trainer._method.set_masks(masks[index])
             if config.refit_rows:
                 bench.refit(before_cut, seed)

@@ -29,8 +29,8 @@ from .methods.hard import HardMasks
 from .methods.pdp import Pdp
 from .search.bench import TrialBench
 from .search.journal import Journal
-from .search.level_best import LevelBest
 from .search.search import MaskSearch
+from .search.weight_files import LevelBest
 from .storage.state import PruningState
 from .surgery.permute_channels import couplings_of, permute_channels
 from .training.checkpoints import PrunedCheckpoints
@@ -109,9 +109,9 @@ class PruningTrainer(PrunedCheckpoints):
         check_engine(args, self, score_fn)
         check_adapter(self.model)
         check_modules(args, self.model)
-        self._given_optimizer = self.optimizer
-        if self._given_optimizer is not None and args.searches and not args.compares_fitted:
-            check_renewable(self._given_optimizer, self.lr_scheduler)
+        self.given_optimizer = self.optimizer
+        if self.given_optimizer is not None and args.searches and not args.compares_fitted:
+            check_renewable(self.given_optimizer, self.lr_scheduler)
         if not self.loss_is_scaled_for_ga:  # else a subclass counts the labels itself
             # BERT-family heads take **kwargs but ignore num_items_in_batch: believing them would scale the loss by the
             # accumulation steps and by the ranks (transformers#47688).
@@ -155,9 +155,16 @@ class PruningTrainer(PrunedCheckpoints):
         self._start = 0.0  # sparsity of the model the run began with
         self._resumed = False  # whether that is known from a checkpoint
         self._method = self.make_method()
-        self._bench = TrialBench(self, self._method, self.selection_dataset)
-        told = Journal(args.output_dir), self._ranks, not self._speaks
-        self._search = MaskSearch(args, self._bench, self._method, self._criteria, *told)
+        self._bench = TrialBench(self, self._method, self.selection_dataset, settings=args)
+        self._search = MaskSearch(
+            args,
+            settings=args,
+            bench=self._bench,
+            criteria=self._criteria,
+            journal=Journal(args.output_dir),
+            processes=self._ranks,
+            quiet=not self._speaks,
+        )
         self._level_best = LevelBest(args.output_dir) if args.level_eval_steps else None
         self._made_by = {**self._fields(), **self._split}
 
@@ -237,15 +244,15 @@ class PruningTrainer(PrunedCheckpoints):
     @property
     def peak_rate(self) -> float:
         """Learning rate of the run before its schedule; of a given optimizer the first above 0."""
-        made = self._given_optimizer is None and self.optimizer_cls_and_kwargs is None
+        made = self.given_optimizer is None and self.optimizer_cls_and_kwargs is None
         if made or self.optimizer is None:
             return self.args.learning_rate
         return first_rate(self.optimizer)
 
     def new_optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
         """A fresh optimizer of the run's own class and parameter groups; the run's own is left alone."""
-        if self._given_optimizer is not None:
-            optimizer = renewed(self._given_optimizer)
+        if self.given_optimizer is not None:
+            optimizer = renewed(self.given_optimizer)
         else:
             kept, self.optimizer = self.optimizer, None
             optimizer, self.optimizer = super().create_optimizer(), kept
@@ -279,9 +286,9 @@ class PruningTrainer(PrunedCheckpoints):
             if self._level_best and self.state.global_step == 0:
                 self._level_best.forget()  # of an earlier run in the same folder
         rungs = [self._search.rungs(self._plan, level) for level in range(len(self._plan.levels))]
-        given = [made for made in (self._given_optimizer, self.lr_scheduler) if made is not None]
-        if self._given_optimizer is not None and any(steps for level in rungs for _, steps in level):
-            check_renewable(self._given_optimizer, self.lr_scheduler)
+        given = [made for made in (self.given_optimizer, self.lr_scheduler) if made is not None]
+        if self.given_optimizer is not None and any(steps for level in rungs for _, steps in level):
+            check_renewable(self.given_optimizer, self.lr_scheduler)
         # Between trials a rank waits for the slowest: ddp_timeout for every hundred steps of one.
         longest = max((steps for level in rungs for _, steps in level), default=0)
         self._ranks.open(args.ddp_timeout * max(1, -(-longest // 100)))

@@ -1,4 +1,4 @@
-"""Which proposals a run compares at every level, and what they read."""
+"""The proposals that a run compares at every level, and the gradient statistics that they need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..masking.scores import Criterion
 
 
 def candidate_pool(config: PruningConfig, criteria: Mapping[str, Criterion]) -> list[Proposal]:
-    """The proposals of every level; those of a soft method are its own mask and random neighbours."""
+    """Return the proposals of every level; for a soft method its own mask and random neighbours of it."""
     if config.soft:
         others = itertools.islice(itertools.cycle(config.sampling_ratios), config.num_candidates - 1)
         return [Proposal(config.method, config.scope), *(Proposal(config.method, config.scope, r) for r in others)]
@@ -27,5 +27,5 @@ def candidate_pool(config: PruningConfig, criteria: Mapping[str, Criterion]) -> 
 
 
 def statistics_needed(config: PruningConfig, criteria: Mapping[str, Criterion]) -> set[str]:
-    """Which gradient statistics the pool reads."""
+    """Return the names of the gradient statistics that the pool reads."""
     return set() if config.soft else gradient_needs(candidate_pool(config, criteria), criteria)

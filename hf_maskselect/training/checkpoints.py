@@ -13,8 +13,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..masking.dtensors import class_name, exchange, part, whole
 from ..masking.targets import prunable_weights
 from ..methods.hard import HardMasks
-from ..search.level_best import LevelBest
 from ..search.search import MaskSearch
+from ..search.weight_files import LevelBest
 from ..storage.models import own_names
 from ..storage.pack import pack
 from ..storage.state import PruningState, load_method_state
