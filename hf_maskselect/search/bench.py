@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import find_batch_size
 
 from ..masking.maskset import MaskSet
 from ..masking.scores import GradientStats
-from ..methods.hard import HardMasks
+from ..methods.base import Method
 from ..surgery.refit import Refit, fittable, refit
 from ..utils.seeds import key_seed
 from .batches import Batches
@@ -67,7 +67,7 @@ class TrialBench:
         settings: the resolved configuration.
     """
 
-    def __init__(self, trainer: BorrowedTrainer, method: HardMasks, held_out: Any, settings: Any) -> None:
+    def __init__(self, trainer: BorrowedTrainer, method: Method, held_out: Any, settings: Any) -> None:
         self._trainer, self.method, self._settings = trainer, method, settings
         loads = settings.needs_selection_split or settings.criterion != "magnitude" or settings.refit_rows > 0
         self.sandbox = Sandbox(trainer, method)

@@ -10,7 +10,6 @@ from ..config import PruningConfig
 from ..masking.maskset import MaskSet
 from ..masking.proposals import propose
 from ..masking.scores import Criterion, GradientStats, StoredStats
-from ..methods.soft import SoftMasks
 from ..utils.processes import deal, deal_to_holders
 from ..utils.seeds import key_seed
 from .bench import TrialBench
@@ -92,8 +91,9 @@ class CandidateMasks:
 
     def _make(self, index: int) -> MaskSet:
         config, record, proposal = self._config, self._record, self._pool[index]
-        if isinstance(self._method, SoftMasks):
-            return self._method.candidate(proposal.ratio, key_seed(config.seed, "votes", record.level, index))
+        learned = self._method.candidate(proposal.ratio, key_seed(config.seed, "votes", record.level, index))
+        if learned is not None:
+            return learned
         return propose(
             proposal,
             index,

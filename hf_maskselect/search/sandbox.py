@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..masking.maskset import MaskSet
-from ..methods.hard import HardMasks
+from ..methods.base import Method
 from .borrowed import BorrowedTrainer
 
 
@@ -25,7 +25,7 @@ class Sandbox:
         method: holds the masks in force.
     """
 
-    def __init__(self, trainer: BorrowedTrainer, method: HardMasks) -> None:
+    def __init__(self, trainer: BorrowedTrainer, method: Method) -> None:
         self._trainer, self._method = trainer, method
         self.saved: dict[str, Tensor] = {}  # weights and buffers at the moment when `untouched` was entered
 

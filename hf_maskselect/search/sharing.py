@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from tqdm.auto import tqdm
 
-from ..methods.hard import HardMasks
+from ..methods.base import Method
 from ..utils.processes import Ranks
 from .results import Candidate
 from .sandbox import Sandbox
@@ -20,7 +20,7 @@ Holders = Mapping[int, Collection[int]]  # candidate -> the processes that can t
 class Team:
     """The processes of a search: an error of one stops all."""
 
-    def __init__(self, processes: Ranks, method: HardMasks) -> None:
+    def __init__(self, processes: Ranks, method: Method) -> None:
         self.processes, self._method = processes, method
 
     def first(self, work: Callable[[], T]) -> T:
