@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers.utils import is_datasets_available
 
-from .borrowed import BorrowedTrainer
+from .borrowed import BorrowedTrainer, Inputs
 
 
 class Batches:
@@ -21,8 +21,8 @@ class Batches:
     Args:
         trainer: owns the data and the collator.
         held_out: the rows that candidates are scored on; None when nothing is chosen.
-        copies: whether any batch will be loaded. Then the collator is copied now, so that the held-out rows look the
-            same at every score although a collator may draw.
+        copies: whether any batch will be loaded. Then the collator, which may draw, is copied now, so that the
+            held-out rows look the same at every score.
 
     Raises:
         ValueError: the collator cannot be copied.
@@ -33,10 +33,7 @@ class Batches:
         self._first_collator = _copy_of(trainer.data_collator, trainer.model) if copies else None
 
     def rows_per_step(self) -> int:
-        """Return the rows of one trial step.
-
-        The default is the rows of a training step, so that the choice does not depend on the number of devices.
-        """
+        """Return the rows of a trial step: by default those of a training step, whatever the number of devices."""
         return self._trainer.args.trial_batch_size or self.rows_of_training()
 
     def rows_of_training(self) -> int:
@@ -50,16 +47,13 @@ class Batches:
         """Return the trial steps of one pass over the train split."""
         return max(1, len(self._trainer.train_dataset) // self.rows_per_step())
 
-    def of_training(self, steps: int) -> Iterator[list[dict[str, Any]]]:
-        """Yield `steps` lists of micro-batches in the order of the trainer's own sampler.
-
-        The micro-batches of one list have `rows_per_step` rows together.
-        """
+    def of_training(self, steps: int) -> Iterator[list[Inputs]]:
+        """Yield the micro-batches of each of `steps` trial steps, in the order of the trainer's own sampler."""
         trainer, rows = self._trainer, self.rows_per_step()
         micro = min(trainer._train_batch_size, rows)
         while True:
             sampler = trainer._get_train_sampler(trainer.train_dataset)
-            group: list[dict[str, Any]] = []
+            group: list[Inputs] = []
             for inputs in self.load(trainer.train_dataset, micro, sampler):
                 group.append(inputs)
                 if len(group) * micro >= rows:
@@ -94,20 +88,14 @@ class Batches:
                 dataset = trainer._remove_unused_columns(dataset, description="search")
             else:
                 collate = trainer._get_collator_with_removed_columns(collate, description="search")
-        return DataLoader(
-            dataset,
-            batch_size=batch_size,
-            sampler=rows,
-            collate_fn=collate,
-            generator=torch.Generator().manual_seed(0),
-        )
+        generator = torch.Generator().manual_seed(0)
+        return DataLoader(dataset, batch_size, sampler=rows, collate_fn=collate, generator=generator)
 
 
 def _copy_of(collator: Callable, model: nn.Module) -> Callable:
-    """Return a deep copy of a collator that shares its models with the original.
+    """Return a deep copy that shares its models: a collator may hold one, to make a decoder's inputs with it.
 
-    A collator may hold the trained model, to make a decoder's inputs with it; the collators of transformers are
-    dataclasses and hold it in a field.
+    Shared are the trained model, and any in a field of a dataclass, as the collators of transformers are.
     """
     values = [getattr(collator, f.name) for f in fields(collator)] if is_dataclass(collator) else []
     shared = [model, *(value for value in values if isinstance(value, nn.Module))]

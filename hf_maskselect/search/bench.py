@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_scheduler, set_seed
 from transformers.trainer_pt_utils import find_batch_size
@@ -20,7 +19,7 @@ from ..methods.base import Method
 from ..surgery.refit import Refit, fittable, refit
 from ..utils.seeds import key_seed
 from .batches import Batches
-from .borrowed import BorrowedTrainer
+from .borrowed import BorrowedTrainer, Inputs
 from .fingerprint import search_fingerprint
 from .sandbox import Sandbox, deterministic
 from .scorer import Scorer
@@ -34,19 +33,12 @@ MOST_POSITIONS = 1 << 14  # tokens of a refit, padding included: all pass throug
 
 @dataclass(frozen=True)
 class Trial:
-    """The length of one trial.
+    """The length of one trial."""
 
-    Args:
-        steps: optimizer steps; 0 scores a mask right after its refit.
-        learning_rate: peak.
-        evaluations: how often the model is scored on the way.
-        before: steps that the weights have been trained already.
-    """
-
-    steps: int
-    learning_rate: float
-    evaluations: int = 1
-    before: int = 0
+    steps: int  # 0 scores a mask right after its refit
+    learning_rate: float  # peak
+    evaluations: int = 1  # how often the model is scored on the way
+    before: int = 0  # steps that the weights have been trained already
 
     @property
     def marks(self) -> set[int]:
@@ -93,8 +85,6 @@ class TrialBench:
         """The device of the model."""
         return self._trainer.args.device
 
-    # -- one trial ---------------------------------------------------------------------------------------------------
-
     def trial(
         self,
         load_masks: Callable[[], MaskSet],
@@ -109,9 +99,9 @@ class TrialBench:
         score is the mean over the last ten (or fewer).
 
         Args:
-            load_masks: loads the masks; nobody else should hold them, so that they need no memory during the trial.
+            load_masks: loads the masks, so that nobody holds them during the trial.
             trial: how long to train.
-            level: the level of the search; it decides the order of the batches.
+            level: decides the order of the batches.
             progress: a bar that each step moves by one, and a trial of no steps by one.
             load_start: loads the weights to start from; by default those of the run, refitted under the masks.
         """
@@ -162,15 +152,13 @@ class TrialBench:
         scaled = self._trainer.loss_is_scaled_for_ga
         return self._trainer.compute_loss_func is not None if scaled is None else scaled
 
-    def _items(self, micro_batches: list[dict[str, Any]]) -> Tensor | int | None:
+    def _items(self, micro_batches: list[Inputs]) -> Tensor | int | None:
         """Count the labels of one step as `Trainer` does; None where the loss does not ask for their number."""
         return self._trainer._get_num_items_in_batch(micro_batches, self.device)
 
-    def _loss(self, inputs: dict[str, Any], items: Tensor | int | None) -> Tensor:
+    def _loss(self, inputs: Inputs, items: Tensor | int | None) -> Tensor:
         trainer = self._trainer
         return trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs), num_items_in_batch=items)
-
-    # -- gradient samples --------------------------------------------------------------------------------------------
 
     def gradient_stats(self, needs: set[str], level: int) -> GradientStats:
         """Return statistics of the label loss over `criterion_batches` small train batches, dropout off.
@@ -186,23 +174,13 @@ class TrialBench:
         with self.sandbox.random_state(), self.sandbox.alone(), deterministic(self.device), stats:
             set_seed(key_seed(args.seed, "gradients", level) % 2**32)  # for a collator that draws
             trainer.model.eval()
-            for inputs in self._load(indices.tolist(), args.criterion_batch_size):
+            for inputs in self.batches.load(trainer.train_dataset, args.criterion_batch_size, indices.tolist()):
                 with trainer.compute_loss_context_manager():
                     stats.sample(self._loss(inputs, self._items([inputs])))
         return stats
 
-    def _load(self, rows: Iterable[int], batch_size: int) -> DataLoader:
-        return self.batches.load(self._trainer.train_dataset, batch_size, rows)
-
-    # -- refits ------------------------------------------------------------------------------------------------------
-
     def refit(self, before: Mapping[str, Tensor], level: int) -> Refit:
-        """Refit the weights that the masks in force keep.
-
-        Args:
-            before: the weights before the cut, by name.
-            level: the level of the search; it decides the rows.
-        """
+        """Refit the weights that the masks in force keep; `before` are all weights before the cut, by name."""
         with self.sandbox.random_state(), deterministic(self.device):
             inputs = self._refit_inputs(level)
             self._trainer.model.eval()
@@ -216,7 +194,7 @@ class TrialBench:
             any_matrix = fittable(self._trainer.model, self.method.weights, inputs)
         return REFIT_COST * find_batch_size(inputs) / self.batches.rows_of_training() if any_matrix else 0.0
 
-    def _refit_inputs(self, level: int) -> dict[str, Any]:
+    def _refit_inputs(self, level: int) -> Inputs:
         """Return one batch of `refit_rows` train rows, without labels; call it inside `random_state`.
 
         There are fewer rows where these have more than `MOST_POSITIONS` tokens.
@@ -225,10 +203,10 @@ class TrialBench:
         order = torch.Generator().manual_seed(key_seed(seed, "refit", level))
         rows = torch.randperm(len(trainer.train_dataset), generator=order)[: self._settings.refit_rows].tolist()
         set_seed(key_seed(seed, "refit", level) % 2**32)  # for a collator that draws
-        (inputs,) = self._load(rows, len(rows))
+        (inputs,) = self.batches.load(trainer.train_dataset, len(rows), rows)
         if "input_ids" in inputs and inputs["input_ids"].numel() > MOST_POSITIONS:
             fewer = max(1, MOST_POSITIONS * len(rows) // inputs["input_ids"].numel())
-            (inputs,) = self._load(rows[:fewer], fewer)
+            (inputs,) = self.batches.load(trainer.train_dataset, fewer, rows[:fewer])
         inputs = trainer.own_inputs(trainer._prepare_inputs(inputs))
         return inputs if self._wants_labels() else {n: v for n, v in inputs.items() if n not in trainer.label_names}
 

@@ -12,41 +12,25 @@ from transformers import PreTrainedModel
 
 from ..config import PruningConfig
 
+Inputs = dict[str, Any]
+
 
 class BorrowedTrainer(Protocol):
     """`PruningTrainer` as the search sees it (its class is in a room above, which this one does not import)."""
 
-    # Of `transformers.Trainer`.
     args: PruningConfig
     model: PreTrainedModel
     train_dataset: Any
     data_collator: Any
-    label_names: list[str]
+    label_names: Any
     label_smoother: Any
-    optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None
-    compute_loss: Callable[..., Any]  # the label loss in eval mode, the training loss in train mode
-    compute_loss_func: Callable[..., Any] | None
-    compute_loss_context_manager: Callable[[], AbstractContextManager]
-    loss_is_scaled_for_ga: bool | None
-    prediction_step: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
-    preprocess_logits_for_metrics: Any
-    compute_metrics: Any
-
-    # Of `PruningTrainer`.
+    optimizer_cls_and_kwargs: Any
     given_optimizer: torch.optim.Optimizer | None
+    compute_loss_func: Callable[..., Any] | None
+    compute_metrics: Any
+    preprocess_logits_for_metrics: Any
+    loss_is_scaled_for_ga: bool | None
     selection_metric: str
-    own_inputs: Callable[..., dict[str, Any]]
-    new_optimizer: Callable[[float], torch.optim.Optimizer]
-    soft_labels: Callable[[dict[str, Any]], Tensor]
-    selection_loss: Callable[[dict[str, Any], Tensor | None], Tensor]
-
-    # Private names of `transformers.Trainer`, all that this room uses: look here first if a new version breaks it.
-    _train_batch_size: int
-    _prepare_inputs: Callable[..., dict[str, Any]]
-    _get_num_items_in_batch: Callable[..., Tensor | int | None]
-    _get_train_sampler: Callable[..., Any]
-    _remove_unused_columns: Callable[..., Any]
-    _get_collator_with_removed_columns: Callable[..., Any]
 
     @property
     def teacher(self) -> PreTrainedModel | None:
@@ -55,3 +39,33 @@ class BorrowedTrainer(Protocol):
     @property
     def peak_rate(self) -> float:
         """Learning rate of the run before its schedule."""
+
+    def new_optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
+        """Return a fresh optimizer of the run's own class."""
+
+    def own_inputs(self, inputs: Inputs) -> Inputs:
+        """Return the inputs of the model, without those of the teacher alone."""
+
+    def compute_loss(self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None):
+        """Return the label loss in eval mode, the training loss in train mode."""
+
+    def compute_loss_context_manager(self) -> AbstractContextManager:
+        """Return the autocast context of the run."""
+
+    def soft_labels(self, inputs: Inputs) -> Tensor:
+        """Return the teacher's logits."""
+
+    def selection_loss(self, inputs: Inputs, soft_labels: Tensor | None) -> Tensor:
+        """Return the loss that candidates are scored by."""
+
+    def prediction_step(self, model: Any, inputs: Inputs, prediction_loss_only: bool) -> tuple[Any, Any, Any]:
+        """Return loss, logits and labels of one batch."""
+
+    # Private names of `transformers.Trainer`, all that this room uses: look here first if a new version breaks it.
+    _train_batch_size: int
+
+    def _prepare_inputs(self, inputs: Any) -> Any: ...
+    def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any: ...
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any: ...
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any: ...
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any: ...

@@ -25,45 +25,46 @@ class CandidateMasks:
     needs a mask which another one has drawn draws it again.
 
     Args:
-        folder: the temporary folder of the search.
-        record: the search; `draw` writes the candidates and the cost of gradient samples into it.
         config, settings: as given by the user, and resolved.
         bench: makes gradient samples, and knows the method whose masks are in force.
         criteria: scores by name.
         team: the processes.
+        folder: the temporary folder of the search.
+        record: the search; `draw` writes the candidates and the cost of gradient samples into it.
     """
 
     def __init__(
         self,
-        folder: Path,
-        record: LevelSearch,
         config: PruningConfig,
         settings: Any,
         bench: TrialBench,
         criteria: Mapping[str, Criterion],
         team: Team,
+        folder: Path,
+        record: LevelSearch,
     ) -> None:
-        self._folder, self._record, self._config, self._settings = folder, record, config, settings
-        self._bench, self._method, self._criteria, self._team = bench, bench.method, criteria, team
+        self._config, self._settings, self._bench, self._criteria = config, settings, bench, criteria
+        self._processes, self._team, self._folder, self._record = team.processes, team, folder, record
         self._pool = candidate_pool(config, criteria)
         self._stats: GradientStats | StoredStats | None = None
         self._holders: dict[int, set[int]] = {index: set() for index in range(len(self._pool))}  # ranks, by candidate
 
     def draw(self) -> None:
-        """Draw every candidate once; a mask that an earlier candidate has already is left out."""
-        processes, record = self._team.processes, self._record
+        """Draw every candidate; leave out a mask that an earlier candidate has already."""
+        count, rank, racing = self._processes.count, self._processes.rank, self._record.candidates
         first = self._team.each(self._draw_first)
-        processes.agree(first.digests, f"the masks drawn for level {record.level + 1}")
+        self._processes.agree(first.digests, f"the masks drawn for level {self._record.level + 1}")
         # Every process has drawn candidate 0, which the others are compared with.
-        mine = [i for i in range(len(self._pool)) if i == 0 or i % processes.count == processes.rank]
-        shares = processes.together(lambda: self._draw_share(mine, first))
-        self._stats = self._stats if isinstance(self._stats, StoredStats) else None  # the gradients need memory
+        mine = [i for i in range(len(self._pool)) if i == 0 or i % count == rank]
+        shares = self._processes.together(lambda: self._draw_share(mine, first))
+        if isinstance(self._stats, GradientStats):  # they need memory, and no mask is drawn again
+            self._stats = None
         for rank, share in enumerate(shares):
             for candidate in share:
                 self._holders[candidate.index].add(rank)
         for candidate in sorted((c for share in shares for c in share), key=lambda c: c.index):
-            if all(candidate.digest != other.digest for other in record.candidates):
-                record.candidates.append(candidate)
+            if all(candidate.digest != other.digest for other in racing):
+                racing.append(candidate)
 
     def _draw_first(self) -> MaskSet:
         """Make the gradient samples that the pool needs, and draw candidate 0."""
@@ -71,7 +72,7 @@ class CandidateMasks:
         needs = statistics_needed(config, self._criteria) if config.criterion_batches else set()
         if needs:
             self._stats = stats = bench.gradient_stats(needs, self._record.level)
-            if self._team.processes.count > 1 and len(self._pool) > 1:  # masks may have to be drawn again
+            if self._processes.count > 1 and len(self._pool) > 1:  # masks may have to be drawn again
                 path = self._folder / "statistics.safetensors"
                 stats.save(path)
                 self._stats = StoredStats(path, bench.device)
@@ -90,41 +91,37 @@ class CandidateMasks:
         return drawn
 
     def _make(self, index: int) -> MaskSet:
-        config, record, proposal = self._config, self._record, self._pool[index]
-        learned = self._method.candidate(proposal.ratio, key_seed(config.seed, "votes", record.level, index))
+        method, record, proposal, seed = self._bench.method, self._record, self._pool[index], self._config.seed
+        learned = method.candidate(proposal.ratio, key_seed(seed, "votes", record.level, index))
         if learned is not None:
             return learned
         return propose(
             proposal,
             index,
-            weights=self._method.weights,
+            weights=method.weights,
             stats=self._stats,
-            masks=self._method.masks,
+            masks=method.masks,
             sparsity=record.sparsity,
             level=record.level,
-            seed=config.seed,
+            seed=seed,
             pattern=self._settings.mask_pattern,
             criteria=self._criteria,
         )
 
-    def deal(self, candidates: Sequence[Candidate], able: Holders | None = None) -> list[list[Candidate]]:
+    def deal(self, candidates: Sequence[Candidate], able: Holders | None) -> list[list[Candidate]]:
         """Return the share of each process, and draw the masks that this process lacks for its own.
 
-        Args:
-            candidates: those to try.
-            able: the processes that can try each; by default any, and those that hold its mask come first.
+        `able` are the processes that can try each candidate; None allows any, and prefers those that hold its mask.
         """
-        by_index, processes = {c.index: c for c in candidates}, self._team.processes
-        if able is None:
-            shares = deal(list(by_index), self._holders, processes.count)
-        else:
-            shares = deal_to_holders(list(by_index), able, processes.count)
-        mine = [by_index[index] for index in shares[processes.rank]]
-        self._team.each(lambda: self._hold(mine))  # now, since trials change the model
+        by_index, count = {c.index: c for c in candidates}, self._processes.count
+        work = list(by_index)
+        shares = deal(work, self._holders, count) if able is None else deal_to_holders(work, able, count)
+        dealt = [[by_index[index] for index in share] for share in shares]
+        self._team.each(lambda: self._hold(dealt[self._processes.rank]))  # now, since trials change the model
         for rank, share in enumerate(shares):
             for index in share:
                 self._holders[index].add(rank)
-        return [[by_index[index] for index in share] for share in shares]
+        return dealt
 
     def take(self, winner: Candidate) -> MaskSet:
         """Return the winner's masks, on all processes."""
@@ -148,8 +145,8 @@ class CandidateMasks:
             if masks.digest() != candidate.digest:
                 raise RuntimeError(
                     f"candidate {candidate.index} of level {self._record.level + 1} is another mask on rank "
-                    f"{self._team.processes.rank} than on rank {min(self._holders[candidate.index])}: start all ranks "
-                    "on the same kind of device, with the same number of threads"
+                    f"{self._processes.rank} than on rank {min(self._holders[candidate.index])}: start all ranks on "
+                    "the same kind of device, with the same number of threads"
                 )
             masks.save(self._path(candidate))
 

@@ -5,24 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..utils.files import read_json, write_json
 from .race import ScoreAll
 from .results import Candidate
-from .sharing import SharedTrials, Team
+from .sharing import Team, Trials
 
 JOURNAL_FILE = "_search-journal.json"  # uploads to the Hub leave out what begins with an underscore
 
 
 class Journal:
-    """Scores of finished trials on disk, by search. Only rank 0 uses it.
+    """Scores of finished trials in a file in `folder`, by search. Only rank 0 uses it.
 
     The key of a search covers everything that its scores depend on; a trial is identified by the digest of its masks
     and its length. All searches of a run stay until it ends: a run that resumes before a level whose mask was already
     chosen finds the whole search here.
-
-    Args:
-        folder: the folder of the file.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
@@ -30,14 +28,14 @@ class Journal:
         self._searches: dict[str, dict[str, float]] = {}
 
     def open(self, key: str) -> None:
-        """Read the file and continue, or begin, the search `key`.
+        """Continue, or begin, the search `key`.
 
         Raises:
             ValueError: the file is damaged.
         """
         remedy = "delete it, and its trials are repeated"
-        self._searches = read_json(self._path, remedy) if self._path.is_file() else {}
-        self._scores = self._searches.setdefault(key, {})
+        searches: Any = read_json(self._path, remedy) if self._path.is_file() else {}
+        self._searches, self._scores = searches, searches.setdefault(key, {})
 
     def find(self, digest: str, steps: int) -> float | None:
         """Return the score of a finished trial, or None."""
@@ -54,7 +52,7 @@ class Journal:
         self._path.unlink(missing_ok=True)
 
 
-def journaled(trials: SharedTrials, journal: Journal, team: Team) -> ScoreAll:
+def journaled(trials: Trials, journal: Journal, team: Team) -> ScoreAll:
     """Wrap `trials`: skip those that the journal holds, and write down every new score as soon as it is there."""
 
     def score_all(candidates: Sequence[Candidate], steps: int) -> dict[int, float]:

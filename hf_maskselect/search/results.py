@@ -21,26 +21,15 @@ def order_of(score: float, index: int) -> tuple[float, int]:
 
 @dataclass
 class Candidate:
-    """One candidate mask of a level.
+    """One candidate mask of a level, a row of the table."""
 
-    Args:
-        index: 0 is the deterministic mask.
-        proposal: how it was drawn.
-        ratio: draws of votes per removed weight; None without votes.
-        overlap: share of its kept weights that candidate 0 keeps too.
-        digest: of its masks.
-        scores: one a rung, lower is better.
-        steps: of all its trials.
-        chosen: whether it won.
-    """
-
-    index: int
+    index: int  # 0 is the deterministic mask
     proposal: str
-    ratio: float | None
-    overlap: float
+    ratio: float | None  # draws of votes per removed weight
+    overlap: float  # share of its kept weights that candidate 0 keeps too
     digest: str
-    scores: list[float] = field(default_factory=list)
-    steps: int = 0
+    scores: list[float] = field(default_factory=list)  # one a rung, lower is better
+    steps: int = 0  # of all its trials
     chosen: bool = False
 
     @property
@@ -51,27 +40,16 @@ class Candidate:
 
 @dataclass
 class LevelSearch:
-    """The search of one level.
-
-    Args:
-        level: from 0.
-        sparsity: of its masks.
-        step: the optimizer step before which it ran.
-        candidates: without those whose mask an earlier one has.
-        step_equivalents: cost of all processes together, in training steps (by rows; a forward pass is a third).
-        seconds: by the clock.
-        cut_error, refit_error: mean error of the matrices' outputs under the chosen masks, before and after the
-            refit, as a share of their variance; None without a refit.
-    """
+    """The search of one level."""
 
     level: int
     sparsity: float
-    step: int
-    candidates: list[Candidate]
-    step_equivalents: float = 0.0
+    step: int  # the optimizer step before which it ran
+    candidates: list[Candidate]  # without those whose mask an earlier one has
+    step_equivalents: float = 0.0  # cost of all processes, in training steps (by rows; a forward pass is a third)
     seconds: float = 0.0
-    cut_error: float | None = None
-    refit_error: float | None = None
+    cut_error: float | None = None  # mean error of the matrices' outputs after the cut, as a share of their variance
+    refit_error: float | None = None  # and after the refit
 
     def metrics(self) -> dict[str, float]:
         """Return the `search_*` values that are logged."""

@@ -18,12 +18,7 @@ from .borrowed import BorrowedTrainer
 
 
 class Sandbox:
-    """Saves and restores weights, masks, random states and settings of a run.
-
-    Args:
-        trainer: owns the model, which must not be wrapped.
-        method: holds the masks in force.
-    """
+    """Restores the weights, masks, random states and settings of a run after trials on its unwrapped model."""
 
     def __init__(self, trainer: BorrowedTrainer, method: Method) -> None:
         self._trainer, self._method = trainer, method
@@ -31,10 +26,7 @@ class Sandbox:
 
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
-        """Let weights, masks and random states change inside, and restore them on leaving.
-
-        Costs one copy of the trained weights.
-        """
+        """Restore weights, masks and random states on leaving; costs one copy of the trained weights."""
         masked = self._method.weights.keys()  # frozen weights too
         changed = {n: p for n, p in self._parameters() if p.requires_grad or n in masked}
         self.saved = {n: t.detach().clone() for n, t in (*changed.items(), *self._trainer.model.named_buffers())}

@@ -48,13 +48,9 @@ def search_rungs(
 ) -> list[tuple[int, int]]:
     """Return (candidates, steps) of each rung at a level: one rung of 0 steps if masks are scored after refit.
 
-    Args:
-        config: the number of candidates and the kind of selection; the list is empty when nothing is chosen.
-        plan: the length of the level.
-        level: from 0.
-        epoch: trial steps of one pass over the train split.
-        refits: whether any matrix can be refitted. If none can, trials train, since masks right after the cut score
-            too much alike; `trial_steps=0` is obeyed in any case.
+    The list is empty when nothing is chosen. `epoch` is its length in trial steps, `refits` whether any matrix can be
+    refitted. If none can, trials train, since masks right after the cut score too much alike, unless `trial_steps` is
+    0.
     """
     if not config.searches:
         return []

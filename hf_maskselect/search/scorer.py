@@ -12,7 +12,7 @@ from transformers.trainer_pt_utils import find_batch_size, nested_concat, nested
 from ..fields.rules import SELECTION_LOSSES
 from ..utils.seeds import key_seed
 from .batches import Batches
-from .borrowed import BorrowedTrainer
+from .borrowed import BorrowedTrainer, Inputs
 from .sandbox import Sandbox
 
 MOST_SOFT_LABELS = 1 << 24  # soft labels of the teacher are kept if they are at most so many numbers
@@ -79,7 +79,7 @@ class Scorer:
             )
         return metrics[metric]
 
-    def _soft_labels_of(self, batch: int, inputs: dict[str, Any], rows: int) -> Tensor:
+    def _soft_labels_of(self, batch: int, inputs: Inputs, rows: int) -> Tensor:
         """Return the teacher's logits on a batch; keep them, unless they are large (those of a language model)."""
         if batch < len(self._soft_labels):
             return self._soft_labels[batch].to(self._trainer.args.device)
@@ -93,8 +93,7 @@ class Scorer:
 
     def steps_of_score(self) -> float:
         """Return the cost of one `score` in training steps (a forward pass is a third of forward and backward)."""
-        passes = 1 if self._keeps_soft_labels else 2
-        return passes * self._steps_of_pass()
+        return self._steps_of_pass() * (1 if self._keeps_soft_labels else 2)
 
     def steps_of_teaching(self) -> float:
         """Return the cost of the soft labels that are kept, which are computed once a run."""

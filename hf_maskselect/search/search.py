@@ -31,7 +31,7 @@ from .journal import Journal, journaled
 from .race import ScoreAll, race
 from .results import SEARCH_FILE, Candidate, LevelSearch, read_searches, write_searches
 from .schedule import search_rungs
-from .sharing import SharedTrials, Team
+from .sharing import Team, Trials, shared_trials
 from .weight_files import BestRefit, RefitErrors
 
 logger = logging.get_logger(__name__)
@@ -68,6 +68,7 @@ class MaskSearch:
         self._journal, self._quiet, self._team = journal, quiet, Team(processes, bench.method)
         self._output_dir = Path(config.output_dir or "")
         self._continued = ContinuedTrials(self._output_dir, self._team)
+        self._continues = config.selection == "survivors"
         self.history: list[LevelSearch] = []
         self.adopted: float | None = None  # score of the trained weights that the last choice put into the model
         self._refits: bool | None = None  # whether any matrix can be refitted; None until it is tried
@@ -90,11 +91,8 @@ class MaskSearch:
         record = LevelSearch(level, plan.levels[level], step, [])
         self._output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=_FOLDER, dir=self._output_dir) as name:
-            folder = Path(name)
-            candidates = CandidateMasks(
-                folder, record, self._config, self._settings, self._bench, self._criteria, self._team
-            )
-            best_refit = BestRefit(folder)
+            folder, shared = Path(name), (self._config, self._settings, self._bench, self._criteria, self._team)
+            candidates, best_refit = CandidateMasks(*shared, folder, record), BestRefit(folder)
             candidates.draw()
             winner = record.candidates[0]
             if len(record.candidates) > 1:
@@ -108,16 +106,11 @@ class MaskSearch:
         self.history.append(record)
         return masks
 
-    # -- the race ----------------------------------------------------------------------------------------------------
-
     def _race(
         self, record: LevelSearch, plan: LevelPlan, candidates: CandidateMasks, best_refit: BestRefit
     ) -> Candidate:
         """Let the candidates race and return the winner."""
-        bench, rungs, level = self._bench, self.rungs(plan, record.level), record.level
-        # Fewer than planned may race: the same mask is tried once.
-        work = sum(min(count, len(record.candidates)) * max(steps, 1) for count, steps in rungs)
-        title = f"mask search, level {level + 1}/{len(plan.levels)}"
+        bench, level, rungs = self._bench, record.level, self.rungs(plan, record.level)
 
         def score_one(candidate: Candidate, steps: int) -> float:
             bar.set_postfix_str(candidate.proposal)
@@ -127,58 +120,54 @@ class MaskSearch:
             if self._continues:
                 self._continued.keep(candidate, steps, score, bench.sandbox.trained())
             elif not steps and bench.last_refit is not None:
-                refitted = bench.sandbox.of_layers(bench.last_refit.fitted)
-                best_refit.offer(candidate.index, score, bench.last_refit, refitted)
+                weights = bench.sandbox.of_layers(bench.last_refit.fitted)
+                best_refit.offer(candidate.index, score, bench.last_refit, weights)
             return score
 
+        # Fewer than planned may race: equal masks are tried once.
+        work = sum(min(count, len(record.candidates)) * max(steps, 1) for count, steps in rungs)
+        title = f"mask search, level {level + 1}/{len(plan.levels)}"
         with tqdm(total=work, desc=title, leave=False, disable=self._quiet) as bar:
-            trials = SharedTrials(self._team, bench.sandbox, candidates.deal, score_one, bar)
-            winner = race(record.candidates, rungs, self._counted(self._remembered(trials, level, rungs), record, bar))
+            trials = shared_trials(self._team, bench.sandbox, candidates.deal, score_one, bar)
+            remembered = self._remembered(trials, level, rungs)
+            winner = race(record.candidates, rungs, self._counted(remembered, record, bar))
         if not any(len(done.candidates) > 1 for done in self.history):  # the first race
             record.step_equivalents += bench.scorer.steps_of_teaching()
         return winner
 
-    @property
-    def _continues(self) -> bool:
-        """Whether trials go on from the weights that earlier rungs have trained."""
-        return self._config.selection == "survivors"
-
     def _trial(self, candidate: Candidate, steps: int) -> Trial:
         config, early = self._config, self._config.selection == "early"
         rate = config.trial_learning_rate or self._bench.peak_rate * (4 if early else 1)
-        before = candidate.steps if self._continues else 0
-        return Trial(steps, rate, min(EARLY_EVALUATIONS if early else 1, max(steps, 1)), before)
+        evaluations = min(EARLY_EVALUATIONS if early else 1, max(steps, 1))
+        return Trial(steps, rate, evaluations, before=candidate.steps if self._continues else 0)
 
-    def _remembered(self, trials: SharedTrials, level: int, rungs: list[tuple[int, int]]) -> ScoreAll:
+    def _remembered(self, trials: Trials, level: int, rungs: list[tuple[int, int]]) -> ScoreAll:
         """Wrap `trials` so that those which a killed run has finished are not repeated."""
+        fingerprint, first = self._bench.fingerprint, self._team.first
         if not self._continues:
-            self._team.first(lambda: self._journal.open(self._bench.fingerprint(level)))
+            first(lambda: self._journal.open(fingerprint(level)))
             return journaled(trials, self._journal, self._team)
-        text = self._team.first(lambda: f"{self._bench.fingerprint(level)} {rungs}")
-        self._team.processes.together(lambda: self._continued.open(hashlib.sha256(text.encode()).hexdigest()))
+        key = first(lambda: hashlib.sha256(f"{fingerprint(level)} {rungs}".encode()).hexdigest())
+        self._team.processes.together(lambda: self._continued.open(key))
         return self._continued.remembered(trials)
 
     def _counted(self, score_all: ScoreAll, record: LevelSearch, bar: tqdm) -> ScoreAll:
-        """Wrap `score_all` so that the cost of each rung is recorded, and trials of a killed run are in the bar."""
-        bench = self._bench
-        refit = bench.steps_of_refit(record.level) if self._settings.refit_rows else 0.0
-        done = 0
+        """Wrap `score_all` so that the record has its cost, and the bar the trials that are not repeated."""
+        batches, scorer, done = self._bench.batches, self._bench.scorer, 0
+        refit = self._bench.steps_of_refit(record.level) if self._settings.refit_rows else 0.0
 
         def counted(candidates: Sequence[Candidate], steps: int) -> Mapping[int, float]:
             nonlocal done
-            scores = score_all(candidates, steps)
-            trial = self._trial(candidates[0], steps)
-            trained = steps * bench.batches.rows_per_step() / bench.batches.rows_of_training()
+            scores, trial = score_all(candidates, steps), self._trial(candidates[0], steps)
+            trained = steps * batches.rows_per_step() / batches.rows_of_training()
+            cost = (0.0 if trial.before else refit) + trained + trial.evaluations * scorer.steps_of_score()
             for _ in candidates:
-                scored = trial.evaluations * bench.scorer.steps_of_score()
-                record.step_equivalents += (0.0 if trial.before else refit) + trained + scored
+                record.step_equivalents += cost
             done += max(steps, 1) * len(candidates)
             bar.update(done - bar.n)
             return scores
 
         return counted
-
-    # -- the winner --------------------------------------------------------------------------------------------------
 
     def _adopt(self, winner: Candidate) -> bool:
         """Load what the winner has trained into the model; return False if there is nothing, or it diverged."""
@@ -196,21 +185,20 @@ class MaskSearch:
         """
         bench, method, team = self._bench, self._bench.method, self._team
         scored_after_refit = bool(winner.scores) and winner.steps == 0
-        kept = team.processes.together(lambda: best_refit.find(winner.index)) if scored_after_refit else [None]
-        errors = next((errors for errors in kept if errors is not None), None)
+        kept = team.processes.together(lambda: best_refit.find(winner.index)) if scored_after_refit else []
+        source, errors = next(((rank, errors) for rank, errors in enumerate(kept) if errors is not None), (0, None))
         if errors is not None:
             method.set_masks(masks)
-            weights = team.share(best_refit.load, kept.index(errors))
+            weights = team.share(best_refit.load, source)
         else:
 
-            def cut() -> Refit:
+            def cut_and_refit() -> Refit:
                 before = {name: weight.detach().clone() for name, weight in method.weights.items()}
                 method.set_masks(masks)
                 return bench.refit(before, record.level)
 
-            done = team.each(cut)
-            errors = RefitErrors.of(done)
-            weights = team.share(lambda: bench.sandbox.of_layers(done.fitted), 0)
+            done = team.each(cut_and_refit)
+            errors, weights = RefitErrors.of(done), team.share(lambda: bench.sandbox.of_layers(done.fitted), source)
         bench.sandbox.put(weights)
         if errors.matrices:
             record.cut_error, record.refit_error = errors.cut, errors.refit

@@ -15,6 +15,8 @@ from .sandbox import Sandbox
 
 T = TypeVar("T")
 Holders = Mapping[int, Collection[int]]  # candidate -> the processes that can try it
+# (candidates, steps, on_scores=..., able=...) -> scores by index: what `shared_trials` makes and the memories wrap.
+Trials = Callable[..., dict[int, float]]
 
 
 class Team:
@@ -45,48 +47,40 @@ class Team:
         return self.processes.share(tensors, source)
 
 
-class SharedTrials:
-    """Scores candidates on all processes: each tries its share, and after every trial all learn the scores.
+def shared_trials(
+    team: Team,
+    sandbox: Sandbox,
+    deal: Callable[[Sequence[Candidate], Holders | None], list[list[Candidate]]],
+    score_one: Callable[[Candidate, int], float],
+    progress: tqdm,
+) -> Trials:
+    """Make a function that scores candidates on all processes; after every trial all learn the scores.
 
     Args:
-        team: the processes.
-        sandbox: restores the run after the trials.
+        team, sandbox: the processes, and what restores the run after the trials.
         deal: candidates, and who can try them (None: any process) -> the share of each process, masks at hand.
-        score_one: tries one candidate for some steps on this process.
-        progress: a bar, moved by what the other processes have done.
+        score_one: tries a candidate for some steps on this process.
+        progress: a bar, moved here by the trials of other processes.
     """
 
-    def __init__(
-        self,
-        team: Team,
-        sandbox: Sandbox,
-        deal: Callable[[Sequence[Candidate], Holders | None], list[list[Candidate]]],
-        score_one: Callable[[Candidate, int], float],
-        progress: tqdm,
-    ) -> None:
-        self._team, self._sandbox, self._deal = team, sandbox, deal
-        self._score_one, self._progress = score_one, progress
+    def try_own(candidates: Sequence[Candidate], steps: int) -> list[tuple[int, float]]:
+        return [(candidate.index, score_one(candidate, steps)) for candidate in candidates]
 
-    def __call__(
-        self,
+    def score_all(
         candidates: Sequence[Candidate],
         steps: int,
-        on_scores: Callable[[Mapping[int, float]], None] | None = None,
+        on_scores: Callable[[Mapping[int, float]], None] = lambda scores: None,
         able: Holders | None = None,
     ) -> dict[int, float]:
-        """Return the scores by index; `on_scores` gets those of each turn as soon as they are there."""
-        shares = self._deal(candidates, able)
-        mine, scores = shares[self._team.processes.rank], {}
-        with self._sandbox.untouched():
+        shares, scores = deal(candidates, able), dict[int, float]()
+        with sandbox.untouched():
             for turn in range(max(map(len, shares))):
-                own = mine[turn : turn + 1]
-                results = self._team.processes.together(functools.partial(self._score, own, steps))
+                own = shares[team.processes.rank][turn : turn + 1]
+                results = team.processes.together(functools.partial(try_own, own, steps))
                 finished = {index: score for result in results for index, score in result}
                 scores |= finished
-                self._progress.update(max(steps, 1) * (len(finished) - len(own)))
-                if on_scores is not None:
-                    on_scores(finished)
+                progress.update(max(steps, 1) * (len(finished) - len(own)))
+                on_scores(finished)
         return scores
 
-    def _score(self, candidates: Sequence[Candidate], steps: int) -> list[tuple[int, float]]:
-        return [(candidate.index, self._score_one(candidate, steps)) for candidate in candidates]
+    return score_all

@@ -22,21 +22,18 @@ from .results import order_of
 
 
 class WeightStore:
-    """Safetensors files of weights in one folder, each written in one rename and checked when it is read.
+    """Safetensors files of weights in `folder`, each written in one rename and checked when it is read.
 
-    The header of a file holds text fields of its user, a digest of the weights and a checksum of the header.
-
-    Args:
-        folder: made when the first file is written.
-        remedy: how to mend a damaged file; error messages end with it.
+    The header of a file holds text fields of its user, a digest of the weights and a checksum of the header. The
+    errors of damaged files end with `remedy`.
     """
 
     def __init__(self, folder: str | os.PathLike, remedy: str) -> None:
-        self.folder, self._remedy = Path(folder), remedy
+        self._folder, self._remedy = Path(folder), remedy
 
     def path(self, name: str) -> Path:
         """Return the path of the file `name`."""
-        return self.folder / f"{name}.safetensors"
+        return self._folder / f"{name}.safetensors"
 
     def header(self, name: str) -> dict[str, str]:
         """Return the fields of a file's header; empty without a file.
@@ -73,7 +70,7 @@ class WeightStore:
 
     def write(self, name: str, weights: Mapping[str, Tensor], fields: Mapping[str, str]) -> None:
         """Write weights and header fields, in place of an earlier file of that name."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         contiguous = {n: weight.detach().contiguous() for n, weight in weights.items()}
         header = {**fields, "weights": weights_digest(contiguous)}
         with replacing(self.path(name)) as temporary:
@@ -81,18 +78,16 @@ class WeightStore:
 
 
 class LevelBest:
-    """The best trained weights and buffers of the current level, by the held-out rows.
+    """The best trained weights and buffers of the current level, by their score on the held-out rows.
 
-    They are on disk, so that they need no memory and a resumed run knows the level's best so far.
-
-    Args:
-        folder: the output folder of the run.
+    They are on disk in `folder`, so that they need no memory and a resumed run knows the level's best so far.
     """
 
     NAME = "_level_best"
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self._store = WeightStore(folder, "restore it, or resume from another checkpoint")
+        self._path = self._store.path(self.NAME)
 
     def consider(self, level: int, score: float, model: nn.Module) -> bool:
         """Keep the weights if `score` (lower is better) beats the level's best so far; return whether it did."""
@@ -101,10 +96,10 @@ class LevelBest:
         best = self._store.header(self.NAME)
         if best.get("level") == str(level) and float(best["score"]) <= score:
             return False
-        weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        weights: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         # Copies: buffers may share memory, which the file format cannot express.
-        buffers = {n: b.detach().clone(memory_format=torch.contiguous_format) for n, b in model.named_buffers()}
-        self._store.write(self.NAME, {**weights, **buffers}, {"level": str(level), "score": repr(score)})
+        weights |= {n: b.detach().clone(memory_format=torch.contiguous_format) for n, b in model.named_buffers()}
+        self._store.write(self.NAME, weights, {"level": str(level), "score": repr(score)})
         return True
 
     @torch.no_grad()
@@ -122,28 +117,23 @@ class LevelBest:
 
     def copy_to(self, folder: str | os.PathLike) -> None:
         """Copy the file into a checkpoint, so that a run resumed from there knows the level's best so far."""
-        path = self._store.path(self.NAME)
-        if path.is_file():
-            shutil.copyfile(path, Path(folder) / path.name)
+        if self._path.is_file():
+            shutil.copyfile(self._path, Path(folder) / self._path.name)
 
     def copy_from(self, folder: str | os.PathLike) -> None:
         """Take the file of a checkpoint in place of the present one."""
         self.forget()
-        path = self._store.path(self.NAME)
-        if (Path(folder) / path.name).is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(Path(folder) / path.name, path)
+        if (Path(folder) / self._path.name).is_file():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(folder) / self._path.name, self._path)
 
     def forget(self) -> None:
         """Remove the file: the level is over."""
-        self._store.path(self.NAME).unlink(missing_ok=True)
+        self._path.unlink(missing_ok=True)
 
 
 class RefitErrors(NamedTuple):
-    """Mean errors of the matrices' outputs after the cut and after the refit, as shares of their variance.
-
-    matrices: how many were refitted.
-    """
+    """Mean errors of matrices' outputs after cut and refit (shares of their variance); how many were refitted."""
 
     cut: float
     refit: float
@@ -158,8 +148,7 @@ class RefitErrors(NamedTuple):
 class BestRefit:
     """The refitted weights of the best candidate that this process has tried, so that the winner's refit is reused.
 
-    Args:
-        folder: the temporary folder of the search.
+    They are in `folder`, the temporary folder of the search.
     """
 
     NAME = "fit"
@@ -176,10 +165,7 @@ class BestRefit:
 
     def find(self, index: int) -> RefitErrors | None:
         """Return the errors of candidate `index` if its refit is kept here, else None."""
-        fields = self._store.header(self.NAME)
-        if not fields:
-            return None
-        kept, *errors = json.loads(fields["fit"])
+        kept, *errors = json.loads(self._store.header(self.NAME).get("fit", "[null]"))
         return RefitErrors(*errors) if kept == index else None
 
     def load(self) -> dict[str, Tensor]:
