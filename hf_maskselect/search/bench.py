@@ -56,11 +56,11 @@ class TrialBench:
         trainer: lends its model, losses, data and optimizer class.
         method: holds the masks in force.
         held_out: the rows that candidates are scored on; None when nothing is chosen.
-        settings: the resolved configuration.
     """
 
-    def __init__(self, trainer: BorrowedTrainer, method: Method, held_out: Any, settings: Any) -> None:
-        self._trainer, self.method, self._settings = trainer, method, settings
+    def __init__(self, trainer: BorrowedTrainer, method: Method, held_out: Any) -> None:
+        self._trainer, self.method, self._settings = trainer, method, trainer.args.resolved()
+        settings = self._settings
         loads = settings.needs_selection_split or settings.criterion != "magnitude" or settings.refit_rows > 0
         self.sandbox = Sandbox(trainer, method)
         self.batches = Batches(trainer, held_out, copies=loads)
@@ -76,8 +76,8 @@ class TrialBench:
         return search_fingerprint(self._trainer, self.sandbox, self.batches, level)
 
     @property
-    def peak_rate(self) -> float:
-        """Learning rate of the run before its schedule."""
+    def peak_rate(self) -> float | None:
+        """Learning rate of the run before its schedule; None where its optimizer has none."""
         return self._trainer.peak_rate
 
     @property

@@ -25,7 +25,7 @@ class BorrowedTrainer(Protocol):
     label_names: Any
     label_smoother: Any
     optimizer_cls_and_kwargs: Any
-    given_optimizer: torch.optim.Optimizer | None
+    given_optimizer: Any  # None where the trainer makes its own
     compute_loss_func: Callable[..., Any] | None
     compute_metrics: Any
     preprocess_logits_for_metrics: Any
@@ -37,7 +37,7 @@ class BorrowedTrainer(Protocol):
         """The frozen model that is distilled from."""
 
     @property
-    def peak_rate(self) -> float:
+    def peak_rate(self) -> float | None:
         """Learning rate of the run before its schedule."""
 
     def new_optimizer(self, learning_rate: float) -> torch.optim.Optimizer:

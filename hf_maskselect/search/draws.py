@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..config import PruningConfig
 from ..masking.maskset import MaskSet
@@ -25,7 +24,7 @@ class CandidateMasks:
     needs a mask which another one has drawn draws it again.
 
     Args:
-        config, settings: as given by the user, and resolved.
+        config: the arguments of the run.
         bench: makes gradient samples, and knows the method whose masks are in force.
         criteria: scores by name.
         team: the processes.
@@ -36,14 +35,13 @@ class CandidateMasks:
     def __init__(
         self,
         config: PruningConfig,
-        settings: Any,
         bench: TrialBench,
         criteria: Mapping[str, Criterion],
         team: Team,
         folder: Path,
         record: LevelSearch,
     ) -> None:
-        self._config, self._settings, self._bench, self._criteria = config, settings, bench, criteria
+        self._config, self._bench, self._criteria = config, bench, criteria
         self._processes, self._team, self._folder, self._record = team.processes, team, folder, record
         self._pool = candidate_pool(config, criteria)
         self._stats: GradientStats | StoredStats | None = None
@@ -104,7 +102,7 @@ class CandidateMasks:
             sparsity=record.sparsity,
             level=record.level,
             seed=seed,
-            pattern=self._settings.mask_pattern,
+            pattern=self._config.resolved().pattern,
             criteria=self._criteria,
         )
 

@@ -27,7 +27,7 @@ _IRRELEVANT |= {"architectures", "dtype", "problem_type"}  # the first save or f
 
 def search_fingerprint(trainer: BorrowedTrainer, sandbox: Sandbox, batches: Batches, level: int) -> str:
     """Return the SHA-256 of weights, teacher, arguments, optimizer and samples of the data."""
-    facts = _relevant(trainer.args.to_dict())
+    facts = _relevant({**trainer.args.to_dict(), **trainer.args.resolved().record()})
     facts |= {"level": level, "metric": trainer.selection_metric}
     facts |= {"rows": [len(trainer.train_dataset), len(batches.held_out)]}
     facts |= {"step": [trainer._train_batch_size, batches.rows_per_step()]}

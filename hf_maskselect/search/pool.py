@@ -12,14 +12,15 @@ from ..masking.scores import Criterion
 
 def candidate_pool(config: PruningConfig, criteria: Mapping[str, Criterion]) -> list[Proposal]:
     """Return the proposals of every level; for a soft method its own mask and random neighbours of it."""
-    if config.soft:
-        others = itertools.islice(itertools.cycle(config.sampling_ratios), config.num_candidates - 1)
-        return [Proposal(config.method, config.scope), *(Proposal(config.method, config.scope, r) for r in others)]
+    settings = config.resolved()
+    if settings.soft:
+        others = itertools.islice(itertools.cycle(config.sampling_ratios), settings.num_candidates - 1)
+        return [Proposal(settings.method, settings.scope, ratio) for ratio in (None, *others)]
     return proposal_pool(
-        config.proposals,
-        "score_fn" if "score_fn" in criteria else config.criterion,
-        config.scope,
-        config.num_candidates,
+        settings.proposals,
+        "score_fn" if "score_fn" in criteria else settings.criterion,
+        settings.scope,
+        settings.num_candidates,
         config.sampling_ratios,
         criteria,
         layer_only=config.pattern != "unstructured",
@@ -28,4 +29,4 @@ def candidate_pool(config: PruningConfig, criteria: Mapping[str, Criterion]) -> 
 
 def statistics_needed(config: PruningConfig, criteria: Mapping[str, Criterion]) -> set[str]:
     """Return the names of the gradient statistics that the pool reads."""
-    return set() if config.soft else gradient_needs(candidate_pool(config, criteria), criteria)
+    return set() if config.resolved().soft else gradient_needs(candidate_pool(config, criteria), criteria)

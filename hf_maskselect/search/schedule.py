@@ -52,18 +52,20 @@ def search_rungs(
     refitted. If none can, trials train, since masks right after the cut score too much alike, unless `trial_steps` is
     0.
     """
-    if not config.searches:
+    settings = config.resolved()
+    candidates = settings.num_candidates
+    if not settings.searches:
         return []
-    if config.compares_fitted and (refits or config.trial_steps == 0):
-        return [(config.num_candidates, 0)]
+    if settings.scores_after_refit and (refits or config.trial_steps == 0):
+        return [(candidates, 0)]
     if config.selection == "early":
-        return [(config.num_candidates, config.trial_steps or min(epoch, plan.length(level)))]
+        return [(candidates, config.trial_steps or min(epoch, plan.length(level)))]
     if config.selection == "survivors":
         length = plan.length(level)
         first = config.trial_steps or max(-(-length // 8), min(SHORTEST_TRIAL, -(-length // 2)))
-        return survivor_rungs(config.num_candidates, first, max(length // 2, first))
+        return survivor_rungs(candidates, first, max(length // 2, first))
     first = config.trial_steps or -(-plan.length(level) // 3)
-    return halving_rungs(config.num_candidates, first, max(plan.length(level), first))
+    return halving_rungs(candidates, first, max(plan.length(level), first))
 
 
 def rungs_text(rungs: Sequence[tuple[int, int]]) -> str:

@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -23,7 +22,7 @@ from ..masking.maskset import MaskSet
 from ..masking.schedule import LevelPlan
 from ..masking.scores import Criterion
 from ..surgery.refit import Refit
-from ..utils.processes import Ranks
+from ..utils.processes import Processes
 from .bench import EARLY_EVALUATIONS, Trial, TrialBench
 from .continued import ContinuedTrials
 from .draws import CandidateMasks
@@ -46,7 +45,7 @@ class MaskSearch:
     the winner's weights where candidates go on from trained weights or matrices are refitted.
 
     Args:
-        config, settings: as given by the user, and resolved.
+        config: the arguments of the run.
         bench: tries masks.
         criteria: scores by name.
         journal: remembers finished trials.
@@ -57,14 +56,13 @@ class MaskSearch:
     def __init__(
         self,
         config: PruningConfig,
-        settings: Any,
         bench: TrialBench,
         criteria: Mapping[str, Criterion],
         journal: Journal,
-        processes: Ranks,
+        processes: Processes,
         quiet: bool,
     ) -> None:
-        self._config, self._settings, self._bench, self._criteria = config, settings, bench, criteria
+        self._config, self._settings, self._bench, self._criteria = config, config.resolved(), bench, criteria
         self._journal, self._quiet, self._team = journal, quiet, Team(processes, bench.method)
         self._output_dir = Path(config.output_dir or "")
         self._continued = ContinuedTrials(self._output_dir, self._team)
@@ -78,7 +76,7 @@ class MaskSearch:
         if not self._settings.searches:
             return []
         if self._refits is None:
-            self._refits = self._settings.compares_fitted and self._bench.steps_of_refit(level) > 0
+            self._refits = self._settings.scores_after_refit and self._bench.steps_of_refit(level) > 0
         return search_rungs(self._config, plan, level, self._bench.batches.steps_per_epoch(), self._refits)
 
     def choose(self, level: int, plan: LevelPlan, step: int) -> MaskSet:
@@ -91,8 +89,9 @@ class MaskSearch:
         record = LevelSearch(level, plan.levels[level], step, [])
         self._output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=_FOLDER, dir=self._output_dir) as name:
-            folder, shared = Path(name), (self._config, self._settings, self._bench, self._criteria, self._team)
-            candidates, best_refit = CandidateMasks(*shared, folder, record), BestRefit(folder)
+            folder = Path(name)
+            candidates = CandidateMasks(self._config, self._bench, self._criteria, self._team, folder, record)
+            best_refit = BestRefit(folder)
             candidates.draw()
             winner = record.candidates[0]
             if len(record.candidates) > 1:
@@ -137,7 +136,7 @@ class MaskSearch:
 
     def _trial(self, candidate: Candidate, steps: int) -> Trial:
         config, early = self._config, self._config.selection == "early"
-        rate = config.trial_learning_rate or self._bench.peak_rate * (4 if early else 1)
+        rate = config.trial_learning_rate or (self._bench.peak_rate or 0.0) * (4 if early else 1)
         evaluations = min(EARLY_EVALUATIONS if early else 1, max(steps, 1))
         return Trial(steps, rate, evaluations, before=candidate.steps if self._continues else 0)
 

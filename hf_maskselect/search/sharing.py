@@ -9,7 +9,7 @@ from typing import TypeVar
 from tqdm.auto import tqdm
 
 from ..methods.base import Method
-from ..utils.processes import Ranks
+from ..utils.processes import Processes
 from .results import Candidate
 from .sandbox import Sandbox
 
@@ -22,7 +22,7 @@ Trials = Callable[..., dict[int, float]]
 class Team:
     """The processes of a search: an error of one stops all."""
 
-    def __init__(self, processes: Ranks, method: Method) -> None:
+    def __init__(self, processes: Processes, method: Method) -> None:
         self.processes, self._method = processes, method
 
     def first(self, work: Callable[[], T]) -> T:
@@ -57,7 +57,8 @@ def shared_trials(
     """Make a function that scores candidates on all processes; after every trial all learn the scores.
 
     Args:
-        team, sandbox: the processes, and what restores the run after the trials.
+        team: the processes.
+        sandbox: restores the run after the trials.
         deal: candidates, and who can try them (None: any process) -> the share of each process, masks at hand.
         score_one: tries a candidate for some steps on this process.
         progress: a bar, moved here by the trials of other processes.

@@ -22,7 +22,7 @@ from hf_maskselect.search.sharing import Team
 from hf_maskselect.search.weight_files import LevelBest
 from hf_maskselect.storage.pack import pack
 from hf_maskselect.storage.packed_file import PACKED_FILE
-from hf_maskselect.utils.processes import Ranks
+from hf_maskselect.utils.processes import Processes
 
 CANDIDATE = Candidate(1, "votes", None, 1.0, "d" * 64)
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -58,7 +58,7 @@ def folders(tmp_path_factory):
     journal.open("a" * 64)
     journal.add({f"{index:064x}": 0.1 + index / 3 for index in range(4)}, 20)
     LevelBest(run).consider(1, 0.25, trainer.model)
-    trials = ContinuedTrials(run, Team(Ranks(), None))
+    trials = ContinuedTrials(run, Team(Processes(), None))
     trials.open("a" * 64)
     trials.keep(CANDIDATE, 2, 0.5, weights_of(trainer.model))
     return root
@@ -96,7 +96,7 @@ def read_level_best(folder):
 
 
 def read_survivors(folder):
-    trials = ContinuedTrials(folder, Team(Ranks(), None))
+    trials = ContinuedTrials(folder, Team(Processes(), None))
     trials.open("a" * 64)
     scores = trials.scores(CANDIDATE)
     return trials.start_of(replace(CANDIDATE, steps=2))(), str(scores), []
