@@ -88,7 +88,7 @@ class Scribe(TrialBench):
     def measure(self, part: int) -> dict[str, float]:
         """Of the model as it is, on one of the parts."""
         logits, taught, labels = (
-            self._logits(self._trainer.model, self._parts[part]),
+            self._logits(self.trainer.model, self._parts[part]),
             self._teachers[part],
             self._labels[part],
         )
@@ -97,7 +97,7 @@ class Scribe(TrialBench):
         else:
             loss = cross_entropy(logits, labels)
         teacher = self._disagreement(logits, taught)
-        metrics = self._trainer.compute_metrics(EvalPrediction(logits.numpy(), labels.numpy()))
+        metrics = self.trainer.compute_metrics(EvalPrediction(logits.numpy(), labels.numpy()))
         found = {"loss": float(loss), "teacher": teacher, "metric": -metrics[self._metric]}
         if part == 0:
             for every in ROW_STRIDES:
@@ -114,7 +114,7 @@ class Scribe(TrialBench):
         batches = []
         with self.sandbox.random_state():
             for inputs in self.batches.load(part, 64):
-                known = {k: v for k, v in self._trainer._prepare_inputs(inputs).items() if k != "labels"}
+                known = {k: v for k, v in self.trainer._prepare_inputs(inputs).items() if k != "labels"}
                 batches.append(model(**known).logits.float().cpu())
         return torch.cat(batches)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -52,16 +53,8 @@ class Batches:
         trainer, rows = self._trainer, self.rows_per_step()
         micro = min(trainer._train_batch_size, rows)
         while True:
-            sampler = trainer._get_train_sampler(trainer.train_dataset)
-            group: list[Inputs] = []
-            for inputs in self.load(trainer.train_dataset, micro, sampler):
-                group.append(inputs)
-                if len(group) * micro >= rows:
-                    yield group
-                    group, steps = [], steps - 1
-                    if steps == 0:
-                        return
-            if group:
+            loader = iter(self.load(trainer.train_dataset, micro, trainer._get_train_sampler(trainer.train_dataset)))
+            while group := list(itertools.islice(loader, -(-rows // micro))):
                 yield group
                 steps -= 1
                 if steps == 0:

@@ -59,8 +59,8 @@ class TrialBench:
     """
 
     def __init__(self, trainer: BorrowedTrainer, method: Method, held_out: Any) -> None:
-        self._trainer, self.method, self._settings = trainer, method, trainer.args.resolved()
-        settings = self._settings
+        self.trainer, self.method, self.settings = trainer, method, trainer.args.resolved()
+        settings = self.settings
         loads = settings.needs_selection_split or settings.criterion != "magnitude" or settings.refit_rows > 0
         self.sandbox = Sandbox(trainer, method)
         self.batches = Batches(trainer, held_out, copies=loads)
@@ -73,17 +73,7 @@ class TrialBench:
 
     def fingerprint(self, level: int) -> str:
         """Return the digest of all that the scores of a search at `level` depend on."""
-        return search_fingerprint(self._trainer, self.sandbox, self.batches, level)
-
-    @property
-    def peak_rate(self) -> float | None:
-        """Learning rate of the run before its schedule; None where its optimizer has none."""
-        return self._trainer.peak_rate
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the model."""
-        return self._trainer.args.device
+        return search_fingerprint(self.trainer, self.sandbox, self.batches, level)
 
     def trial(
         self,
@@ -110,7 +100,7 @@ class TrialBench:
         if load_start is not None:
             self.sandbox.put(load_start())
         self.method.set_masks(load_masks())
-        if self._settings.refit_rows and load_start is None:
+        if self.settings.refit_rows and load_start is None:
             self.last_refit = self.refit(self.sandbox.saved, level)
         if not trial.steps:
             progress.update()
@@ -120,7 +110,7 @@ class TrialBench:
 
     def _train(self, trial: Trial, level: int, progress: tqdm) -> list[float]:
         """Train from the weights in the model; return the score at each mark."""
-        trainer, args, scores = self._trainer, self._trainer.args, []
+        trainer, args, scores = self.trainer, self.trainer.args, []
         order = (level, trial.before) if trial.before else (level,)  # a shuffled training goes on with other rows
         set_seed(key_seed(args.seed, "trial", *order) % 2**32)
         optimizer = trainer.new_optimizer(trial.learning_rate)
@@ -149,15 +139,15 @@ class TrialBench:
     @property
     def _is_scaled(self) -> bool:
         """Whether the losses of micro-batches are shares of a step's loss already, as in `Trainer.training_step`."""
-        scaled = self._trainer.loss_is_scaled_for_ga
-        return self._trainer.compute_loss_func is not None if scaled is None else scaled
+        scaled = self.trainer.loss_is_scaled_for_ga
+        return self.trainer.compute_loss_func is not None if scaled is None else scaled
 
     def _items(self, micro_batches: list[Inputs]) -> Tensor | int | None:
         """Count the labels of one step as `Trainer` does; None where the loss does not ask for their number."""
-        return self._trainer._get_num_items_in_batch(micro_batches, self.device)
+        return self.trainer._get_num_items_in_batch(micro_batches, self.trainer.args.device)
 
     def _loss(self, inputs: Inputs, items: Tensor | int | None) -> Tensor:
-        trainer = self._trainer
+        trainer = self.trainer
         return trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs), num_items_in_batch=items)
 
     def gradient_stats(self, needs: set[str], level: int) -> GradientStats:
@@ -165,13 +155,13 @@ class TrialBench:
 
         Not of the training loss: a teacher equal to the dense student gives no gradient at the first level.
         """
-        trainer, args = self._trainer, self._trainer.args
+        trainer, args = self.trainer, self.trainer.args
         rows = args.criterion_batches * args.criterion_batch_size
         order = torch.Generator().manual_seed(key_seed(args.seed, "gradients", level))
         available = len(trainer.train_dataset)
         indices = torch.cat([torch.randperm(available, generator=order) for _ in range(-(-rows // available))])[:rows]
         stats = GradientStats(trainer.model, self.method.weights, needs)
-        with self.sandbox.random_state(), self.sandbox.alone(), deterministic(self.device), stats:
+        with self.sandbox.random_state(), self.sandbox.alone(), deterministic(self.trainer.args.device), stats:
             set_seed(key_seed(args.seed, "gradients", level) % 2**32)  # for a collator that draws
             trainer.model.eval()
             for inputs in self.batches.load(trainer.train_dataset, args.criterion_batch_size, indices.tolist()):
@@ -181,17 +171,17 @@ class TrialBench:
 
     def refit(self, before: Mapping[str, Tensor], level: int) -> Refit:
         """Refit the weights that the masks in force keep; `before` are all weights before the cut, by name."""
-        with self.sandbox.random_state(), deterministic(self.device):
+        with self.sandbox.random_state(), deterministic(self.trainer.args.device):
             inputs = self._refit_inputs(level)
-            self._trainer.model.eval()
-            return refit(self._trainer.model, self.method.weights, before, inputs)
+            self.trainer.model.eval()
+            return refit(self.trainer.model, self.method.weights, before, inputs)
 
     def steps_of_refit(self, level: int) -> float:
         """Return the cost of one `refit` in training steps; 0 where no matrix can be refitted."""
         with self.sandbox.random_state():
             inputs = self._refit_inputs(level)
-            self._trainer.model.eval()
-            any_matrix = fittable(self._trainer.model, self.method.weights, inputs)
+            self.trainer.model.eval()
+            any_matrix = fittable(self.trainer.model, self.method.weights, inputs)
         return REFIT_COST * find_batch_size(inputs) / self.batches.rows_of_training() if any_matrix else 0.0
 
     def _refit_inputs(self, level: int) -> Inputs:
@@ -199,9 +189,9 @@ class TrialBench:
 
         There are fewer rows where these have more than `MOST_POSITIONS` tokens.
         """
-        trainer, seed = self._trainer, self._trainer.args.seed
+        trainer, seed = self.trainer, self.trainer.args.seed
         order = torch.Generator().manual_seed(key_seed(seed, "refit", level))
-        rows = torch.randperm(len(trainer.train_dataset), generator=order)[: self._settings.refit_rows].tolist()
+        rows = torch.randperm(len(trainer.train_dataset), generator=order)[: self.settings.refit_rows].tolist()
         set_seed(key_seed(seed, "refit", level) % 2**32)  # for a collator that draws
         (inputs,) = self.batches.load(trainer.train_dataset, len(rows), rows)
         if "input_ids" in inputs and inputs["input_ids"].numel() > MOST_POSITIONS:
@@ -216,7 +206,7 @@ class TrialBench:
         It does where labels are a required argument, where a decoder's inputs are made from them, and in a model that
         takes them and is not of transformers (those do without).
         """
-        trainer, model, labels = self._trainer, self._trainer.model, self._trainer.label_names
+        trainer, model, labels = self.trainer, self.trainer.model, self.trainer.label_names
         takes = inspect.signature(model.forward).parameters
         if not type(model).forward.__module__.startswith("transformers."):
             takes_any = any(name in takes for name in labels)

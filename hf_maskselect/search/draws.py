@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..config import PruningConfig
 from ..masking.maskset import MaskSet
 from ..masking.proposals import propose
 from ..masking.scores import Criterion, GradientStats, StoredStats
@@ -21,29 +20,16 @@ class CandidateMasks:
     """Draws the masks of a level from the model as it is when the search begins.
 
     Each process draws its share and writes it, packed, into a folder; only digests are exchanged. A process that
-    needs a mask which another one has drawn draws it again.
-
-    Args:
-        config: the arguments of the run.
-        bench: makes gradient samples, and knows the method whose masks are in force.
-        criteria: scores by name.
-        team: the processes.
-        folder: the temporary folder of the search.
-        record: the search; `draw` writes the candidates and the cost of gradient samples into it.
+    needs a mask which another one has drawn draws it again. `draw` writes the candidates and the cost of gradient
+    samples into `record`.
     """
 
     def __init__(
-        self,
-        config: PruningConfig,
-        bench: TrialBench,
-        criteria: Mapping[str, Criterion],
-        team: Team,
-        folder: Path,
-        record: LevelSearch,
+        self, bench: TrialBench, criteria: Mapping[str, Criterion], team: Team, folder: Path, record: LevelSearch
     ) -> None:
-        self._config, self._bench, self._criteria = config, bench, criteria
-        self._processes, self._team, self._folder, self._record = team.processes, team, folder, record
-        self._pool = candidate_pool(config, criteria)
+        self._bench, self._criteria, self._team, self._processes = bench, criteria, team, team.processes
+        self._config, self._folder, self._record = bench.trainer.args, folder, record
+        self._pool = candidate_pool(self._config, criteria)
         self._stats: GradientStats | StoredStats | None = None
         self._holders: dict[int, set[int]] = {index: set() for index in range(len(self._pool))}  # ranks, by candidate
 
@@ -73,7 +59,7 @@ class CandidateMasks:
             if self._processes.count > 1 and len(self._pool) > 1:  # masks may have to be drawn again
                 path = self._folder / "statistics.safetensors"
                 stats.save(path)
-                self._stats = StoredStats(path, bench.device)
+                self._stats = StoredStats(path, config.device)
             rows = config.criterion_batches * config.criterion_batch_size
             self._record.step_equivalents += rows / bench.batches.rows_of_training()
         return self._make(0)
@@ -102,7 +88,7 @@ class CandidateMasks:
             sparsity=record.sparsity,
             level=record.level,
             seed=seed,
-            pattern=self._config.resolved().pattern,
+            pattern=self._bench.settings.pattern,
             criteria=self._criteria,
         )
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import EvalPrediction, set_seed
@@ -39,8 +37,15 @@ class Scorer:
             self._trainer.model.eval()
             if self._trainer.selection_metric in SELECTION_LOSSES:
                 return self._mean_loss()
-            logits, labels = self._predictions()
-        return -self._metric(EvalPrediction(nested_numpify(logits), nested_numpify(labels)))
+            prediction = self._predictions()
+        metrics = self._trainer.compute_metrics(prediction)
+        metrics, metric = {k.removeprefix("eval_"): v for k, v in metrics.items()}, self._trainer.selection_metric
+        if metric not in metrics:
+            raise ValueError(
+                f"selection_metric={metric!r} is not returned by compute_metrics: choose 'loss' or one of "
+                f"{', '.join(metrics)}"
+            )
+        return -metrics[metric]
 
     def _mean_loss(self) -> float:
         trainer, total, rows = self._trainer, 0.0, 0
@@ -57,8 +62,8 @@ class Scorer:
                 total += float(trainer.selection_loss(inputs, soft_labels)) * count
         return total / rows
 
-    def _predictions(self) -> tuple[Any, Any]:
-        """Return logits and labels of all held-out rows, as `Trainer.evaluate` gathers them."""
+    def _predictions(self) -> EvalPrediction:
+        """Return the logits and labels of all held-out rows, as `Trainer.evaluate` gathers them."""
         trainer, logits, labels = self._trainer, None, None
         for inputs in self._batches.of_held_out():
             _, logit, label = trainer.prediction_step(trainer.model, inputs, prediction_loss_only=False)
@@ -66,18 +71,7 @@ class Scorer:
                 logit = trainer.preprocess_logits_for_metrics(logit, label)
             logits = logit if logits is None else nested_concat(logits, logit)
             labels = label if labels is None else nested_concat(labels, label)
-        return logits, labels
-
-    def _metric(self, prediction: EvalPrediction) -> float:
-        metrics = self._trainer.compute_metrics(prediction)
-        metrics = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-        metric = self._trainer.selection_metric
-        if metric not in metrics:
-            raise ValueError(
-                f"selection_metric={metric!r} is not returned by compute_metrics: choose 'loss' or one of "
-                f"{', '.join(metrics)}"
-            )
-        return metrics[metric]
+        return EvalPrediction(nested_numpify(logits), nested_numpify(labels))
 
     def _soft_labels_of(self, batch: int, inputs: Inputs, rows: int) -> Tensor:
         """Return the teacher's logits on a batch; keep them, unless they are large (those of a language model)."""

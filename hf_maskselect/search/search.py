@@ -17,7 +17,6 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..config import PruningConfig
 from ..masking.maskset import MaskSet
 from ..masking.schedule import LevelPlan
 from ..masking.scores import Criterion
@@ -45,28 +44,20 @@ class MaskSearch:
     the winner's weights where candidates go on from trained weights or matrices are refitted.
 
     Args:
-        config: the arguments of the run.
-        bench: tries masks.
+        bench: tries masks on the trainer's model.
         criteria: scores by name.
-        journal: remembers finished trials.
         processes: those of the run.
         quiet: whether to show no progress bar.
     """
 
     def __init__(
-        self,
-        config: PruningConfig,
-        bench: TrialBench,
-        criteria: Mapping[str, Criterion],
-        journal: Journal,
-        processes: Processes,
-        quiet: bool,
+        self, bench: TrialBench, criteria: Mapping[str, Criterion], processes: Processes, quiet: bool
     ) -> None:
-        self._config, self._settings, self._bench, self._criteria = config, config.resolved(), bench, criteria
-        self._journal, self._quiet, self._team = journal, quiet, Team(processes, bench.method)
-        self._output_dir = Path(config.output_dir or "")
-        self._continued = ContinuedTrials(self._output_dir, self._team)
-        self._continues = config.selection == "survivors"
+        self._config, self._settings, self._bench, self._criteria = bench.trainer.args, bench.settings, bench, criteria
+        self._output_dir, self._quiet = Path(self._config.output_dir or ""), quiet
+        self._team = Team(processes, bench.method)
+        self._journal, self._continued = Journal(self._output_dir), ContinuedTrials(self._output_dir, self._team)
+        self._continues = self._config.selection == "survivors"
         self.history: list[LevelSearch] = []
         self.adopted: float | None = None  # score of the trained weights that the last choice put into the model
         self._refits: bool | None = None  # whether any matrix can be refitted; None until it is tried
@@ -90,7 +81,7 @@ class MaskSearch:
         self._output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=_FOLDER, dir=self._output_dir) as name:
             folder = Path(name)
-            candidates = CandidateMasks(self._config, self._bench, self._criteria, self._team, folder, record)
+            candidates = CandidateMasks(self._bench, self._criteria, self._team, folder, record)
             best_refit = BestRefit(folder)
             candidates.draw()
             winner = record.candidates[0]
@@ -136,7 +127,7 @@ class MaskSearch:
 
     def _trial(self, candidate: Candidate, steps: int) -> Trial:
         config, early = self._config, self._config.selection == "early"
-        rate = config.trial_learning_rate or (self._bench.peak_rate or 0.0) * (4 if early else 1)
+        rate = config.trial_learning_rate or (self._bench.trainer.peak_rate or 0.0) * (4 if early else 1)
         evaluations = min(EARLY_EVALUATIONS if early else 1, max(steps, 1))
         return Trial(steps, rate, evaluations, before=candidate.steps if self._continues else 0)
 

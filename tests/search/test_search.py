@@ -321,7 +321,7 @@ def test_a_mask_that_is_drawn_again_must_be_the_same(tmp_path):
     trainer = make_trainer(tmp_path, proposals=["magnitude:layer:votes"], criterion="magnitude", **SEARCH)
     trainer.run.method.attach(trainer.model)
     drawn, record = Candidate(1, "votes", 1e-4, 1.0, "of another rank"), LevelSearch(0, 0.5, 0, [])
-    masks = CandidateMasks(trainer.args, trainer.run.bench, CRITERIA, trainer.run.search._team, tmp_path, record)
+    masks = CandidateMasks(trainer.run.bench, CRITERIA, trainer.run.search._team, tmp_path, record)
     masks._holders[1].add(3)
     with pytest.raises(RuntimeError, match="candidate 1 of level 1 is another mask on rank 0 than on rank 3"):
         masks.take(drawn)
