@@ -218,9 +218,9 @@ class MaskSearch:
         if path.is_file():
             self.history = [search for search in read_searches(path) if search.step < step]
 
-    def clean(self, anew: bool) -> None:
+    def clean(self, new_run: bool) -> None:
         """Remove the masks that a killed run has left, and at the start of a new run the tables of an earlier one."""
-        if anew:
+        if new_run:
             (self._output_dir / SEARCH_FILE).unlink(missing_ok=True)
         if self.history:  # the same trainer trains once more
             self.write()

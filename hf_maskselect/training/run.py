@@ -104,7 +104,7 @@ class PruningRun:
 
     def clean(self, step: int) -> None:
         """Remove what an earlier run left in the output folder. Only the process that saves calls it."""
-        self.search.clean(anew=step == 0)
+        self.search.clean(new_run=step == 0)
         if self.level_best and step == 0:
             self.level_best.forget()
 
