@@ -55,10 +55,10 @@ def main() -> None:
             proposal = dataclasses.replace(centre, ratio=RATIO)
             criterion = dataclasses.replace(criterion, vote_exponent=power)
         cuts.append(cut(trainer, proposal, index, stats, {**CRITERIA, centre.criterion: criterion}))
-    with bench.untouched():
+    with bench.sandbox.untouched():
         for (centre, power), masks in zip(tqdm(tried, unit="mask"), cuts, strict=True):
             centres.setdefault(centre, masks)
-            bench.restore()
+            bench.sandbox.restore()
             trainer.run.method.set_masks(masks)
             bench.refit(before_cut, 0)
             found = [bench.measure(part) for part in (0, 1)]

@@ -88,7 +88,7 @@ class Scribe(TrialBench):
     def measure(self, part: int) -> dict[str, float]:
         """Of the model as it is, on one of the parts."""
         logits, taught, labels = (
-            self._logits(self._trainer.model, self._parts[part]),
+            self._logits(self.trainer.model, self._parts[part]),
             self._teachers[part],
             self._labels[part],
         )
@@ -97,7 +97,7 @@ class Scribe(TrialBench):
         else:
             loss = cross_entropy(logits, labels)
         teacher = self._disagreement(logits, taught)
-        metrics = self._trainer.compute_metrics(EvalPrediction(logits.numpy(), labels.numpy()))
+        metrics = self.trainer.compute_metrics(EvalPrediction(logits.numpy(), labels.numpy()))
         found = {"loss": float(loss), "teacher": teacher, "metric": -metrics[self._metric]}
         if part == 0:
             for every in ROW_STRIDES:
@@ -112,9 +112,9 @@ class Scribe(TrialBench):
     def _logits(self, model: PreTrainedModel, part: Dataset) -> torch.Tensor:
         model.eval()
         batches = []
-        with self.random_state():
-            for inputs in self._loader(part, 64):
-                known = {k: v for k, v in self._trainer._prepare_inputs(inputs).items() if k != "labels"}
+        with self.sandbox.random_state():
+            for inputs in self.batches.load(part, 64):
+                known = {k: v for k, v in self.trainer._prepare_inputs(inputs).items() if k != "labels"}
                 batches.append(model(**known).logits.float().cpu())
         return torch.cat(batches)
 
@@ -132,7 +132,7 @@ def input_norms(trainer: PruningTrainer, samples: int = 64) -> dict[str, torch.T
     rows = range(min(8 * samples, len(trainer.train_dataset)))
     trainer.model.eval()
     with torch.no_grad():
-        for inputs in trainer.run.bench._loader(trainer.train_dataset, 8, rows):
+        for inputs in trainer.run.bench.batches.load(trainer.train_dataset, 8, rows):
             trainer.model(**trainer._prepare_inputs(inputs))
     for hook in hooks:
         hook.remove()
@@ -222,10 +222,10 @@ def run(job: Job, model, config, options: argparse.Namespace, folder: Path) -> N
     criteria = {**CRITERIA, "activation": Criterion(lambda n, w, _: w.detach().abs().float() * norms[n], (), 5.0)}
     before_cut = {name: weight.detach().clone() for name, weight in trainer.run.method.weights.items()}
     masks = [cut(trainer, proposal, index, stats, criteria) for index, proposal in enumerate(POOL)]
-    with bench.untouched():
+    with bench.sandbox.untouched():
         for kind, trial, seed, index in tqdm(missing, desc=folder.name, unit="curve"):
             bench.seen = []
-            bench.restore()
+            bench.sandbox.restore()
             trainer.run.method.set_masks(masks[index])
             if trainer.run.settings.refit_rows:
                 bench.refit(before_cut, seed)

@@ -28,7 +28,6 @@ from .masking.targets import prunable_weights
 from .methods.base import Method
 from .reporting.card import Scores
 from .search.bench import TrialBench
-from .search.journal import Journal
 from .search.search import MaskSearch
 from .storage.models import own_names
 from .storage.pack import pack
@@ -144,12 +143,9 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
         method = self.make_method()
         bench = TrialBench(self, method, self.selection_dataset)
         search = MaskSearch(
-            args,
             bench,
-            method,
             self._criteria,
-            journal=Journal(args.output_dir),
-            ranks=self._processes,
+            processes=self._processes,
             quiet=args.disable_tqdm or not self.is_world_process_zero(),
         )
         self.run = PruningRun(args, method, bench, search, self._processes)

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from hf_maskselect import MaskSet, PruningState, PruningTrainer, prunable_weights, sparsity_report, verify
-from hf_maskselect.search.level_best import LevelBest
+from hf_maskselect.search.weight_files import LevelBest
 from hf_maskselect.training.held_out import hold_out
 
 

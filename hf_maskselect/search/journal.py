@@ -1,27 +1,26 @@
-"""What a search has found out so far, so that a killed run repeats no trial."""
+"""The journal of finished trials, so that a killed run repeats none."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..utils.files import read_json, write_json
+from .race import ScoreAll
+from .results import Candidate
+from .sharing import Team, Trials
 
 JOURNAL_FILE = "_search-journal.json"  # uploads to the Hub leave out what begins with an underscore
 
 
 class Journal:
-    """Scores of finished trials, by search.
+    """Scores of finished trials in a file in `folder`, by search. Only rank 0 uses it.
 
-    A search is known by its key, which covers everything its scores depend on; a trial within it by the digest of its
-    masks and its length. All searches of a run stay until it ends: a run that goes on from a checkpoint before a
-    level that was already chosen finds the whole search here.
-
-    One process keeps it, rank 0, and tells the others.
-
-    Args:
-        folder: where the file lies.
+    The key of a search covers everything that its scores depend on; a trial is identified by the digest of its masks
+    and its length. All searches of a run stay until it ends: a run that resumes before a level whose mask was already
+    chosen finds the whole search here.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
@@ -29,21 +28,21 @@ class Journal:
         self._searches: dict[str, dict[str, float]] = {}
 
     def open(self, key: str) -> None:
-        """Take up what is known of the search `key`.
+        """Continue, or begin, the search `key`.
 
         Raises:
             ValueError: the file is damaged.
         """
-        remedy = "delete it, and the trials it tells of are repeated"
-        self._searches = read_json(self._path, remedy) if self._path.is_file() else {}
-        self._scores = self._searches.setdefault(key, {})
+        remedy = "delete it, and its trials are repeated"
+        searches: Any = read_json(self._path, remedy) if self._path.is_file() else {}
+        self._searches, self._scores = searches, searches.setdefault(key, {})
 
     def find(self, digest: str, steps: int) -> float | None:
-        """The score of a trial that was finished before."""
+        """Return the score of a finished trial, or None."""
         return self._scores.get(f"{digest}:{steps}")
 
     def add(self, scores: Mapping[str, float], steps: int) -> None:
-        """Keep the scores of trials, by digest (exactly: JSON holds a float's shortest form)."""
+        """Write the scores of trials, by digest (exactly: JSON holds a float's shortest form)."""
         self._scores.update({f"{digest}:{steps}": score for digest, score in scores.items()})
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self._path, self._searches)
@@ -51,3 +50,20 @@ class Journal:
     def forget(self) -> None:
         """Remove the file: the run is over."""
         self._path.unlink(missing_ok=True)
+
+
+def journaled(trials: Trials, journal: Journal, team: Team) -> ScoreAll:
+    """Wrap `trials`: skip those that the journal holds, and write down every new score as soon as it is there."""
+
+    def score_all(candidates: Sequence[Candidate], steps: int) -> dict[int, float]:
+        found = team.first(lambda: {c.index: journal.find(c.digest, steps) for c in candidates})
+        scores = {index: score for index, score in found.items() if score is not None}
+        digests = {c.index: c.digest for c in candidates}
+
+        def write(finished: Mapping[int, float]) -> None:
+            by_digest = {digests[index]: score for index, score in finished.items()}
+            team.first(lambda: journal.add(by_digest, steps))
+
+        return scores | trials([c for c in candidates if c.index not in scores], steps, on_scores=write)
+
+    return score_all

@@ -1,4 +1,4 @@
-"""Which proposals a run compares at every level, and what they read."""
+"""The proposals that a run compares at every level, and the gradient statistics that they need."""
 
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ from ..masking.scores import Criterion
 
 
 def candidate_pool(config: PruningConfig, criteria: Mapping[str, Criterion]) -> list[Proposal]:
-    """The proposals of every level; those of a soft method are its own mask and random neighbours."""
+    """Return the proposals of every level; for a soft method its own mask and random neighbours of it."""
     settings = config.resolved()
     if settings.soft:
         others = itertools.islice(itertools.cycle(config.sampling_ratios), settings.num_candidates - 1)
-        return [
-            Proposal(settings.method, settings.scope),
-            *(Proposal(settings.method, settings.scope, r) for r in others),
-        ]
+        return [Proposal(settings.method, settings.scope, ratio) for ratio in (None, *others)]
     return proposal_pool(
         settings.proposals,
         "score_fn" if "score_fn" in criteria else settings.criterion,
@@ -31,5 +28,5 @@ def candidate_pool(config: PruningConfig, criteria: Mapping[str, Criterion]) -> 
 
 
 def statistics_needed(config: PruningConfig, criteria: Mapping[str, Criterion]) -> set[str]:
-    """Which gradient statistics the pool reads."""
+    """Return the names of the gradient statistics that the pool reads."""
     return set() if config.resolved().soft else gradient_needs(candidate_pool(config, criteria), criteria)

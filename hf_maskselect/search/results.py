@@ -1,65 +1,65 @@
-"""What a search at one level tried and found: its table, on disk and for people."""
+"""The record of the search at one level: its candidates, scores and cost, on disk and as a table."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ..utils.files import replacing
 from ..utils.tables import text_table
 
 SEARCH_FILE = "search.json"
 
 
-def rank_of(score: float, index: int) -> tuple[float, int]:
-    """Of a candidate: the lower, the better."""
+def order_of(score: float, index: int) -> tuple[float, int]:
+    """Return a sort key, the best first: by score, ties by index; a diverged trial (NaN) comes last of all."""
     return (math.inf if math.isnan(score) else score, index)
 
 
 @dataclass
 class Candidate:
-    """One row of the table of candidates. overlap: share of its kept weights that the deterministic mask keeps too."""
+    """One candidate mask of a level, a row of the table."""
 
-    index: int
+    index: int  # 0 is the deterministic mask
     proposal: str
-    ratio: float | None
-    overlap: float
+    ratio: float | None  # draws of votes per removed weight
+    overlap: float  # share of its kept weights that candidate 0 keeps too
     digest: str
-    scores: list[float] = field(default_factory=list)
-    steps: int = 0
+    scores: list[float] = field(default_factory=list)  # one a rung, lower is better
+    steps: int = 0  # of all its trials
     chosen: bool = False
 
     @property
-    def rank(self) -> tuple[float, int]:
-        """By last score, ties by index; a diverged trial (NaN) comes last of all."""
-        return rank_of(self.scores[-1], self.index)
+    def order(self) -> tuple[float, int]:
+        """Sort key by the last score: see `order_of`."""
+        return order_of(self.scores[-1], self.index)
 
 
 @dataclass
 class LevelSearch:
-    """What one search did. step_equivalents: the whole cost, of all ranks together, in steps of the training (by rows,
-    a forward pass counted as a third); seconds: by the clock; cut_error, refit_error: of the matrices' outputs under
-    the chosen masks, before and after they were fitted, as shares of their variance (mean; None where none was)."""
+    """The search of one level."""
 
     level: int
     sparsity: float
-    step: int
-    candidates: list[Candidate]
-    step_equivalents: float = 0.0
+    step: int  # the optimizer step before which it ran
+    candidates: list[Candidate]  # without those whose mask an earlier one has
+    step_equivalents: float = 0.0  # cost of all processes, in training steps (by rows; a forward pass is a third)
     seconds: float = 0.0
-    cut_error: float | None = None
-    refit_error: float | None = None
+    cut_error: float | None = None  # mean error of the matrices' outputs after the cut, as a share of their variance
+    refit_error: float | None = None  # and after the refit
 
     def metrics(self) -> dict[str, float]:
-        """The `search_*` values that are logged."""
+        """Return the `search_*` values that are logged."""
         last = [c.scores[-1] for c in self.candidates if c.scores]
-        logged = {
+        logged: dict[str, float] = {
             "search_level": self.level + 1,
             "search_step_equivalents": self.step_equivalents,
             "search_seconds": self.seconds,
         }
-        if self.refit_error is not None:
+        if self.cut_error is not None and self.refit_error is not None:
             logged |= {"cut_error": self.cut_error, "refit_error": self.refit_error}
         if last:
             chosen = next(c for c in self.candidates if c.chosen)
@@ -72,10 +72,10 @@ class LevelSearch:
         return logged
 
     def table(self) -> str:
-        """The candidates as text, one a line, best last score first."""
+        """Return the candidates as text, one a line, best last score first."""
         rungs = max(len(c.scores) for c in self.candidates)
         trained = any(c.steps for c in self.candidates)
-        scores = [f"rung {i + 1}" if trained else "as fitted" for i in range(rungs)]
+        scores = [f"rung {i + 1}" if trained else "after refit" for i in range(rungs)]
         header = ["#", "proposal", "overlap", *scores, "steps", ""]
         ranked = sorted(self.candidates, key=lambda c: (-len(c.scores), c.scores[-1] if c.scores else 0, c.index))
         rows = [
@@ -86,18 +86,23 @@ class LevelSearch:
         return text_table(header, rows)
 
 
+def write_searches(folder: Path, searches: Sequence[LevelSearch]) -> None:
+    """Write `search.json` into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / SEARCH_FILE) as temporary:
+        temporary.write_text(json.dumps([asdict(search) for search in searches], indent=1))
+
+
 def read_searches(path: Path) -> list[LevelSearch]:
-    """What `MaskSearch.write` wrote.
+    """Read what `write_searches` wrote.
 
     Raises:
-        ValueError: the file is no such table.
+        ValueError: the file is damaged.
     """
     try:
-        told = json.loads(path.read_text())
-        if not all(type(e[key]) is int for e in told for key in ("level", "step")):
+        searches = json.loads(path.read_text())
+        if not all(type(search[key]) is int for search in searches for key in ("level", "step")):
             raise ValueError("levels and steps are whole numbers")
-        return [LevelSearch(**{**e, "candidates": [Candidate(**c) for c in e["candidates"]]}) for e in told]
+        return [LevelSearch(**{**s, "candidates": [Candidate(**c) for c in s["candidates"]]}) for s in searches]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): delete it, and the searches it tells of are left out of the totals"
-        ) from error
+        raise ValueError(f"{path} is damaged ({error}): delete it; totals then leave its searches out") from error

@@ -1,5 +1,7 @@
-"""How long trials are and who goes on: the rungs of a search ("early mask evaluation" of arXiv 2310.13183, successive
-halving, and halving that goes on from the trained weights)."""
+"""The rungs of a search: how many candidates are tried in each round of the race, and for how many steps.
+
+"Early mask evaluation" of arXiv 2310.13183, successive halving, and halving that goes on from the trained weights.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,15 @@ from collections.abc import Sequence
 
 from ..config import PruningConfig
 from ..masking.schedule import LevelPlan
-from .results import Candidate
 
-SHORTEST_TRIAL = 40  # of survivors, where the level allows it: shorter ones order good masks the wrong way round
+SHORTEST_TRIAL = 40  # steps of "survivors", if the level is long enough: shorter trials rank good masks wrongly
 
 
 def halving_rungs(candidates: int, first_steps: int, longest: int) -> list[tuple[int, int]]:
-    """(candidates, steps) of each rung: the better half goes on with twice the steps, until two have met or trials
-    are `longest` steps long. Every trial of a rung starts afresh and has the same budget.
+    """Return (candidates, steps) of each rung of `selection="halving"`.
+
+    The better half goes on with twice the steps, until two candidates have met or trials are `longest` steps long.
+    All trials of a rung start from the run's weights and have the same length.
 
     >>> halving_rungs(8, 40, 240)
     [(8, 40), (4, 80), (2, 160)]
@@ -27,8 +30,10 @@ def halving_rungs(candidates: int, first_steps: int, longest: int) -> list[tuple
 
 
 def survivor_rungs(candidates: int, first_steps: int, longest: int) -> list[tuple[int, int]]:
-    """(candidates, further steps) of each rung: all are trained for `first_steps`, the better half goes on from its
-    own weights to twice as many, until two have met or `longest` steps are reached.
+    """Return (candidates, further steps) of each rung of `selection="survivors"`.
+
+    All are trained for `first_steps`; the better half goes on from its own weights to twice as many, until two
+    candidates have met or `longest` steps are reached.
 
     >>> survivor_rungs(8, 10, 40)
     [(8, 10), (4, 10), (2, 20)]
@@ -39,38 +44,30 @@ def survivor_rungs(candidates: int, first_steps: int, longest: int) -> list[tupl
 
 
 def search_rungs(
-    config: PruningConfig, plan: LevelPlan, level: int, epoch: int, fits: bool = True
+    config: PruningConfig, plan: LevelPlan, level: int, epoch: int, refits: bool = True
 ) -> list[tuple[int, int]]:
-    """(candidates, steps) of each rung at a level; empty when nothing is chosen. One rung of no steps where the masks
-    are compared as they are fitted.
+    """Return (candidates, steps) of each rung at a level: one rung of 0 steps if masks are scored after refit.
 
-    epoch: its length in trial steps. fits: whether any matrix can be fitted; if none can, masks that are not trained
-    could hardly be told apart, and are unless `trial_steps` is 0.
+    The list is empty when nothing is chosen. `epoch` is its length in trial steps, `refits` whether any matrix can be
+    refitted. If none can, trials train, since masks right after the cut score too much alike, unless `trial_steps` is
+    0.
     """
     settings = config.resolved()
+    candidates = settings.num_candidates
     if not settings.searches:
         return []
-    if settings.scores_after_refit and (fits or config.trial_steps == 0):
-        return [(settings.num_candidates, 0)]
+    if settings.scores_after_refit and (refits or config.trial_steps == 0):
+        return [(candidates, 0)]
     if config.selection == "early":
-        return [(settings.num_candidates, config.trial_steps or min(epoch, plan.length(level)))]
+        return [(candidates, config.trial_steps or min(epoch, plan.length(level)))]
     if config.selection == "survivors":
         length = plan.length(level)
         first = config.trial_steps or max(-(-length // 8), min(SHORTEST_TRIAL, -(-length // 2)))
-        return survivor_rungs(settings.num_candidates, first, max(length // 2, first))
+        return survivor_rungs(candidates, first, max(length // 2, first))
     first = config.trial_steps or -(-plan.length(level) // 3)
-    return halving_rungs(settings.num_candidates, first, max(plan.length(level), first))
+    return halving_rungs(candidates, first, max(plan.length(level), first))
 
 
 def rungs_text(rungs: Sequence[tuple[int, int]]) -> str:
-    """For people: `"4 x 40 + 2 x 80"`, `"4 x fit"` where masks are compared as they are fitted, `""` for none."""
-    return " + ".join(f"{count} x {steps or 'fit'}" for count, steps in rungs)
-
-
-def survivors(candidates: list[Candidate], count: int) -> list[Candidate]:
-    """The `count` best by last score, ties by index; candidate 0 is always among them, so that the winner has been
-    compared with the deterministic mask at the longest trial."""
-    ranked = sorted(candidates, key=lambda c: c.rank)[:count]
-    if all(c.index for c in ranked):
-        ranked[-1] = candidates[0]
-    return sorted(ranked, key=lambda c: c.index)
+    """Return text such as `"4 x 40 + 2 x 80"`, `"4 x refit"` if masks are scored after refit, `""` without rungs."""
+    return " + ".join(f"{count} x {steps or 'refit'}" for count, steps in rungs)

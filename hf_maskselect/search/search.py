@@ -1,402 +1,244 @@
-"""Which candidate: proposals, trials and the race between them ("mask candidate selection strategy" and "early mask
-evaluation pipeline" of arXiv 2310.13183, with successive halving beside the paper's single trial)."""
+"""The choice of a level's masks: draw candidates, race them, keep the winner, refit what it keeps.
+
+"Mask candidate selection strategy" and "early mask evaluation pipeline" of arXiv 2310.13183, and successive halving.
+"""
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import json
 import math
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..config import PruningConfig
 from ..masking.maskset import MaskSet
-from ..masking.proposals import Proposal, propose
 from ..masking.schedule import LevelPlan
-from ..masking.scores import Criterion, GradientStats, StoredStats
-from ..methods.base import Method
+from ..masking.scores import Criterion
 from ..surgery.refit import Refit
-from ..utils.files import replacing
-from ..utils.processes import Processes, deal, deal_to_holders
-from ..utils.seeds import key_seed
+from ..utils.processes import Processes
 from .bench import EARLY_EVALUATIONS, Trial, TrialBench
-from .best_fit import BestFit, errors_of
-from .journal import Journal
-from .pool import candidate_pool, statistics_needed
-from .results import SEARCH_FILE, Candidate, LevelSearch, read_searches
-from .schedule import search_rungs, survivors
-from .weight_files import Survivors
+from .continued import ContinuedTrials
+from .draws import CandidateMasks
+from .journal import Journal, journaled
+from .race import ScoreAll, race
+from .results import SEARCH_FILE, Candidate, LevelSearch, read_searches, write_searches
+from .schedule import search_rungs
+from .sharing import Team, Trials, shared_trials
+from .weight_files import BestRefit, RefitErrors
 
-T = TypeVar("T")
 logger = logging.get_logger(__name__)
-_FOLDER = "_search-"  # of the masks that wait; and a random ending
-_STATS = "statistics.safetensors"
+_FOLDER = "_search-"  # of the masks that wait; a random ending follows
 
 
 class MaskSearch:
-    """Chooses the masks of a level and writes down why.
+    """Chooses the masks of each level and records why.
 
-    The candidates' masks wait on disk (packed, in a folder `_search-*` of `output_dir`; where masks are compared as
-    they are fitted, the weights of the best fit so far beside them), so that a search needs no more memory than one
-    copy of the trained weights and one trial optimizer, or the activations of a fit. Of several ranks each draws and
-    tries its share; only digests and scores are exchanged (and the winner's weights, where survivors race or matrices
-    are fitted), and a rank that needs a mask which another one drew draws it again.
+    A search needs no more memory than one copy of the trained weights and one trial optimizer, or the activations of
+    a refit: masks wait on disk, in a folder `_search-*` of `output_dir`. Processes exchange digests and scores, and
+    the winner's weights where candidates go on from trained weights or matrices are refitted.
+
+    Args:
+        bench: tries masks on the trainer's model.
+        criteria: scores by name.
+        processes: those of the run.
+        quiet: whether to show no progress bar.
     """
 
     def __init__(
-        self,
-        config: PruningConfig,
-        bench: TrialBench,
-        method: Method,
-        criteria: dict[str, Criterion],
-        journal: Journal,
-        ranks: Processes,
-        quiet: bool,
+        self, bench: TrialBench, criteria: Mapping[str, Criterion], processes: Processes, quiet: bool
     ) -> None:
-        self.settings = config.resolved()
-        self._config, self._bench, self._method, self._criteria = config, bench, method, criteria
-        self._journal, self._ranks, self._quiet = journal, ranks, quiet
-        self._survivors = Survivors(config.output_dir) if config.selection == "survivors" else None
+        self._config, self._settings, self._bench, self._criteria = bench.trainer.args, bench.settings, bench, criteria
+        self._output_dir, self._quiet = Path(self._config.output_dir or ""), quiet
+        self._team = Team(processes, bench.method)
+        self._journal, self._continued = Journal(self._output_dir), ContinuedTrials(self._output_dir, self._team)
+        self._continues = self._config.selection == "survivors"
         self.history: list[LevelSearch] = []
-        self.adopted: float | None = None  # score of the weights that the last choice put into the model
-        self._fits: bool | None = None  # whether any matrix can be fitted, once it is known
-        # Of the search at hand: where its masks wait, what it draws from, which ranks have drawn which candidate, and
-        # the fit of the best one tried here.
-        self._folder = Path()
-        self._pool: list[Proposal] = []
-        self._stats: StoredStats | None = None
-        self._holders: dict[int, set[int]] = {}
-        self._best_fit = BestFit(self._folder)
-
-    def needs(self) -> set[str]:
-        """`statistics_needed` of this run."""
-        return statistics_needed(self._config, self._criteria)
+        self.adopted: float | None = None  # score of the trained weights that the last choice put into the model
+        self._refits: bool | None = None  # whether any matrix can be refitted; None until it is tried
 
     def rungs(self, plan: LevelPlan, level: int) -> list[tuple[int, int]]:
-        """`search_rungs` of this run."""
-        if not self.settings.searches:
+        """Return `search_rungs` of this run."""
+        if not self._settings.searches:
             return []
-        if self._fits is None:
-            self._fits = self.settings.scores_after_refit and self._bench.steps_of_refit(level) > 0
-        return search_rungs(self._config, plan, level, self._bench.steps_per_epoch(), self._fits)
+        if self._refits is None:
+            self._refits = self._settings.scores_after_refit and self._bench.steps_of_refit(level) > 0
+        return search_rungs(self._config, plan, level, self._bench.batches.steps_per_epoch(), self._refits)
 
     def choose(self, level: int, plan: LevelPlan, step: int) -> MaskSet:
-        """The masks of `level`, found from the model as it stands; all ranks must call it together.
+        """Return the masks of `level`, chosen from the model as it is; all processes must call it together.
 
         Raises:
-            RuntimeError: the ranks came to different masks, or one of them failed.
+            RuntimeError: the processes came to different masks, or one of them failed.
         """
         start, self.adopted = time.monotonic(), None
-        done = LevelSearch(level, plan.levels[level], step, [])
-        Path(self._config.output_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=_FOLDER, dir=self._config.output_dir) as folder:
-            self._folder = Path(folder)
-            self._best_fit = BestFit(self._folder)
-            self._draw(done)
-            if len(done.candidates) > 1:
-                self._race(done, plan)
-            else:
-                done.candidates[0].chosen = True
-            chosen = next(c for c in done.candidates if c.chosen)
-            self._together(lambda: self._hold([chosen], done))
-            masks = self._load(chosen)
-            adopts = chosen.steps > 0 and self._config.selection == "survivors"
-            if not (adopts and self._adopt(chosen)) and self.settings.refit_rows:
-                self._cut(chosen, masks, done)
-        self._ranks.agree(masks.digests, f"the masks of level {level + 1}")
-        done.seconds = round(time.monotonic() - start, 2)
-        self.history.append(done)
+        record = LevelSearch(level, plan.levels[level], step, [])
+        self._output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=_FOLDER, dir=self._output_dir) as name:
+            folder = Path(name)
+            candidates = CandidateMasks(self._bench, self._criteria, self._team, folder, record)
+            best_refit = BestRefit(folder)
+            candidates.draw()
+            winner = record.candidates[0]
+            if len(record.candidates) > 1:
+                winner = self._race(record, plan, candidates, best_refit)
+            winner.chosen = True
+            masks = candidates.take(winner)
+            if not self._adopt(winner) and self._settings.refit_rows:
+                self._refit(winner, masks, record, best_refit)
+        self._team.processes.agree(masks.digests, f"the masks of level {level + 1}")
+        record.seconds = round(time.monotonic() - start, 2)
+        self.history.append(record)
         return masks
 
-    def _adopt(self, chosen: Candidate) -> bool:
-        """The run goes on from the weights that the winner has trained, unless even these have diverged; whether it
-        does."""
-        if math.isnan(chosen.scores[-1]):
+    def _race(
+        self, record: LevelSearch, plan: LevelPlan, candidates: CandidateMasks, best_refit: BestRefit
+    ) -> Candidate:
+        """Let the candidates race and return the winner."""
+        bench, level, rungs = self._bench, record.level, self.rungs(plan, record.level)
+
+        def score_one(candidate: Candidate, steps: int) -> float:
+            bar.set_postfix_str(candidate.proposal)
+            trial = self._trial(candidate, steps)
+            start = self._continued.start_of(candidate) if self._continues else None
+            score = bench.trial(lambda: candidates.load(candidate), trial, level, bar, start)
+            if self._continues:
+                self._continued.keep(candidate, steps, score, bench.sandbox.trained())
+            elif not steps and bench.last_refit is not None:
+                weights = bench.sandbox.of_layers(bench.last_refit.fitted)
+                best_refit.offer(candidate.index, score, bench.last_refit, weights)
+            return score
+
+        # Fewer than planned may race: equal masks are tried once.
+        work = sum(min(count, len(record.candidates)) * max(steps, 1) for count, steps in rungs)
+        title = f"mask search, level {level + 1}/{len(plan.levels)}"
+        with tqdm(total=work, desc=title, leave=False, disable=self._quiet) as bar:
+            trials = shared_trials(self._team, bench.sandbox, candidates.deal, score_one, bar)
+            remembered = self._remembered(trials, level, rungs)
+            winner = race(record.candidates, rungs, self._counted(remembered, record, bar))
+        if not any(len(done.candidates) > 1 for done in self.history):  # the first race
+            record.step_equivalents += bench.scorer.steps_of_teaching()
+        return winner
+
+    def _trial(self, candidate: Candidate, steps: int) -> Trial:
+        config, early = self._config, self._config.selection == "early"
+        rate = config.trial_learning_rate or (self._bench.trainer.peak_rate or 0.0) * (4 if early else 1)
+        evaluations = min(EARLY_EVALUATIONS if early else 1, max(steps, 1))
+        return Trial(steps, rate, evaluations, before=candidate.steps if self._continues else 0)
+
+    def _remembered(self, trials: Trials, level: int, rungs: list[tuple[int, int]]) -> ScoreAll:
+        """Wrap `trials` so that those which a killed run has finished are not repeated."""
+        fingerprint, first = self._bench.fingerprint, self._team.first
+        if not self._continues:
+            first(lambda: self._journal.open(fingerprint(level)))
+            return journaled(trials, self._journal, self._team)
+        key = first(lambda: hashlib.sha256(f"{fingerprint(level)} {rungs}".encode()).hexdigest())
+        self._team.processes.together(lambda: self._continued.open(key))
+        return self._continued.remembered(trials)
+
+    def _counted(self, score_all: ScoreAll, record: LevelSearch, bar: tqdm) -> ScoreAll:
+        """Wrap `score_all` so that the record has its cost, and the bar the trials that are not repeated."""
+        batches, scorer, done = self._bench.batches, self._bench.scorer, 0
+        refit = self._bench.steps_of_refit(record.level) if self._settings.refit_rows else 0.0
+
+        def counted(candidates: Sequence[Candidate], steps: int) -> Mapping[int, float]:
+            nonlocal done
+            scores, trial = score_all(candidates, steps), self._trial(candidates[0], steps)
+            trained = steps * batches.rows_per_step() / batches.rows_of_training()
+            cost = (0.0 if trial.before else refit) + trained + trial.evaluations * scorer.steps_of_score()
+            for _ in candidates:
+                record.step_equivalents += cost
+            done += max(steps, 1) * len(candidates)
+            bar.update(done - bar.n)
+            return scores
+
+        return counted
+
+    def _adopt(self, winner: Candidate) -> bool:
+        """Load what the winner has trained into the model; return False if there is nothing, or it diverged."""
+        if not (self._continues and winner.steps) or math.isnan(winner.scores[-1]):
             return False
-        survivors, ranks, digest = self._survivors, self._ranks, chosen.digest
-        trained = ranks.together(lambda: max(survivors.scores(digest), default=0))
-        if chosen.steps not in trained:
-            raise RuntimeError(survivors.gone(chosen.index))
-        source = trained.index(chosen.steps)
-        weights = self._together(lambda: survivors.load(digest) if ranks.rank == source else None)
-        self._bench.put(ranks.share(weights, source))
-        self.adopted = chosen.scores[-1]
+        self._bench.sandbox.put(self._continued.winner_weights(winner))
+        self.adopted = winner.scores[-1]
         return True
 
-    def _cut(self, chosen: Candidate, masks: MaskSet, search: LevelSearch) -> None:
-        """Prune the model by the chosen masks and refit what they keep; all ranks get the weights of one. A candidate
-        that was compared as it was fitted is not fitted again, unless a search that was killed had done it: on rank 0,
-        whose fit is that of the rank which tried it, as their masks are, on devices of the same kind."""
-        bench, method, ranks = self._bench, self._method, self._ranks
-        compared = bool(chosen.scores) and chosen.steps == 0
-        fits = ranks.together(lambda: self._best_fit.find(chosen.index)) if compared else [None]
-        source = next((rank for rank, fit in enumerate(fits) if fit is not None), None)
-        if source is None:
+    def _refit(self, winner: Candidate, masks: MaskSet, record: LevelSearch, best_refit: BestRefit) -> None:
+        """Prune the model by the winner's masks and refit what they keep; all processes get the weights of one.
 
-            def cut() -> Refit:
+        The winner's refit is reused if a process kept it. After a resumed search nobody has it, so rank 0 refits;
+        identical devices give the same result.
+        """
+        bench, method, team = self._bench, self._bench.method, self._team
+        scored_after_refit = bool(winner.scores) and winner.steps == 0
+        kept = team.processes.together(lambda: best_refit.find(winner.index)) if scored_after_refit else []
+        source, errors = next(((rank, errors) for rank, errors in enumerate(kept) if errors is not None), (0, None))
+        if errors is not None:
+            method.set_masks(masks)
+            weights = team.share(best_refit.load, source)
+        else:
+
+            def cut_and_refit() -> Refit:
                 before = {name: weight.detach().clone() for name, weight in method.weights.items()}
                 method.set_masks(masks)
-                return bench.refit(before, search.level)
+                return bench.refit(before, record.level)
 
-            done = self._together(cut)
-            bench.put(ranks.share(bench.refitted(done) if ranks.rank == 0 else None, 0))
-            errors = errors_of(done)
-        else:
-            method.set_masks(masks)
-            weights = self._together(lambda: self._best_fit.load() if ranks.rank == source else None)
-            bench.put(ranks.share(weights, source))
-            errors = fits[source]
+            done = team.each(cut_and_refit)
+            errors, weights = RefitErrors.of(done), team.share(lambda: bench.sandbox.of_layers(done.fitted), source)
+        bench.sandbox.put(weights)
         if errors.matrices:
-            search.cut_error, search.refit_error = errors.cut, errors.fitted
-        if not compared:
-            search.step_equivalents += bench.steps_of_refit(search.level)
-        left = len(method.weights) - errors.matrices
-        if left and self._ranks.rank == 0:
+            record.cut_error, record.refit_error = errors.cut, errors.refit
+        if not scored_after_refit:
+            record.step_equivalents += bench.steps_of_refit(record.level)
+        others = len(method.weights) - errors.matrices
+        if others and team.processes.rank == 0:
             logger.warning_once(
-                f"{left} of {len(method.weights)} matrices stay as they were cut: refit_rows fits linear layers that "
-                "are used once a pass, see at least twice as many tokens as an output keeps weights, and become better"
+                f"{others} of {len(method.weights)} matrices are cut without a refit: refit_rows needs linear layers "
+                "that are used once a pass, see at least twice as many tokens as an output keeps weights, and get "
+                "better by it"
             )
 
-    def _together(self, work: Callable[[], T]) -> T:
-        """This rank's result of what every rank does; an error of one stops all. With sharded weights the work is a
-        collective itself, in which nobody can wait for another's error."""
-        if self._method.shards is not None:
-            return work()
-        result: list[T] = []
-        self._ranks.together(lambda: result.append(work()))
-        return result[0]
-
-    def _on_first(self, work: Callable[[], T]) -> T:
-        """Rank 0's result of what it does alone."""
-        return self._ranks.together(work if self._ranks.rank == 0 else lambda: None)[0]
-
-    def _draw(self, search: LevelSearch) -> None:
-        """Make every candidate's masks and put them on disk; a mask that was already drawn is not tried twice."""
-        config, ranks = self._config, self._ranks
-        needs = self.needs() if config.criterion_batches else set()
-        self._pool, self._stats, before = candidate_pool(config, self._criteria), None, self._method.masks
-
-        def draw_first() -> tuple[GradientStats | StoredStats | None, MaskSet]:
-            stats = self._bench.gradient_stats(needs, search.level) if needs else None
-            if needs and ranks.count > 1 and len(self._pool) > 1:  # asked for again, perhaps
-                stats.save(self._folder / _STATS)
-                self._stats = stats = StoredStats(self._folder / _STATS, self._bench.device)
-            return stats, self._make(0, search, stats, before)
-
-        stats, first = self._together(draw_first)
-        if needs:
-            rows = config.criterion_batches * config.criterion_batch_size
-            search.step_equivalents += rows / self._bench.rows_of_training()
-        ranks.agree(first.digests, f"the masks drawn for level {search.level + 1}")
-        # Every rank has drawn candidate 0, which the others are compared with.
-        mine = [i for i in range(len(self._pool)) if i == 0 or i % ranks.count == ranks.rank]
-
-        def draw() -> list[Candidate]:
-            drawn = []
-            for index in mine:
-                masks = first if index == 0 else self._make(index, search, stats, before)
-                proposal = self._pool[index]
-                candidate = Candidate(index, str(proposal), proposal.ratio, masks.overlap(first), masks.digest())
-                if all(candidate.digest != other.digest for other in drawn):
-                    masks.save(self._path(candidate))
-                drawn.append(candidate)
-            return drawn
-
-        drawn = ranks.together(draw)
-        self._holders = {index: set() for index in range(len(self._pool))}
-        for rank, share in enumerate(drawn):
-            for candidate in share:
-                self._holders[candidate.index].add(rank)
-        for candidate in sorted((c for share in drawn for c in share), key=lambda c: c.index):
-            if all(candidate.digest != other.digest for other in search.candidates):
-                search.candidates.append(candidate)
-
-    def _make(
-        self, index: int, search: LevelSearch, stats: GradientStats | StoredStats | None, before: MaskSet
-    ) -> MaskSet:
-        """A candidate's masks, from the model as it was when the search began; before: the masks in force then."""
-        config, method, proposal = self._config, self._method, self._pool[index]
-        if self.settings.soft:
-            return method.candidate(proposal.ratio, key_seed(config.seed, "votes", search.level, index))
-        return propose(
-            proposal,
-            index,
-            weights=method.weights,
-            stats=stats,
-            masks=before,
-            sparsity=search.sparsity,
-            level=search.level,
-            seed=config.seed,
-            pattern=self.settings.pattern,
-            criteria=self._criteria,
-        )
-
-    def _hold(self, candidates: Sequence[Candidate], search: LevelSearch) -> None:
-        """Draw the masks of `candidates` that this rank has not drawn before.
-
-        Raises:
-            RuntimeError: they are not those that another rank drew.
-        """
-        missing = [candidate for candidate in candidates if not self._path(candidate).is_file()]
-        if missing:
-            before = self._method.masks
-            for candidate in missing:
-                masks = self._make(candidate.index, search, self._stats, before)
-                if masks.digest() != candidate.digest:
-                    other = min(self._holders[candidate.index])
-                    raise RuntimeError(
-                        f"candidate {candidate.index} of level {search.level + 1} is another mask on rank "
-                        f"{self._ranks.rank} than on rank {other}: start all ranks on the same kind of device, with "
-                        "the same number of threads"
-                    )
-                masks.save(self._path(candidate))
-
-    def _race(self, search: LevelSearch, plan: LevelPlan) -> None:
-        config, bench, racing = self._config, self._bench, search.candidates
-        early = config.selection == "early"
-        rate = config.trial_learning_rate or bench.peak_rate * (4 if early else 1)
-        rungs = self.rungs(plan, search.level)
-        steps_of_fit = bench.steps_of_refit(search.level) if self.settings.refit_rows else 0.0
-        # Duplicates have left the pool, so a rung may have fewer candidates than planned.
-        work = sum(min(count, len(racing)) * max(steps, 1) for count, steps in rungs)
-        bar = tqdm(
-            total=work,
-            desc=f"mask search, level {search.level + 1}/{len(plan.levels)}",
-            leave=False,
-            disable=self._quiet,
-        )
-        if self._survivors is None:
-            self._on_first(lambda: self._journal.open(bench.fingerprint(search.level)))
-        else:
-            told = f"{bench.fingerprint(search.level)} {rungs}"
-            key = self._on_first(lambda: hashlib.sha256(told.encode()).hexdigest())
-            self._ranks.together(lambda: self._survivors.open(key))
-        with bar:
-            for count, steps in rungs:
-                if len(racing) > count:
-                    racing = survivors(racing, count)
-                marks = min(EARLY_EVALUATIONS if early else 1, max(steps, 1))
-                before = 0 if self._survivors is None else racing[0].steps
-                scores = self._try_all(racing, search, Trial(steps, rate, marks, before), bar)
-                for candidate in racing:
-                    candidate.scores.append(scores[candidate.index])
-                    candidate.steps += steps
-                    trained = steps * bench.rows_per_step() / bench.rows_of_training()
-                    refitted = steps_of_fit if before == 0 else 0.0
-                    search.step_equivalents += refitted + trained + marks * bench.steps_of_score()
-        if not any(len(done.candidates) > 1 for done in self.history):  # the first race
-            search.step_equivalents += bench.steps_of_teaching()
-        min(racing, key=lambda c: c.rank).chosen = True
-
-    def _try_all(self, racing: Sequence[Candidate], search: LevelSearch, trial: Trial, bar: tqdm) -> dict[int, float]:
-        """Scores by index. The trials that no earlier run has finished are dealt out anew among the ranks, which tell
-        each other after every one, so that rank 0 can write it down."""
-        bench, journal, ranks, kept = self._bench, self._journal, self._ranks, self._survivors
-        length = trial.before + trial.steps
-        by_index = {c.index: c for c in racing}
-        if kept is None:
-            known = self._on_first(lambda: {c.index: journal.find(c.digest, trial.steps) for c in racing})
-        else:
-            told = ranks.together(lambda: {c.index: kept.scores(c.digest) for c in racing})
-            known = {i: next((of[i][length] for of in told if length in of[i]), None) for i in by_index}
-        scores = {index: score for index, score in known.items() if score is not None}
-        bar.update(trial.ticks * len(scores))
-        work = [index for index in by_index if index not in scores]
-        if trial.before:  # who has its weights goes on with it
-            able = {i: [rank for rank, of in enumerate(told) if max(of[i], default=0) == trial.before] for i in work}
-            if gone := [i for i in work if not able[i]]:
-                raise RuntimeError(kept.gone(gone[0]))
-            shares = deal_to_holders(work, able, ranks.count)
-        else:
-            shares = deal(work, self._holders, ranks.count)
-        mine = [by_index[index] for index in shares[ranks.rank]]
-        self._together(lambda: self._hold(mine, search))  # before the model is changed
-        for rank, share in enumerate(shares):
-            for index in share:
-                self._holders[index].add(rank)
-
-        def next_trial() -> tuple[int, float] | None:
-            if not mine:
-                return None
-            candidate = mine.pop(0)
-            bar.set_postfix_str(candidate.proposal)
-            masks = self._path(candidate)
-            load_start = functools.partial(kept.load, candidate.digest) if trial.before else None
-            score = bench.trial(lambda: MaskSet.load(masks)[0], trial, search.level, bar, load_start)
-            if kept is not None:
-                so_far = kept.scores(candidate.digest) if trial.before else {}
-                kept.keep(candidate.digest, {**so_far, length: score}, bench.trained())
-            elif not trial.steps and bench.fit is not None:
-                self._best_fit.offer(candidate.index, score, bench.fit, bench.refitted(bench.fit))
-            return candidate.index, score
-
-        with bench.untouched():
-            for _ in range(max(map(len, shares))):
-                finished = [pair for pair in ranks.together(next_trial) if pair is not None]
-                scores |= dict(finished)
-                others = [index for index, _ in finished if index not in shares[ranks.rank]]
-                bar.update(trial.ticks * len(others))
-                found = {by_index[index].digest: score for index, score in finished}
-                if kept is None:
-                    self._on_first(lambda found=found: journal.add(found, trial.steps))
-        return scores
-
-    def _path(self, candidate: Candidate) -> Path:
-        return self._folder / f"candidate-{candidate.index}.safetensors"
-
-    def _load(self, candidate: Candidate) -> MaskSet:
-        return MaskSet.load(self._path(candidate))[0]
+    # -- the tables --------------------------------------------------------------------------------------------------
 
     def write(self, folder: str | os.PathLike | None = None) -> None:
-        """Keep the tables of all levels in `search.json` of a folder, by default `output_dir`."""
-        path = Path(self._config.output_dir if folder is None else folder) / SEARCH_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps([asdict(search) for search in self.history], indent=1))
-
-    def clean(self, anew: bool) -> None:
-        """Remove the masks that a killed run left waiting, and the tables of an earlier trainer where a new run
-        begins."""
-        if anew:
-            (Path(self._config.output_dir) / SEARCH_FILE).unlink(missing_ok=True)
-        if self.history:  # the same model is trained once more
-            self.write()
-        for folder in Path(self._config.output_dir).glob(f"{_FOLDER}*"):
-            if folder.is_dir():
-                shutil.rmtree(folder)
-
-    def forget(self) -> None:
-        """Remove what a killed run would need: the run is over. Every rank must call it."""
-        if self._ranks.rank == 0:
-            self._journal.forget()
-        Survivors(self._config.output_dir).forget()  # also those of a killed run with another selection
+        """Write the tables of all levels into `search.json` of a folder, by default of `output_dir`."""
+        write_searches(self._output_dir if folder is None else Path(folder), self.history)
 
     def recall(self, step: int, checkpoint: str | os.PathLike) -> None:
-        """Take up the tables written before optimizer step `step` of a run that is being resumed.
+        """Read the tables of a checkpoint: those of searches before optimizer step `step`, where the run resumes.
 
         Raises:
-            ValueError: the file is no such table.
+            ValueError: the file is damaged.
         """
         path = Path(checkpoint) / SEARCH_FILE
         if path.is_file():
             self.history = [search for search in read_searches(path) if search.step < step]
 
+    def clean(self, new_run: bool) -> None:
+        """Remove the masks that a killed run has left, and at the start of a new run the tables of an earlier one."""
+        if new_run:
+            (self._output_dir / SEARCH_FILE).unlink(missing_ok=True)
+        if self.history:  # the same trainer trains once more
+            self.write()
+        for folder in self._output_dir.glob(f"{_FOLDER}*"):
+            if folder.is_dir():
+                shutil.rmtree(folder)
+
+    def forget(self) -> None:
+        """Remove what a killed run would need: the run is over. All processes must call it."""
+        if self._team.processes.rank == 0:
+            self._journal.forget()
+        self._continued.forget()  # also where a killed run had another `selection`
+
     def summary(self, main_steps: int) -> dict[str, float]:
-        """Whole cost: `search_step_equivalents`, `search_seconds`, and `search_cost_ratio` to the main training
-        steps."""
-        steps = sum(s.step_equivalents for s in self.history)
+        """Return the whole cost: `search_step_equivalents`, `search_seconds`, `search_cost_ratio` to the training."""
+        steps = sum(search.step_equivalents for search in self.history)
         return {
             "search_step_equivalents": round(steps, 1),
-            "search_seconds": round(sum(s.seconds for s in self.history), 1),
+            "search_seconds": round(sum(search.seconds for search in self.history), 1),
             "search_cost_ratio": round(steps / max(main_steps, 1), 3),
         }

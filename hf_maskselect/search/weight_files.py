@@ -1,80 +1,66 @@
-"""Weights that candidates have trained so far, waiting on disk for their next rung."""
+"""Weights that wait on disk: one store, the best weights of a level, and the best refit of a search."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..surgery.refit import Refit
 from ..utils.digests import header_checksum, weights_digest
 from ..utils.files import replacing
+from .results import order_of
 
-FOLDER = "_survivors"  # uploads to the Hub leave out what begins with an underscore
 
+class WeightStore:
+    """Safetensors files of weights in `folder`, each written in one rename and checked when it is read.
 
-class Survivors:
-    """One file a candidate: the weights of its longest training, and the score of every rung it has run.
-
-    A killed search finds them again, and so repeats no trial; they stay until another search begins or the run ends.
-
-    Args:
-        output_dir: where their folder lies. Ranks without a common disk each have their own.
+    The header of a file holds text fields of its user, a digest of the weights and a checksum of the header. The
+    errors of damaged files end with `remedy`.
     """
 
-    def __init__(self, output_dir: str | os.PathLike) -> None:
-        self.folder = Path(output_dir) / FOLDER
-        self._remedy = f"delete {self.folder}, and its trials are repeated"
-        self._key = ""
+    def __init__(self, folder: str | os.PathLike, remedy: str) -> None:
+        self._folder, self._remedy = Path(folder), remedy
 
-    def open(self, key: str) -> None:
-        """Begin the search `key`: files of others go."""
-        self._key = key[:16]
-        for path in self.folder.glob("*"):
-            if not path.name.startswith(self._key):
-                path.unlink(missing_ok=True)
+    def path(self, name: str) -> Path:
+        """Return the path of the file `name`."""
+        return self._folder / f"{name}.safetensors"
 
-    def scores(self, digest: str) -> dict[int, float]:
-        """Of the candidate with masks `digest`, by how many steps it had been trained; empty without a file.
+    def header(self, name: str) -> dict[str, str]:
+        """Return the fields of a file's header; empty without a file.
 
         Raises:
             ValueError: the file is damaged.
         """
-        path = self._path(digest)
+        path = self.path(name)
         if not path.is_file():
             return {}
         try:
             with safe_open(path, framework="pt") as file:
-                told = dict(file.metadata() or {})
+                fields = dict(file.metadata() or {})
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read ({error}): {self._remedy}") from error
-        if told.pop("checksum", None) != header_checksum(told):
+        if fields.pop("checksum", None) != header_checksum(fields):
             raise ValueError(f"{path} is damaged, its header does not match its checksum: {self._remedy}")
-        return {int(steps): score for steps, score in json.loads(told["scores"]).items()}
+        return fields
 
-    def keep(self, digest: str, scores: Mapping[int, float], weights: Mapping[str, Tensor]) -> None:
-        """Keep its weights and scores, in place of earlier ones."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        whole = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
-        told = {"scores": json.dumps(scores), "weights": weights_digest(whole)}
-        with replacing(self._path(digest)) as temporary:
-            save_file(whole, temporary, metadata=told | {"checksum": header_checksum(told)})
-
-    def load(self, digest: str) -> dict[str, Tensor]:
-        """The weights kept last.
+    def load(self, name: str) -> dict[str, Tensor]:
+        """Return the weights of a file.
 
         Raises:
-            ValueError: the file is damaged.
+            ValueError: the file is damaged or not there.
         """
-        path = self._path(digest)
+        path, expected = self.path(name), self.header(name).get("weights")
         try:
-            with safe_open(path, framework="pt") as file:
-                expected = (file.metadata() or {}).get("weights")
             weights = load_file(path)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read ({error}): {self._remedy}") from error
@@ -82,16 +68,106 @@ class Survivors:
             raise ValueError(f"{path} is damaged, its weights do not match their digest: {self._remedy}")
         return weights
 
-    def gone(self, index: int) -> str:
-        """What to say where the weights of a candidate are missing."""
-        return (
-            f"the weights that candidate {index} had trained are gone from {self.folder}: go on from the last "
-            "checkpoint, and the search is repeated"
-        )
+    def write(self, name: str, weights: Mapping[str, Tensor], fields: Mapping[str, str]) -> None:
+        """Write weights and header fields, in place of an earlier file of that name."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        contiguous = {n: weight.detach().contiguous() for n, weight in weights.items()}
+        header = {**fields, "weights": weights_digest(contiguous)}
+        with replacing(self.path(name)) as temporary:
+            save_file(contiguous, temporary, metadata=header | {"checksum": header_checksum(header)})
+
+
+class LevelBest:
+    """The best trained weights and buffers of the current level, by their score on the held-out rows.
+
+    They are on disk in `folder`, so that they need no memory and a resumed run knows the level's best so far.
+    """
+
+    NAME = "_level_best"
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self._store = WeightStore(folder, "restore it, or resume from another checkpoint")
+        self._path = self._store.path(self.NAME)
+
+    def consider(self, level: int, score: float, model: nn.Module) -> bool:
+        """Keep the weights if `score` (lower is better) beats the level's best so far; return whether it did."""
+        if math.isnan(score):
+            return False
+        best = self._store.header(self.NAME)
+        if best.get("level") == str(level) and float(best["score"]) <= score:
+            return False
+        weights: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        # Copies: buffers may share memory, which the file format cannot express.
+        weights |= {n: b.detach().clone(memory_format=torch.contiguous_format) for n, b in model.named_buffers()}
+        self._store.write(self.NAME, weights, {"level": str(level), "score": repr(score)})
+        return True
+
+    @torch.no_grad()
+    def restore(self, level: int, model: nn.Module) -> bool:
+        """Load the best weights of `level` into the model; return False if there are none (every score was NaN).
+
+        Tensors that are not in the file keep their values: earlier versions wrote no buffers.
+        """
+        if self._store.header(self.NAME).get("level") != str(level):
+            return False
+        own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        for name, weight in self._store.load(self.NAME).items():
+            own[name].copy_(weight)
+        return True
+
+    def copy_to(self, folder: str | os.PathLike) -> None:
+        """Copy the file into a checkpoint, so that a run resumed from there knows the level's best so far."""
+        if self._path.is_file():
+            shutil.copyfile(self._path, Path(folder) / self._path.name)
+
+    def copy_from(self, folder: str | os.PathLike) -> None:
+        """Take the file of a checkpoint in place of the present one."""
+        self.forget()
+        if (Path(folder) / self._path.name).is_file():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(folder) / self._path.name, self._path)
 
     def forget(self) -> None:
-        """Remove all of them."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the file: the level is over."""
+        self._path.unlink(missing_ok=True)
 
-    def _path(self, digest: str) -> Path:
-        return self.folder / f"{self._key}-{digest[:16]}.safetensors"
+
+class RefitErrors(NamedTuple):
+    """Mean errors of matrices' outputs after cut and refit (shares of their variance); how many were refitted."""
+
+    cut: float
+    refit: float
+    matrices: int
+
+    @classmethod
+    def of(cls, done: Refit) -> RefitErrors:
+        """Return the errors of a refit."""
+        return cls(done.mean_cut, done.mean_fitted, len(done.fitted))
+
+
+class BestRefit:
+    """The refitted weights of the best candidate that this process has tried, so that the winner's refit is reused.
+
+    They are in `folder`, the temporary folder of the search.
+    """
+
+    NAME = "fit"
+
+    def __init__(self, folder: Path) -> None:
+        self._store = WeightStore(folder, "start the run again")
+        self._order = (math.inf, math.inf)
+
+    def offer(self, index: int, score: float, done: Refit, weights: Mapping[str, Tensor]) -> None:
+        """Keep the weights that the refit of candidate `index` has changed, if no earlier candidate is better."""
+        if order_of(score, index) < self._order:
+            self._order = order_of(score, index)
+            self._store.write(self.NAME, weights, {"fit": json.dumps([index, *RefitErrors.of(done)])})
+
+    def find(self, index: int) -> RefitErrors | None:
+        """Return the errors of candidate `index` if its refit is kept here, else None."""
+        kept, *errors = json.loads(self._store.header(self.NAME).get("fit", "[null]"))
+        return RefitErrors(*errors) if kept == index else None
+
+    def load(self) -> dict[str, Tensor]:
+        """Return the refitted weights, by name."""
+        return self._store.load(self.NAME)

@@ -17,9 +17,9 @@ from ..methods.gumbel import Gumbel
 from ..methods.hard import FindWeights, HardMethod
 from ..methods.pdp import Pdp
 from ..search.bench import TrialBench
-from ..search.level_best import LevelBest
 from ..search.results import LevelSearch
 from ..search.search import MaskSearch
+from ..search.weight_files import LevelBest
 from ..storage.state import PruningState, load_method_state
 from ..utils.processes import Processes
 from ..utils.seeds import key_seed
@@ -101,7 +101,7 @@ class PruningRun:
 
     def clean(self, step: int) -> None:
         """Remove what an earlier run left in the output folder. Only the process that saves calls it."""
-        self.search.clean(anew=step == 0)
+        self.search.clean(new_run=step == 0)
         if self.level_best and step == 0:
             self.level_best.forget()
 

@@ -26,10 +26,10 @@ from ..fields.resolved import ResolvedConfig
 from ..masking.scores import CRITERIA
 from ..masking.targets import prunable_weights, transposed_weights
 from ..search.bench import EARLY_EVALUATIONS, REFIT_COST
-from ..search.best_fit import FitErrors
 from ..search.pool import statistics_needed
 from ..search.results import Candidate
 from ..search.schedule import rungs_text, search_rungs
+from ..search.weight_files import RefitErrors
 from ..storage.models import named_class
 from ..surgery.permute_channels import couplings_of
 from ..utils.tables import text_table
@@ -227,10 +227,10 @@ def exchanged(rungs: Rungs, ranks: int) -> int:
     if rungs:
         objects.append(done)  # the journal is open
         if not any(steps for _, steps in rungs):
-            objects += [(FitErrors(0.9, 1 / 3, 99), None), done]  # of the winner's fit, and it is read
+            objects += [(RefitErrors(0.9, 1 / 3, 99), None), done]  # of the winner's fit, and it is read
     for count, _ in rungs:
         known = ({index: None for index in range(count)}, None)
-        objects += [known, done, *[((count, 1 / 3), None), done] * math.ceil(count / ranks)]
+        objects += [known, done, *[([(count, 1 / 3)], None), done] * math.ceil(count / ranks)]
     return sum(8 + len(pickle.dumps(value)) for value in objects)
 
 

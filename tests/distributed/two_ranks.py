@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 from hf_maskselect.masking.scores import GradientStats  # noqa: E402
-from hf_maskselect.search.best_fit import BestFit  # noqa: E402
+from hf_maskselect.search.weight_files import BestRefit  # noqa: E402
 from run_glue import leave_process_group  # noqa: E402
 
 
@@ -58,7 +58,7 @@ def break_something(trainer, fault):
     if fault == "refit":
         trainer.run.bench.refit = crooked
     if fault == "load":
-        BestFit.load = lambda _: 1 / 0
+        BestRefit.load = lambda _: 1 / 0
     if fault == "statistics":
         GradientStats._take = other
     trainer.run.bench.trial = faulty

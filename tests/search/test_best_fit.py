@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import make_trainer, same, weights_of
 
-from hf_maskselect.search.best_fit import BestFit, errors_of
+from hf_maskselect.search.weight_files import BestRefit, RefitErrors
 from hf_maskselect.surgery.refit import Refit
 
 
@@ -16,12 +16,12 @@ from hf_maskselect.surgery.refit import Refit
 )
 def test_the_best_so_far_is_kept(tmp_path, scores, kept):
     """Of equal ones the first, of diverged ones (NaN) as well."""
-    best = BestFit(tmp_path)
+    best = BestRefit(tmp_path)
     assert best.find(0) is None
     fits = [Refit({"a.weight": 0.5}, {"a.weight": 0.25 / (1 + index)}) for index in range(len(scores))]
     for index, score in enumerate(scores):
         best.offer(index, score, fits[index], {"a.weight": torch.full((2, 3), float(index)).T})
-    assert best.find(kept) == errors_of(fits[kept]) and best.find(1 - kept) is None
+    assert best.find(kept) == RefitErrors.of(fits[kept]) and best.find(1 - kept) is None
     assert torch.equal(best.load()["a.weight"], torch.full((3, 2), float(kept)))
 
 
@@ -39,7 +39,7 @@ def test_the_winner_is_not_fitted_twice(tmp_path, monkeypatch):
 
         monkeypatch.setattr(trainer.run.bench, "refit", counted)
         if name == "lost":
-            monkeypatch.setattr("hf_maskselect.search.best_fit.BestFit.find", lambda *_: None)
+            monkeypatch.setattr("hf_maskselect.search.weight_files.BestRefit.find", lambda *_: None)
         trainer.train()
         told = [(s.cut_error, s.refit_error, s.step_equivalents) for s in trainer.run.search.history]
         found[name] = weights_of(trainer.model), told, len(fits)

@@ -13,9 +13,10 @@ from transformers import default_data_collator
 from hf_maskselect.masking.proposals import Proposal, propose
 from hf_maskselect.masking.scores import CRITERIA
 from hf_maskselect.search.bench import Trial
-from hf_maskselect.search.pool import candidate_pool
+from hf_maskselect.search.draws import CandidateMasks
+from hf_maskselect.search.race import best_of
 from hf_maskselect.search.results import Candidate, LevelSearch
-from hf_maskselect.search.schedule import halving_rungs, survivors
+from hf_maskselect.search.schedule import halving_rungs
 
 PROPOSALS = [Proposal("magnitude", "layer"), Proposal("taylor", "global")]
 NO_BAR = tqdm(disable=True)
@@ -34,12 +35,12 @@ def test_rungs_halve_the_field_and_double_the_steps():
 
 
 def test_the_deterministic_candidate_always_survives():
-    kept = survivors(candidates(0.9, 0.1, 0.2, 0.3), 2)
+    kept = best_of(candidates(0.9, 0.1, 0.2, 0.3), 2)
     assert [c.index for c in kept] == [0, 1]
-    kept = survivors(candidates(0.1, 0.3, 0.2, 0.9), 2)
+    kept = best_of(candidates(0.1, 0.3, 0.2, 0.9), 2)
     assert [c.index for c in kept] == [0, 2]
-    assert [c.index for c in survivors(candidates(0.5, 0.5, 0.5), 2)] == [0, 1]  # ties by index
-    diverged = survivors(candidates(0.9, float("nan"), 0.1, 0.05), 3)
+    assert [c.index for c in best_of(candidates(0.5, 0.5, 0.5), 2)] == [0, 1]  # ties by index
+    diverged = best_of(candidates(0.9, float("nan"), 0.1, 0.05), 3)
     assert [c.index for c in diverged] == [0, 2, 3]
 
 
@@ -114,7 +115,7 @@ def test_inside_untouched_everything_may_change(tmp_path):
     before = weights_of(trainer.model)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     trainer.model.train()
-    with trainer.run.bench.untouched():
+    with trainer.run.bench.sandbox.untouched():
         torch.rand(3), random.random(), np.random.rand()
         trainer.model.eval()
         with torch.no_grad():
@@ -133,7 +134,7 @@ def test_trials_are_paired_and_repeatable(tmp_path):
     trainer.run.method.attach(trainer.model)
     dense = trainer.run.method.masks
     sparse = type(dense)({name: torch.rand_like(mask, dtype=torch.float) > 0.9 for name, mask in dense.items()})
-    with trainer.run.bench.untouched():
+    with trainer.run.bench.sandbox.untouched():
         scores = [
             trainer.run.bench.trial(lambda m=masks: m, Trial(3, 1e-3), 0, NO_BAR) for masks in (dense, sparse, dense)
         ]
@@ -168,7 +169,7 @@ def test_identical_masks_are_tried_once(tmp_path, monkeypatch):
     def two_kinds(proposal, index, **given):
         return propose(PROPOSALS[index % 2], 0, **given)
 
-    monkeypatch.setattr("hf_maskselect.search.search.propose", two_kinds)
+    monkeypatch.setattr("hf_maskselect.search.draws.propose", two_kinds)
     trainer = make_trainer(tmp_path, num_levels=1, **SEARCH)
     trainer.train()
     tried = trainer.run.search.history[0].candidates
@@ -181,7 +182,7 @@ def test_early_selection_averages_the_last_ten_evaluations(tmp_path):
     trainer.run.method.attach(trainer.model)
     scores = iter(range(100))
     trainer.run.bench.score = lambda: next(scores)
-    with trainer.run.bench.untouched():
+    with trainer.run.bench.sandbox.untouched():
         mean = trainer.run.bench.trial(lambda: trainer.run.method.masks, Trial(20, 1e-3, 20), 0, NO_BAR)
         few = trainer.run.bench.trial(lambda: trainer.run.method.masks, Trial(4, 1e-3, 4), 0, NO_BAR)
     assert mean == sum(range(10, 20)) / 10
@@ -240,16 +241,16 @@ def test_selection_by_teacher_is_its_cross_entropy(tmp_path):
 @pytest.mark.parametrize("most", [1 << 24, 0])
 def test_the_teacher_sees_the_selection_split_once(tmp_path, monkeypatch, most):
     """Its logits are kept, unless they are large; the score and its cost follow."""
-    monkeypatch.setattr("hf_maskselect.search.bench.MOST_SOFT_LABELS", most)
+    monkeypatch.setattr("hf_maskselect.search.scorer.MOST_SOFT_LABELS", most)
     keywords = {"selection_dataset": make_rows(24), "teacher": make(seed=3)}
     bench = make_trainer(tmp_path, keywords=keywords, **SEARCH, per_device_eval_batch_size=8).run.bench
     seen = []
     keywords["teacher"].register_forward_hook(lambda module, *_: seen.append(module))
     first, second = bench.score(), bench.score()
     assert first == second and len(seen) == (3 if most else 6)
-    a_pass = 24 / (3 * bench.rows_of_training())
-    assert bench.steps_of_score() == pytest.approx(a_pass if most else 2 * a_pass)
-    assert bench.steps_of_teaching() == pytest.approx(a_pass if most else 0)
+    a_pass = 24 / (3 * bench.batches.rows_of_training())
+    assert bench.scorer.steps_of_score() == pytest.approx(a_pass if most else 2 * a_pass)
+    assert bench.scorer.steps_of_teaching() == pytest.approx(a_pass if most else 0)
 
 
 def test_soft_labels_that_are_large_once_are_never_kept(tmp_path, monkeypatch):
@@ -261,7 +262,7 @@ def test_soft_labels_that_are_large_once_are_never_kept(tmp_path, monkeypatch):
     ]
     keywords = {"selection_dataset": rows, "teacher": make(seed=3)}
     trainer = make_trainer(tmp_path, keywords=keywords, **SEARCH, per_device_eval_batch_size=8)
-    monkeypatch.setattr("hf_maskselect.search.bench.MOST_SOFT_LABELS", 16 * 8 * 2 - 1)
+    monkeypatch.setattr("hf_maskselect.search.scorer.MOST_SOFT_LABELS", 16 * 8 * 2 - 1)
     seen = []
 
     def selection_loss(inputs, taught):
@@ -272,7 +273,7 @@ def test_soft_labels_that_are_large_once_are_never_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "selection_loss", selection_loss)
     trainer.run.bench.score(), trainer.run.bench.score()
     assert seen == [True] * 4
-    assert not trainer.run.bench._soft_labels and trainer.run.bench.steps_of_teaching() == 0
+    assert not trainer.run.bench.scorer._soft_labels and trainer.run.bench.scorer.steps_of_teaching() == 0
 
 
 def test_every_score_sees_the_same_rows(tmp_path):
@@ -311,17 +312,17 @@ def test_nothing_is_held_out_where_nothing_is_chosen(tmp_path):
 )  # fmt: skip
 def test_a_trial_step_has_the_rows_it_was_given(tmp_path, changes, expected):
     trainer = make_trainer(tmp_path, keywords={"selection_dataset": make_rows(8)}, **SEARCH, **changes)
-    for step in trainer.run.bench._train_batches(3):
+    for step in trainer.run.bench.batches.of_training(3):
         assert [len(batch["labels"]) for batch in step] == expected
-    assert trainer.run.bench.rows_per_step() == sum(expected)
+    assert trainer.run.bench.batches.rows_per_step() == sum(expected)
 
 
 def test_a_mask_that_is_drawn_again_must_be_the_same(tmp_path):
     trainer = make_trainer(tmp_path, proposals=["magnitude:layer:votes"], criterion="magnitude", **SEARCH)
     trainer.run.method.attach(trainer.model)
-    search, drawn = trainer.run.search, Candidate(1, "votes", 1e-4, 1.0, "of another rank")
-    search._folder, search._holders = tmp_path, {1: {3}}
-    search._pool = candidate_pool(trainer.args, CRITERIA)
+    drawn, record = Candidate(1, "votes", 1e-4, 1.0, "of another rank"), LevelSearch(0, 0.5, 0, [])
+    masks = CandidateMasks(trainer.run.bench, CRITERIA, trainer.run.search._team, tmp_path, record)
+    masks._holders[1].add(3)
     with pytest.raises(RuntimeError, match="candidate 1 of level 1 is another mask on rank 0 than on rank 3"):
-        search._hold([drawn], LevelSearch(0, 0.5, 0, []))
+        masks.take(drawn)
     assert not list(tmp_path.glob("candidate-*"))

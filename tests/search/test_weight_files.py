@@ -10,7 +10,9 @@ from tqdm import tqdm
 from hf_maskselect.masking.maskset import MaskSet
 from hf_maskselect.search import schedule as rungs
 from hf_maskselect.search.bench import Trial
-from hf_maskselect.search.weight_files import FOLDER, Survivors
+from hf_maskselect.search.continued import FOLDER, ContinuedTrials
+from hf_maskselect.search.results import Candidate
+from hf_maskselect.search.sharing import Team
 from hf_maskselect.utils import processes as ranks
 
 RUN = {"method": "random", "num_candidates": 4, "selection": "survivors", "trial_steps": 2, "max_steps": 24}
@@ -59,7 +61,7 @@ def test_the_run_goes_on_from_the_winners_weights(tmp_path):
         if trial_.before:
             assert same(load_start(), ended[level, digest, trial_.before])
         ended[level, digest, trial_.before + trial_.steps] = {
-            n: t.clone() for n, t in trainer.run.bench.trained().items()
+            n: t.clone() for n, t in trainer.run.bench.sandbox.trained().items()
         }
         return score
 
@@ -94,7 +96,7 @@ def test_a_longer_training_sees_other_rows(tmp_path):
         return compute_loss(model, inputs, *args, **kwargs)
 
     trainer.compute_loss = watched
-    with trainer.run.bench.untouched():
+    with trainer.run.bench.sandbox.untouched():
         for before in (0, 0, 2):
             trainer.run.bench.trial(lambda: masks, Trial(1, 1e-3, 1, before), 0, tqdm(disable=True))
     first, again, later = seen
@@ -196,13 +198,16 @@ def test_soft_methods_can_race_survivors_under_the_frozen_mask(tmp_path, method)
 
 
 def test_files_of_another_search_go(tmp_path):
-    kept = Survivors(tmp_path)
-    kept.open("a" * 64)
-    assert kept.scores("d" * 64) == {}
-    kept.keep("d" * 64, {2: 0.5}, {"w": torch.ones(3)})
-    kept.keep("d" * 64, {2: 0.5, 4: 0.25}, {"w": torch.zeros(3)})
-    assert kept.scores("d" * 64) == {2: 0.5, 4: 0.25} and torch.equal(kept.load("d" * 64)["w"], torch.zeros(3))
-    kept.open("a" * 64)
-    assert kept.scores("d" * 64)
-    kept.open("b" * 64)
+    candidate = Candidate(1, "votes", None, 1.0, "d" * 64)
+    trials = ContinuedTrials(tmp_path, Team(ranks.Processes(), None))
+    trials.open("a" * 64)
+    assert trials.scores(candidate) == {} and trials.start_of(candidate) is None
+    trials.keep(candidate, 2, 0.5, {"w": torch.ones(3)})
+    candidate.steps = 2
+    trials.keep(candidate, 2, 0.25, {"w": torch.zeros(3)})
+    assert trials.scores(candidate) == {2: 0.5, 4: 0.25}
+    assert torch.equal(trials.start_of(candidate)()["w"], torch.zeros(3))
+    trials.open("a" * 64)
+    assert trials.scores(candidate)
+    trials.open("b" * 64)
     assert not list((tmp_path / FOLDER).iterdir())

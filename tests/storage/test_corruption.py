@@ -5,7 +5,7 @@ import random
 import resource
 import shutil
 import struct
-import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,16 +15,16 @@ from tiny import make, make_trainer, same, save_pruned, weights_of
 
 from hf_maskselect import export_semi_structured, load_pruned, load_semi_structured
 from hf_maskselect.export.semi_structured import SEMI_STRUCTURED_FILE, TIMING_FILE, Choice, Timing
+from hf_maskselect.search.continued import FOLDER, ContinuedTrials
 from hf_maskselect.search.journal import JOURNAL_FILE, Journal
-from hf_maskselect.search.level_best import FILE as LEVEL_FILE
-from hf_maskselect.search.level_best import LevelBest
-from hf_maskselect.search.results import SEARCH_FILE
-from hf_maskselect.search.search import MaskSearch
-from hf_maskselect.search.weight_files import FOLDER, Survivors
+from hf_maskselect.search.results import SEARCH_FILE, Candidate, read_searches
+from hf_maskselect.search.sharing import Team
+from hf_maskselect.search.weight_files import LevelBest
 from hf_maskselect.storage.pack import pack
 from hf_maskselect.storage.packed_file import PACKED_FILE
 from hf_maskselect.utils.processes import Processes
 
+CANDIDATE = Candidate(1, "votes", None, 1.0, "d" * 64)
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -58,9 +58,9 @@ def folders(tmp_path_factory):
     journal.open("a" * 64)
     journal.add({f"{index:064x}": 0.1 + index / 3 for index in range(4)}, 20)
     LevelBest(run).consider(1, 0.25, trainer.model)
-    kept = Survivors(run)
-    kept.open("a" * 64)
-    kept.keep("d" * 64, {2: 0.5, 4: 0.25}, weights_of(trainer.model))
+    trials = ContinuedTrials(run, Team(Processes(), None))
+    trials.open("a" * 64)
+    trials.keep(CANDIDATE, 2, 0.5, weights_of(trainer.model))
     return root
 
 
@@ -83,10 +83,8 @@ def read_journal(folder):
 
 
 def read_search(folder):
-    config = types.SimpleNamespace(output_dir=str(folder), selection="halving")
-    search = MaskSearch(config, None, None, {}, None, Processes(), quiet=True)
-    search.recall(100, folder)
-    assert all(type(done.step) is int and done.metrics() for done in search.history)
+    searches = read_searches(folder / SEARCH_FILE)
+    assert all(type(done.step) is int and done.metrics() for done in searches)
     return {}, "", []  # a table for people: refused or read, no weights depend on it
 
 
@@ -94,13 +92,14 @@ def read_level_best(folder):
     model = make(**SMALL, seed=3, num_labels=3)
     best = LevelBest(folder)
     best.restore(1, model)
-    return weights_of(model), best._known()["score"], []
+    return weights_of(model), best._store.header(best.NAME)["score"], []
 
 
 def read_survivors(folder):
-    kept = Survivors(folder)
-    kept.open("a" * 64)
-    return kept.load("d" * 64), str(kept.scores("d" * 64)), []
+    trials = ContinuedTrials(folder, Team(Processes(), None))
+    trials.open("a" * 64)
+    scores = trials.scores(CANDIDATE)
+    return trials.start_of(replace(CANDIDATE, steps=2))(), str(scores), []
 
 
 READ = {
@@ -113,7 +112,7 @@ READ = {
     TIMING_FILE: ("semi", read_semi_structured, 100),
     JOURNAL_FILE: ("run", read_journal, 150),
     SEARCH_FILE: ("run", read_search, 100),
-    LEVEL_FILE: ("run", read_level_best, 150),
+    "_level_best.safetensors": ("run", read_level_best, 150),
     f"{FOLDER}/{'a' * 16}-{'d' * 16}.safetensors": ("run", read_survivors, 150),
 }
 

@@ -373,19 +373,19 @@ def test_masks_are_compared_as_they_are_fitted(tmp_path, monkeypatch, capsys):
         scored.append((trainer.run.method.masks.digest(), weights_of(trainer.model), score()))
         return scored[-1][-1]
 
-    cut = trainer.run.search._cut
+    refit = trainer.run.search._refit
 
-    def cut_and_kept(chosen, masks, search):
-        cut(chosen, masks, search)
+    def refit_and_kept(winner, masks, *others):
+        refit(winner, masks, *others)
         found = {digest: weights for digest, weights, _ in scored}
         assert same(weights_of(trainer.model), found[masks.digest()])
 
     monkeypatch.setattr(trainer.run.bench, "score", written_down)
-    monkeypatch.setattr(trainer.run.search, "_cut", cut_and_kept)
+    monkeypatch.setattr(trainer.run.search, "_refit", refit_and_kept)
     trainer.train()
     (search,) = trainer.run.search.history
     told = capsys.readouterr().out
-    assert all(part in told for part in ("3 x fit", "; 3 masks are fitted and compared", "as fitted  steps"))
+    assert all(part in told for part in ("3 x refit", "; 3 masks are fitted and compared", "after refit  steps"))
     assert [candidate.steps for candidate in search.candidates] == [0] * 3
     assert [candidate.scores for candidate in search.candidates] == [[value] for _, _, value in scored]
     chosen = next(candidate for candidate in search.candidates if candidate.chosen)

@@ -25,8 +25,6 @@ from tiny import losses, make, make_trainer, weights_of
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_maskselect.masking.maskset
-import hf_maskselect.search.best_fit
-import hf_maskselect.search.level_best
 import hf_maskselect.search.weight_files
 import hf_maskselect.storage.packed_file
 from hf_maskselect.search.bench import TrialBench
@@ -98,8 +96,6 @@ class Events:
             (torch, "save", 1),
             (transformers.modeling_utils, "safe_save_file", 1),
             (hf_maskselect.masking.maskset, "save_file", 1),
-            (hf_maskselect.search.best_fit, "save_file", 1),
-            (hf_maskselect.search.level_best, "save_file", 1),
             (hf_maskselect.search.weight_files, "save_file", 1),
         ):
             setattr(module, name, self.watched(getattr(module, name), path_at))

@@ -35,7 +35,7 @@ SEARCH = {"method": "random", "num_candidates": 4, "trial_steps": 2}
         "teacher",
         "few rows",
         "survivors",
-        "as fitted",
+        "after refit",
     ],
 )
 def test_the_model_counts_what_a_run_counts(tmp_path, changes):
@@ -108,7 +108,7 @@ def test_the_command_says_what_to_change(tmp_path, capsys):
     run = ["plan", str(tmp_path), "--max_steps", "600", "--num_candidates", "8", "--per_device_train_batch_size", "32"]
     assert main([*run, "--ranks", "64"]) == 0
     told = capsys.readouterr().out
-    assert "8 x fit" in told and "with num_candidates=64" in told
+    assert "8 x refit" in told and "with num_candidates=64" in told
     short = ["plan", str(tmp_path), "--max_steps", "4", "--num_levels", "1", "--num_candidates", "64", "--ranks", "2"]
     for more, told_so in ([], False), (["--trial_steps", "1"], True):  # masks that are only fitted have no batches
         assert main([*short, *more]) == 0
