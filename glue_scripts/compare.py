@@ -31,13 +31,13 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm.auto import tqdm
 from transformers import set_seed
 
 from arguments import parse_arguments, read_recipe
+from cells import METHODS, TOTAL, Cell, names_of
 from dense import check_recipe, dense_recipe, fine_tune_dense
 from hf_maskselect.search.results import SEARCH_FILE, read_searches
 from hf_maskselect.training.search_cost import Workload, search_cost
@@ -47,46 +47,6 @@ from panel import write_panel
 from records import CELL, Records, check_origin, read_cell, write_origin
 from run_glue import run
 from tasks import get_task
-
-# Flags for the search and its levels are for the methods that have them.
-ONE_MASK = ["--num_candidates", "1"]
-SOFT = [*ONE_MASK, "--num_levels", "1"]
-METHODS = {
-    "dense": [],
-    "magnitude": ["--method", "magnitude", *ONE_MASK],
-    "fisher": ["--method", "fisher", *ONE_MASK],
-    "taylor": ["--method", "taylor", *ONE_MASK],
-    "pdp": ["--method", "pdp", *SOFT],
-    "gumbel": ["--method", "gumbel", *SOFT],
-    "random-paper": ["--method", "random", "--proposals", "paper"],
-    "random": ["--method", "random"],
-}
-TOTAL = "-total"  # ending of a method whose search counts among its steps
-METHODS |= {name + TOTAL: METHODS[name] for name in ("fisher", "taylor", "random-paper", "random")}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run. target: a sparsity or an N:M pattern; None for the dense model."""
-
-    task: str
-    seed: int
-    target: str | None
-    method: str
-
-    def __str__(self) -> str:
-        return " ".join(map(str, (self.task, self.seed, *([self.target] if self.target else []), self.method)))
-
-    def folder(self, output_dir: Path) -> Path:
-        """Where it lies."""
-        target = [] if self.target is None else [self.target.replace(":", "of")]
-        return output_dir.joinpath(self.task, str(self.seed), *target, self.method)
-
-    def flags(self, common: Sequence[str], own: dict[str, list[str]]) -> list[str]:
-        """Those of `run_glue.py`: for all, of its target, then what is its own."""
-        target = [] if self.target is None else ["--pattern" if ":" in self.target else "--sparsity", self.target]
-        keys = [key for key in (self.task, self.target, *names_of(self.method)) if key in own]
-        return [*common, *target, *(flag for key in keys for flag in own[key])]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -183,11 +143,6 @@ def merged(pairs: Iterable[tuple[str, list[str]]]) -> dict[str, list[str]]:
     for key, flags in pairs:
         found.setdefault(key, []).extend(flags)
     return found
-
-
-def names_of(method: str) -> list[str]:
-    """Whose own flags a method takes: those of `random` are also those of `random-total`."""
-    return list(dict.fromkeys((method.removesuffix(TOTAL), method)))
 
 
 def parse_own_flags(text: str, keys: Sequence[str]) -> tuple[str, list[str]]:

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cells import Cell
 from tasks import get_task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from compare import Cell
 
 TABLE, PICTURE = "table.md", "panel.png"
 COLOURS = ("#0b61a4", "#d1495b", "#3a7d44", "#8e5ea2", "#e08e0b", "#24292f", "#7f8c8d", "#00798c")

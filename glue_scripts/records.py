@@ -8,17 +8,14 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import transformers
 
 import hf_maskselect
+from cells import Cell
 from dense import read_dense
 from hf_maskselect.utils.files import read_object
-
-if TYPE_CHECKING:
-    from compare import Cell
 
 CELL, COMMAND, MADE_WITH = "cell.json", "command.txt", "made_with.json"
 KEYS = ("task", "seed", "target", "method")

@@ -12,6 +12,7 @@ from short import FLAGS
 import compare
 import panel
 import run_glue
+from cells import Cell, names_of
 from records import read_cell
 
 
@@ -80,7 +81,7 @@ def test_a_cell_is_made_again_by_its_command(tmp_path, start, data_dir, monkeypa
 def test_flags_of_one_task_target_or_method():
     keys = ["rte", "2:4", "pdp"]
     assert compare.merged([("rte", ["--a"]), ("rte", ["--b"])]) == {"rte": ["--a", "--b"]}
-    assert compare.names_of("random-total") == ["random", "random-total"] and compare.names_of("pdp") == ["pdp"]
+    assert names_of("random-total") == ["random", "random-total"] and names_of("pdp") == ["pdp"]
     found = compare.parse_own_flags("rte:max_steps=9,bf16=True", keys)
     assert found == ("rte", ["--max_steps", "9", "--bf16", "True"])
     assert compare.parse_own_flags("2:4:num_levels=1", keys) == ("2:4", ["--num_levels", "1"])
@@ -90,8 +91,8 @@ def test_flags_of_one_task_target_or_method():
     with pytest.raises(ValueError, match="must begin with one of rte, 2:4, pdp"):
         compare.parse_own_flags("mrpc:max_steps=9", keys)
     own = {key: ["--x", key] for key in [*keys, "dense"]}
-    assert compare.Cell("rte", 1, None, "dense").flags(["--y"], own) == ["--y", "--x", "rte", "--x", "dense"]
-    cell = compare.Cell("rte", 1, "2:4", "pdp")
+    assert Cell("rte", 1, None, "dense").flags(["--y"], own) == ["--y", "--x", "rte", "--x", "dense"]
+    cell = Cell("rte", 1, "2:4", "pdp")
     assert cell.flags(["--y"], own) == ["--y", "--pattern", "2:4", "--x", "rte", "--x", "2:4", "--x", "pdp"]
 
 

@@ -8,7 +8,7 @@ from short import FLAGS
 
 import compare
 import hf_maskselect
-from compare import Cell
+from cells import Cell
 from records import CELL, COMMAND, Records, origin, read_cell, write_origin
 
 PRUNED, DENSE = Cell("sst2", 1, "0.99", "magnitude"), Cell("sst2", 1, None, "dense")
