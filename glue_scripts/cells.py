@@ -1,4 +1,4 @@
-"""The cells of a comparison: their names, and the flags of each method."""
+"""The cells of a comparison: their names, their folders, and the flags of each method."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Flags for the search and its levels are for the methods that have them.
+# A method takes the flags of the search and of its levels only if it has them.
 ONE_MASK = ["--num_candidates", "1"]
 SOFT = [*ONE_MASK, "--num_levels", "1"]
 METHODS = {
@@ -19,18 +19,25 @@ METHODS = {
     "random-paper": ["--method", "random", "--proposals", "paper"],
     "random": ["--method", "random"],
 }
-TOTAL = "-total"  # ending of a method whose search counts among its steps
+TOTAL = "-total"  # suffix of a method that pays for its search out of its training steps
 METHODS |= {name + TOTAL: METHODS[name] for name in ("fisher", "taylor", "random-paper", "random")}
 
 
 def names_of(method: str) -> list[str]:
-    """Whose own flags a method takes: those of `random` are also those of `random-total`."""
+    """Names under which `--own_flags` are looked up for a method: flags of `random` also apply to `random-total`."""
     return list(dict.fromkeys((method.removesuffix(TOTAL), method)))
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. target: a sparsity or an N:M pattern; None for the dense model."""
+    """One run of a comparison.
+
+    Args:
+        task: name of the GLUE task.
+        seed: seed of the run and of its dense model.
+        target: a sparsity or an N:M pattern; None for the dense model.
+        method: a key of `METHODS`, or the name of a variant.
+    """
 
     task: str
     seed: int
@@ -41,12 +48,16 @@ class Cell:
         return " ".join(map(str, (self.task, self.seed, *([self.target] if self.target else []), self.method)))
 
     def folder(self, output_dir: Path) -> Path:
-        """Where it lies."""
+        """Folder of the cell below `output_dir`."""
         target = [] if self.target is None else [self.target.replace(":", "of")]
         return output_dir.joinpath(self.task, str(self.seed), *target, self.method)
 
+    def dense(self) -> Cell:
+        """Cell of the dense model that this cell starts from."""
+        return Cell(self.task, self.seed, None, "dense")
+
     def flags(self, common: Sequence[str], own: dict[str, list[str]]) -> list[str]:
-        """Those of `run_glue.py`: for all, of its target, then what is its own."""
+        """Flags of `run_glue.py`: the common ones, the target, then the own flags of task, target and method."""
         target = [] if self.target is None else ["--pattern" if ":" in self.target else "--sparsity", self.target]
         keys = [key for key in (self.task, self.target, *names_of(self.method)) if key in own]
         return [*common, *target, *(flag for key in keys for flag in own[key])]

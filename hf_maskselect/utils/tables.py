@@ -25,7 +25,7 @@ def _is_number(text: str) -> bool:
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table of Markdown; the first column and those with words in them are left, numbers right."""
     columns = [[str(row[i]) for row in rows] for i in range(len(header))]
-    numbers = [all(cell[:1].isdigit() or cell == "-" for cell in column) for column in columns]
+    numbers = [all(cell == "-" or cell.removeprefix("-")[:1].isdigit() for cell in column) for column in columns]
     lines = [header, ["---", *("---:" if right else "---" for right in numbers[1:])], *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
