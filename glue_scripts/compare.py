@@ -1,7 +1,7 @@
-"""Compare methods over tasks, targets and seeds, from one dense model for each task and seed.
+r"""Compare methods over tasks, targets and seeds, from one dense model for each task and seed.
 
-    python glue_scripts/compare.py --tasks sst2 mrpc --seeds 42 --methods magnitude taylor random --output_dir runs \\
-        --targets 0.9375 0.99 2:4 --recipe glue_scripts/recipes/compare_cpu.json --model_name_or_path MODEL \\
+    python glue_scripts/compare.py --tasks sst2 mrpc --seeds 42 --methods magnitude taylor random --output_dir runs \
+        --targets 0.9375 0.99 2:4 --recipe glue_scripts/recipes/compare_cpu.json --model_name_or_path MODEL \
         --data_dir DATA
 
 Flags that this script does not know go to `run_glue.py`. `--own_flags mrpc:max_steps=200,dense_epochs=8

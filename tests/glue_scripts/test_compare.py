@@ -36,7 +36,7 @@ def test_compare_runs_what_is_missing_and_prints_one_table(tmp_path, start, data
     rows = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()[2:]]
     assert [row[2] for row in rows] == ["dense", *methods] and {row[1] for row in rows} == {"-", "2:4"}
     with pytest.raises(
-        SystemExit, match=r"sst2 2 dense, with all .*/dense was made with epochs 1\.0 and not 2\.0: give"
+        SystemExit, match=r"sst2 2 dense, with all cells .*/dense was made with epochs 1\.0 and not 2\.0: give"
     ):
         compare.main([*flags, "--targets", "0.9", "--dense_epochs", "2"])
     with pytest.raises(SystemExit):

@@ -57,7 +57,7 @@ def test_a_torn_line_spoils_no_other(tmp_path):
     records.add(DENSE)
     path.write_bytes(path.read_bytes()[:-20])
     records.add(PRUNED)
-    with pytest.raises(ValueError, match=r"line 1 of .*cells.jsonl is no finished cell .*: delete that line"):
+    with pytest.raises(ValueError, match=r"line 1 of .*cells.jsonl is not a cell .*: delete that line"):
         Records(root, path)
     path.write_text(path.read_text().splitlines()[1])  # nor is a missing end of line one
     records = Records(root, path)
@@ -72,7 +72,7 @@ def test_two_lines_of_one_cell_must_agree(tmp_path):
     assert Records(tmp_path, path).find(DENSE)["results"] == {"eval_loss": 1.0}
     other = json.dumps(line | {"results": {"eval_loss": 2.0}})
     path.write_text(path.read_text() + other)
-    with pytest.raises(ValueError, match=r"lines 1 and 3 of .* tell of sst2 1 dense otherwise: delete the wrong one"):
+    with pytest.raises(ValueError, match=r"lines 1 and 3 of .* differ on sst2 1 dense: delete the wrong one"):
         Records(tmp_path, path)
 
 
@@ -85,7 +85,7 @@ def test_bad_files_are_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="cells.jsonl cannot be read: No such file"):
         Records(tmp_path, tmp_path / "cells.jsonl", writes=False)
     (tmp_path / "cells.jsonl").write_text('{"task": "sst2"}\n')
-    with pytest.raises(ValueError, match=r"line 1 of .*cells.jsonl is no finished cell \('seed'\): delete that line"):
+    with pytest.raises(ValueError, match=r"line 1 of .*cells.jsonl is not a cell \('seed'\): delete that line"):
         Records(tmp_path, tmp_path / "cells.jsonl")
 
 
@@ -156,7 +156,7 @@ def test_a_panel_goes_on_from_its_records_where_the_models_are_gone(tmp_path, st
     with pytest.raises(SystemExit, match=r"was made with gradient_accumulation_steps 1 and not 2: give"):
         compare.main([*flags, "--gradient_accumulation_steps", "2"])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    with pytest.raises(SystemExit, match=r"was made with threads 1, this is 7: it becomes the same only"):
+    with pytest.raises(SystemExit, match=r"was made with threads 1, this is 7: results are the same only"):
         compare.main(flags)
     assert methods() == ["dense", "magnitude", "pdp"] and not (tmp_path / "e" / "sst2").exists()
     assert (tmp_path / "e" / "table.md").is_file()  # of what is known

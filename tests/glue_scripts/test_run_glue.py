@@ -170,7 +170,7 @@ def test_a_bad_recipe_is_one_sentence(tmp_path, monkeypatch, text, message):
     [
         (["--use_cpu"], "--task_name is missing"),
         (["--task_name", "sst2", "--use_cpu"], "--model_name_or_path is missing"),
-        (["--task_name", "sst", "--use_cpu", "--model_name_or_path", "x"], "Unknown task 'sst'"),
+        (["--task_name", "sst", "--use_cpu", "--model_name_or_path", "x"], "unknown task 'sst'"),
         (["--task_name", "rte", "--use_cpu", "--model_name_or_path", "x", "--data_dir", "/nowhere"], "nowhere"),
         (["missing.json"], "does not exist"),
     ],
