@@ -124,7 +124,7 @@ def load_task(task_name: str, data_dir: str | Path | None = None) -> DatasetDict
         sources = {split: f"nyu-mll/glue, split {split}" for split in splits}
     else:
         files = _find_split_files(Path(data_dir), task)
-        # One call for each file: splits may have different columns (test often has no label), and one call refuses that.
+        # One call for each file, because splits may have different columns (test often has no label).
         splits = DatasetDict({split: _read(path) for split, path in files.items()})
         sources = {split: str(path) for split, path in files.items()}
     for split, dataset in splits.items():
