@@ -49,7 +49,8 @@ def check_early(job: Job, model: ModelArguments, config: PruningConfig) -> None:
         skeleton = AutoModelForSequenceClassification.from_config(
             load_config(model.model_name_or_path, job.task, model)
         )
-    weights = prunable_weights(skeleton, config.target_modules, config.exclude_modules)
+    settings = config.resolved()
+    weights = prunable_weights(skeleton, settings.target_modules, settings.exclude_modules)
     check_shapes(config, weights, transposed_weights(skeleton))
     planned = copy.copy(config)
     if planned.max_steps <= 0:
