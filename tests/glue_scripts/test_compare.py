@@ -1,4 +1,4 @@
-"""Panels on a tiny model: what is run, what is not run again, and their tables."""
+"""Comparisons on a tiny model: which cells run, which do not run again, and the tables."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def test_compare_runs_what_is_missing_and_prints_one_table(tmp_path, start, data
 
 
 def test_a_cell_is_made_again_by_its_command(tmp_path, start, data_dir, monkeypatch):
-    """And a `-total` method trains for so many steps less that its search is paid from the same steps."""
+    """Also: a `-total` method trains for fewer steps, which pay for its search."""
     flags = ["--tasks", "sst2", "--methods", "random", "random-total", "--output_dir", str(tmp_path), *FLAGS]
     flags += ["--model_name_or_path", start, "--data_dir", data_dir, "--max_steps", "60", "--criterion_batches", "4"]
     compare.main(flags)
@@ -74,7 +74,7 @@ def test_a_cell_is_made_again_by_its_command(tmp_path, start, data_dir, monkeypa
     ]
     assert told[0] == told[1] and len(told[0]) == 2
     command = (dense / "command.txt").read_text()
-    compare.main([*flags, "--methods", "magnitude", "--per_device_eval_batch_size", "7"])  # takes it as it is
+    compare.main([*flags, "--methods", "magnitude", "--per_device_eval_batch_size", "7"])  # reuses the dense model
     assert (dense / "command.txt").read_text() == command
 
 

@@ -1,4 +1,4 @@
-"""Metrics against values worked out by hand or written out in NumPy."""
+"""Metrics against values computed by hand or with NumPy."""
 
 import sys
 
@@ -14,7 +14,7 @@ PREDICTIONS, REFERENCES = [1, 1, 0, 1, 0, 0], [1, 1, 0, 0, 1, 1]
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, ties sharing their mean."""
+    """Return ranks from 1; ties get their mean rank."""
     return np.array([(values < v).sum() + ((values == v).sum() + 1) / 2 for v in values])
 
 

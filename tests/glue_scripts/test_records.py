@@ -1,4 +1,4 @@
-"""One file for the finished cells of a panel, where their models do not go."""
+"""One file for the finished cells of a comparison, without their models."""
 
 import json
 
@@ -15,7 +15,7 @@ PRUNED, DENSE = Cell("sst2", 1, "0.99", "magnitude"), Cell("sst2", 1, None, "den
 
 
 def finish(root, cell, loss=0.5):
-    """What a finished cell leaves."""
+    """Write the files of a finished cell."""
     folder = cell.folder(root)
     write_origin(folder, "run_glue.py", ["--seed", "1", "--name", "two words"], torch.device("cpu"))
     if cell.method == "dense":
@@ -26,14 +26,14 @@ def finish(root, cell, loss=0.5):
         (folder / CELL).write_text(json.dumps(told))
 
 
-def test_what_a_line_holds(tmp_path):
+def test_the_content_of_a_line(tmp_path):
     path, root = tmp_path / "kept" / "cells.jsonl", tmp_path / "runs"
     records = Records(root, path)
     for cell in (DENSE, PRUNED):
         finish(root, cell)
         assert records.lacks(cell) and records.where(cell) == str(cell.folder(root))
         records.add(cell)
-        records.add(cell)  # once is enough
+        records.add(cell)  # the second call adds nothing
         assert not records.lacks(cell) and records.where(cell) == f"{cell} in {path}"
     first, second = (json.loads(line) for line in path.read_text().splitlines())
     assert first["told"] == {"epochs": 1} and first["target"] is None and second["target"] == "0.99"
@@ -89,7 +89,7 @@ def test_bad_files_are_one_sentence(tmp_path):
         Records(tmp_path, tmp_path / "cells.jsonl")
 
 
-def test_what_is_wrong_or_incomplete_is_not_recorded(tmp_path):
+def test_a_wrong_or_incomplete_cell_is_not_recorded(tmp_path):
     path, root = tmp_path / "cells.jsonl", tmp_path / "runs"
     records = Records(root, path)
     for cell in (DENSE, PRUNED):
@@ -106,7 +106,7 @@ def test_what_is_wrong_or_incomplete_is_not_recorded(tmp_path):
     assert path.read_text() == "" and records.lacks(DENSE) and records.lacks(PRUNED)
 
 
-def test_a_file_that_went_away_does_not_stop_the_sitting(tmp_path):
+def test_a_missing_file_does_not_lose_the_cell(tmp_path):
     path, root = tmp_path / "kept" / "cells.jsonl", tmp_path / "runs"
     records = Records(root, path)
     finish(root, DENSE)
@@ -162,8 +162,8 @@ def test_a_panel_goes_on_from_its_records_where_the_models_are_gone(tmp_path, st
     assert (tmp_path / "e" / "table.md").is_file()  # of what is known
 
 
-def test_cells_of_an_earlier_sitting_are_recorded(tmp_path, start, data_dir, monkeypatch):
-    """With their dense model, as it is, and without running any again."""
+def test_cells_of_an_earlier_call_are_recorded(tmp_path, start, data_dir, monkeypatch):
+    """Their dense model is recorded too, and no cell runs again."""
     flags = [
         "--tasks",
         "sst2",

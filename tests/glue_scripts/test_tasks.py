@@ -1,4 +1,4 @@
-"""Loading GLUE-shaped data: what is found, what comes back, and one clear sentence for everything that is wrong."""
+"""Load data with the columns of GLUE: files, rows, and one clear sentence for each mistake."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def write(path: Path, columns: dict[str, list], features: Features | None = None
 
 @pytest.fixture
 def rte(tmp_path):
-    """A data_dir with a sound rte folder, for a test to spoil."""
+    """Make a data_dir with a valid rte folder, which tests then damage."""
     for split in ("train", "validation"):
         write(tmp_path / "rte" / f"{split}.jsonl", rows(TASKS["rte"]))
     return tmp_path
