@@ -1,10 +1,10 @@
-"""How fast are masks made, and do the fast random ones follow the paper's law?
+"""How fast does the package make masks, and do its random masks follow the law of the paper?
 
-One set of masks for BERT-base's 72 encoder matrices (85 M weights) at 16x, each against a named rival in the same run:
-random masks against the paper's repeated draws (timed for a few draws of each shape and extrapolated to all of them),
-global magnitude against `torch.nn.utils.prune.global_unstructured`, 2:4 against topk + scatter, PDP's thresholds
-against `kthvalue`, bit packing against NumPy. Then the law: on one 768x768 matrix, repeated draws and shortcut are
-compared entry by entry.
+The script makes masks for the 72 encoder matrices of BERT-base (85 M weights) at 16x, each against a named rival in
+the same run: random masks against the paper's repeated draws (timed for a few draws of each shape and extrapolated),
+global magnitude against `torch.nn.utils.prune.global_unstructured`, 2:4 against topk + scatter, the thresholds of PDP
+against `kthvalue`, bit packing against NumPy. For the law, it compares repeated draws and the shortcut entry by entry
+on one 768x768 matrix.
 
     python benchmarks/masks.py
     python benchmarks/masks.py --layers 2 --repeats 3 --law-repeats 5 --only random law
@@ -31,25 +31,34 @@ from hf_maskselect.methods.boundary import Boundary
 from hf_maskselect.utils.tables import text_table
 
 SPARSITY = 0.9375
-SHAPES = (((768, 768), 4), ((3072, 768), 1), ((768, 3072), 1))  # of one layer, with their count
+SHAPES = (((768, 768), 4), ((3072, 768), 1), ((768, 3072), 1))  # shapes of one layer, with their number
 HEADER = ["job", "package s", "rival", "rival s", "times faster"]
 
 
 def bert_base(layers: int) -> dict[str, Tensor]:
-    """Gaussian weights in the shapes of BERT-base's encoder."""
+    """Make Gaussian weights with the shapes of the encoder of BERT-base."""
     torch.manual_seed(0)
     shapes = [shape for shape, count in SHAPES for _ in range(count)] * layers
     return {f"matrix.{i}": torch.randn(shape) * 0.04 for i, shape in enumerate(shapes)}
 
 
-def package_masks(proposal: Proposal, weights: dict[str, Tensor], alive: MaskSet) -> MaskSet:
-    """The package's own path, scores and checks included."""
-    known = {"weights": weights, "stats": None, "masks": alive, "pattern": Unstructured(proposal.scope)}
-    return propose(proposal, 1, sparsity=SPARSITY, level=0, seed=0, **known)
+def package_masks(proposal: Proposal, weights: dict[str, Tensor], allowed: MaskSet) -> MaskSet:
+    """Make masks as the package does, with its scores and checks."""
+    return propose(
+        proposal,
+        1,
+        weights=weights,
+        stats=None,
+        masks=allowed,
+        pattern=Unstructured(proposal.scope),
+        sparsity=SPARSITY,
+        level=0,
+        seed=0,
+    )
 
 
 def repeated_draws(weight: Tensor, keep: int, draws: int) -> Tensor:
-    """Vote counts as in the paper: `draws` times `keep` entries without replacement, p ~ |w|^5."""
+    """Count votes as in the paper: draw `keep` entries without replacement, p ~ |w|^5, `draws` times."""
     p = weight.abs().pow(5).view(-1)
     counts = torch.zeros_like(p)
     for _ in range(draws):
@@ -58,24 +67,24 @@ def repeated_draws(weight: Tensor, keep: int, draws: int) -> Tensor:
 
 
 def top_k(counts: Tensor, keep: int) -> Tensor:
-    """The paper's mask: plain topk of the votes."""
+    """Make the mask of the paper: the `keep` entries with the most votes."""
     mask = torch.zeros(counts.numel(), dtype=torch.bool)
     return mask.scatter_(0, counts.view(-1).topk(keep).indices, True).view(counts.shape)
 
 
 def random_masks(weights: dict[str, Tensor], layers: int, repeats: int, draws: int, ratio: float) -> list:
-    """Shortcut (measured whole) against repeated draws (extrapolated)."""
-    alive, proposal = MaskSet.ones(weights), Proposal("magnitude", "layer", ratio)
-    jobs = {"package": lambda: package_masks(proposal, weights, alive)}
+    """Time the shortcut (all of it) against repeated draws (extrapolated)."""
+    allowed, proposal = MaskSet.ones(weights), Proposal("magnitude", "layer", ratio)
+    jobs = {"package": lambda: package_masks(proposal, weights, allowed)}
     total = {}
     for shape, count in SHAPES:
         weight = next(w for w in weights.values() if w.shape == shape)
         keep = kept_count(weight.numel(), SPARSITY)
         total[shape] = number_of_draws(weight.numel() - keep, ratio), count * layers
         jobs[shape] = lambda weight=weight, keep=keep: repeated_draws(weight, keep, draws)
-        # What does not grow with T: one topk a matrix.
+        # One topk for each matrix, whatever the number of draws.
         jobs[(shape, "top")] = lambda weight=weight, keep=keep: top_k(weight, keep)
-    package_masks(proposal, weights, alive)  # warm-up
+    package_masks(proposal, weights, allowed)  # warm-up
     times = alternate(jobs, repeats)
     rounds = [
         sum(n * (times[s][i] / draws * t + times[(s, "top")][i]) for s, (t, n) in total.items())
@@ -87,11 +96,11 @@ def random_masks(weights: dict[str, Tensor], layers: int, repeats: int, draws: i
 
 
 def global_magnitude(weights: dict[str, Tensor], repeats: int) -> tuple[list, str]:
-    """One ranking over all matrices, from weights to masks and masked weights, as the rival does it."""
-    alive, result = MaskSet.ones(weights), {}
+    """Time one ranking over all matrices, from weights to masks and masked weights, and count differing entries."""
+    allowed, result = MaskSet.ones(weights), {}
 
     def package() -> None:
-        result["package"] = package_masks(Proposal("magnitude", "global"), weights, alive)
+        result["package"] = package_masks(Proposal("magnitude", "global"), weights, allowed)
         result["masked"] = [w * m for w, m in zip(weights.values(), result["package"].values(), strict=True)]
 
     def rival() -> None:
@@ -104,7 +113,7 @@ def global_magnitude(weights: dict[str, Tensor], repeats: int) -> tuple[list, st
     for _ in range(repeats):
         linears = [nn.Linear(*reversed(w.shape), bias=False, device="meta") for w in weights.values()]
         for linear, weight in zip(linears, weights.values(), strict=True):
-            linear.weight = nn.Parameter(weight)  # pruning replaces the parameter, so the modules are made anew
+            linear.weight = nn.Parameter(weight)  # the rival replaces the parameter, so each round needs new modules
         times["package"].append(seconds(package))
         times["rival"].append(seconds(rival))
     differing = 0
@@ -115,13 +124,13 @@ def global_magnitude(weights: dict[str, Tensor], repeats: int) -> tuple[list, st
             result.setdefault("values", []).append(weights[name][differ].abs())
     ties = torch.cat(result["values"]).unique().numel() if differing else 0
     agreement = f"global magnitude: {differing} entries differ from the rival's"
-    agreement += f", all of {ties} magnitude(s) (ties at the threshold are one)" if differing else ""
+    agreement += f", which have {ties} magnitude(s) in all (1 means ties at the threshold)" if differing else ""
     name = "torch.nn.utils.prune.global_unstructured"
     return row("global magnitude", times["package"], name, times["rival"]), agreement
 
 
 def two_four(weights: dict[str, Tensor], repeats: int) -> list:
-    """2:4 masks from scores."""
+    """Time 2:4 masks from scores."""
     scores = {name: w.abs() for name, w in weights.items()}
 
     def rival() -> None:
@@ -134,8 +143,10 @@ def two_four(weights: dict[str, Tensor], repeats: int) -> list:
 
 
 def thresholds(weights: dict[str, Tensor], repeats: int, steps: int = 5) -> list:
-    """PDP's update of every matrix's threshold, on weights that drift as in training while the ramp rises; the rival
-    finds one of the two values that the threshold lies between."""
+    """Time PDP's update of all thresholds, on weights that drift as in training while the ramp rises.
+
+    The rival finds one of the two values that enclose the threshold.
+    """
     boundaries = {name: Boundary() for name in weights}
     counts = {name: int(0.9 * w.numel()) for name, w in weights.items()}
     magnitudes = {name: w.abs() for name, w in weights.items()}
@@ -144,20 +155,20 @@ def thresholds(weights: dict[str, Tensor], repeats: int, steps: int = 5) -> list
         "package": lambda: [boundaries[n].find(m, counts[n]) for n, m in magnitudes.items()],
         "rival": lambda: [m.view(-1).kthvalue(counts[n]) for n, m in magnitudes.items()],
     }
-    jobs["package"]()  # the first search has no bracket
+    jobs["package"]()  # the first search does not know a range yet
     for _ in range(repeats):
         for _ in range(steps):
             for name, magnitude in magnitudes.items():
                 magnitude.add_(torch.randn_like(magnitude), alpha=1e-4).abs_()
                 counts[name] += magnitude.numel() // 1000
-            found = seconds(jobs["package"])
-        times["package"].append(found)
+            last = seconds(jobs["package"])
+        times["package"].append(last)
         times["rival"].append(seconds(jobs["rival"]))
     return row("PDP thresholds", times["package"], "kthvalue a matrix", times["rival"])
 
 
 def packing(weights: dict[str, Tensor], repeats: int) -> list:
-    """Boolean masks to bits."""
+    """Time the packing of boolean masks into bits."""
     masks = [w.abs() > 0.07 for w in weights.values()]
     jobs = {
         "package": lambda: [pack_bits(m) for m in masks],
@@ -168,14 +179,17 @@ def packing(weights: dict[str, Tensor], repeats: int) -> list:
 
 
 def row(job: str, package: list[float], rival: str, other: list[float]) -> list:
-    """Medians, and the ratios within each round."""
+    """Make a row of the table: medians, and the ratios of each round."""
     ratios = [b / a for a, b in zip(package, other, strict=True)]
     return [job, f"{statistics.median(package):.3f}", rival, f"{statistics.median(other):.3f}", spread(ratios)]
 
 
 def law(ratio: float, repeats: int, bins: int = 20) -> list:
-    """Shortcut against repeated draws on one matrix: share of entries that differ from plain top-k, and how often an
-    entry is kept by its magnitude (bins from 0.7 to 1.3 of the threshold)."""
+    """Compare the shortcut with repeated draws on one matrix.
+
+    Measures the share of entries that differ from plain top-k, and how often entries are kept by their magnitude (bins
+    from 0.7 to 1.3 of the threshold).
+    """
     torch.manual_seed(1)
     weight = torch.randn(768, 768) * 0.04
     size, keep = weight.abs(), kept_count(weight.numel(), SPARSITY)
@@ -183,12 +197,12 @@ def law(ratio: float, repeats: int, bins: int = 20) -> list:
     plain = top_k_masks([size], keep)[0]
     place = torch.bucketize(size / size[plain].min(), torch.linspace(0.7, 1.3, bins + 1)).view(-1)
     generator = torch.Generator().manual_seed(2)
-    made = {
+    makers = {
         "oracle": lambda: top_k(repeated_draws(weight, keep, draws), keep),
         "shortcut": lambda: top_k_masks(votes([size], keep, draws, 5.0, generator), keep)[0],
     }
     share, kept = {}, {}
-    for name, make in made.items():
+    for name, make in makers.items():
         masks = [make() for _ in range(repeats)]
         share[name] = [float((m != plain).float().mean()) for m in masks]
         kept[name] = sum(torch.bincount(place, m.view(-1).double(), minlength=bins + 2) for m in masks)[1:-1]
@@ -196,7 +210,7 @@ def law(ratio: float, repeats: int, bins: int = 20) -> list:
     pooled = (kept["oracle"] + kept["shortcut"]) / (2 * entries)
     error = (2 * pooled * (1 - pooled) / entries).sqrt().clamp_min(1e-12)
     z = ((kept["shortcut"] - kept["oracle"]) / entries / error)[(pooled > 0) & (pooled < 1)]
-    a, b = (statistics.mean(share[name]) for name in made)
+    a, b = (statistics.mean(share[name]) for name in makers)
     noise = sum(statistics.stdev(s) ** 2 / repeats for s in share.values()) ** 0.5 / a if repeats > 1 else float("nan")
     gap = ((kept["shortcut"] - kept["oracle"]) / entries).abs().max()
     relative = f"{100 * (b / a - 1):+.2f} % +- {100 * noise:.2f}"
@@ -204,11 +218,12 @@ def law(ratio: float, repeats: int, bins: int = 20) -> list:
 
 
 def main() -> None:
+    """Run the chosen parts and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12, help="encoder layers; 12 is BERT-base")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of every timing")
     parser.add_argument("--draws", type=int, default=2, help="timed draws of each shape and round")
-    parser.add_argument("--law-repeats", type=int, default=20, help="masks of each kind that the law is judged on")
+    parser.add_argument("--law-repeats", type=int, default=20, help="masks of each kind for the comparison of the law")
     parser.add_argument("--threads", type=int, default=2)
     parts = ("random", "global", "2:4", "thresholds", "pack", "law")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
@@ -232,18 +247,10 @@ def main() -> None:
     if rows:
         print(text_table(HEADER, rows), *notes, "", sep="\n")
     if "law" in args.only:
-        header = [
-            "ratio",
-            "draws",
-            "masks",
-            "oracle differs",
-            "shortcut differs",
-            "relative",
-            "largest gap",
-            "max |z|",
-        ]
+        header = ["ratio", "draws", "masks", "oracle differs", "shortcut differs"]
+        header += ["relative", "largest gap", "max |z|"]
         print("Law on one 768x768 matrix: share of entries that differ from plain top-k (oracle: repeated draws;")
-        print("relative: with its standard error); share kept in bins of magnitude (largest gap, max |z|):\n")
+        print("relative: with its standard error), and share kept in bins of magnitude (largest gap, max |z|):\n")
         print(text_table(header, [law(ratio, args.law_repeats) for ratio in (5e-5, 1e-4)]))
 
 

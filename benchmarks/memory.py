@@ -1,13 +1,13 @@
 """How much more memory does a mask search need than plain training under the same trainer?
 
-Two processes train MiniLM on short rows (so that activations do not drown the weights): one with `method="random"` and
-one with `method="magnitude"`, which searches nothing. Live tensor bytes are tracked exactly (every storage an operator
-returns, until it is freed); resident memory is sampled beside it. The unit is one copy of the trained weights; the
-bound is 3 copies: one of the weights and AdamW's two moments of the trials. What is alive at each peak is listed by
-the line of code that made it.
+Two processes train MiniLM on short rows, so that activations stay small beside the weights: one with `method="random"`
+and one with `method="magnitude"`, which does not search. Live tensor bytes are counted exactly, from the operator that
+returns a storage until it is freed; resident memory is sampled. The unit is one copy of the trained weights. The bound
+is 3 copies: one of the weights and two for AdamW's moments in a trial. For each peak the script lists the live tensors
+by the line of code that made them.
 
     python benchmarks/memory.py
-    python benchmarks/memory.py --vocab-size 1000 --candidates 8    # nearly every weight prunable: the worst case
+    python benchmarks/memory.py --vocab-size 1000 --candidates 8    # nearly all weights are prunable: the worst case
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import weakref
 from pathlib import Path
 
 import torch
-from common import TokenRows, encoder, machine
+from common import QUIET, TokenRows, encoder, machine
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.utils import logging
@@ -41,11 +41,11 @@ KINDS = {"optim": "optimizer", "autograd": "backward", "models": "forward"}
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of every storage that an operator returned and that is still alive, with the code that asked for it."""
+    """Count the bytes of every live storage that an operator returned, with the code that called the operator."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.phase, self.live, self._known = OUTER, 0, set()
+        self.phase, self.live, self._counted = OUTER, 0, set()
         self._by_origin: collections.Counter = collections.Counter()
         self.peaks: dict[str, tuple[int, dict[str, int]]] = {}
 
@@ -55,13 +55,13 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def see(self, *tensors) -> None:
-        """Count the storages of `tensors` from now on."""
+        """Count the storages of `tensors` until they are freed."""
         for tensor in tree_leaves(tensors):
             if not isinstance(tensor, torch.Tensor) or tensor.device.type == "meta":
                 continue
             storage = tensor.untyped_storage()
-            if storage._cdata not in self._known:
-                self._known.add(storage._cdata)
+            if storage._cdata not in self._counted:
+                self._counted.add(storage._cdata)
                 self.phase, origin = whereabouts()
                 weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes(), origin).atexit = False
                 self._add(storage.nbytes(), origin)
@@ -73,13 +73,13 @@ class LiveBytes(TorchDispatchMode):
             self.peaks[self.phase] = self.live, dict(self._by_origin)
 
     def _drop(self, key: int, size: int, origin: str) -> None:
-        self._known.discard(key)
+        self._counted.discard(key)
         self.live -= size
         self._by_origin[origin] -= size
 
 
 def whereabouts() -> tuple[str, str]:
-    """(phase of the run, the package's innermost line and what it was doing) of the code being run."""
+    """Return the phase of the run, and the innermost line of the package with the kind of work it does."""
     frame, phase, origin, kind = sys._getframe(2), OUTER, None, ""
     while frame is not None:
         path, name = Path(frame.f_code.co_filename), frame.f_code.co_name
@@ -93,25 +93,27 @@ def whereabouts() -> tuple[str, str]:
 
 
 class Resident(threading.Thread):
-    """Largest resident memory of every phase, sampled every 2 ms."""
+    """Sample resident memory every 2 ms, and keep the largest value of each phase."""
 
     def __init__(self, live: LiveBytes) -> None:
         super().__init__(daemon=True)
         self._live, self._done, self.peaks = live, threading.Event(), collections.Counter()
 
     def run(self) -> None:
+        """Sample until `stop`."""
         page = os.sysconf("SC_PAGE_SIZE")
         while not self._done.wait(0.002):
             now = int(Path("/proc/self/statm").read_text().split()[1]) * page
             self.peaks[self._live.phase] = max(self.peaks[self._live.phase], now)
 
     def stop(self) -> None:
+        """End the thread."""
         self._done.set()
         self.join()
 
 
 def measure(args, method: str) -> dict:
-    """Train once and report peaks in bytes. The second cut comes when the outer AdamW already has its moments."""
+    """Train once and return the peaks in bytes; at the second level the outer AdamW already has its moments."""
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -126,11 +128,8 @@ def measure(args, method: str) -> dict:
             per_device_train_batch_size=args.batch,
             per_device_eval_batch_size=args.batch,
             criterion_batch_size=args.batch,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
             use_cpu=True,
+            **QUIET,
             **(searched if method == "random" else {}),
         )
         data = TokenRows(64 * args.batch, args.length, model.config.vocab_size)
@@ -152,19 +151,20 @@ def measure(args, method: str) -> dict:
 
 
 def in_own_process(args, method: str) -> dict:
-    """`measure` in a fresh process."""
+    """Run `measure` in a new process."""
     command = [sys.executable, __file__, "--child", method, *sys.argv[1:]]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
+    """Measure both runs and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=16, help="tokens in a row")
-    parser.add_argument("--batch", type=int, default=8, help="rows of every batch: training, scoring, gradients")
+    parser.add_argument("--batch", type=int, default=8, help="rows of every batch: training, scores, gradients")
     parser.add_argument("--candidates", type=int, default=4)
-    parser.add_argument("--trial-steps", type=int, default=2, help="0: candidates are fitted on 256 rows and scored")
-    parser.add_argument("--vocab-size", type=int, help="cut the embedding, so that more of the model is prunable")
+    parser.add_argument("--trial-steps", type=int, default=2, help="0: candidates are scored after refit on 256 rows")
+    parser.add_argument("--vocab-size", type=int, help="shrink the embedding, so that more of the model is prunable")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--top", type=int, default=9, help="origins to list for each peak")
     parser.add_argument("--child", choices=("random", "magnitude"), help=argparse.SUPPRESS)
@@ -187,7 +187,7 @@ def main() -> None:
     print(f"\nextra peak of live tensors: {worst / copy:.3f} copies; bound {BOUND}: {verdict}")
     for title, run, phase in [("plain", plain, OUTER), *(("search", search, p) for p in search["live"] if p != OUTER)]:
         origins = sorted(run["live"][phase][1].items(), key=lambda item: -item[1])[: args.top]
-        print(f"\nalive at the peak of {title} run: {phase}")
+        print(f"\nlive at the peak of the {title} run: {phase}")
         print(text_table(["made by", "copies"], [[o, f"{size / copy:.3f}"] for o, size in origins]))
 
 

@@ -1,12 +1,12 @@
-"""What does fitting cut matrices anew cost, in training, and against one factorization for each output?
+"""What does a refit cost, compared with training and with one factorization for each output?
 
     python benchmarks/refit.py [--bf16]
 
-First: seconds of `refit` on `--rows` rows beside forward and backward of the same model over the same rows, in
-batches of 16 with a teacher's forward pass, as the training distils (with `--bf16` under autocast, which leaves the
-fit in fp32); the search counts a row of a refit as `REFIT_COST` rows of training. Second: `fit_masked` beside the
-direct way, which gathers for every output the part of the Gram matrix that it keeps and factorizes it (outputs in
-blocks of equal size, `torch.linalg.cholesky`), and how much of the error that the direct way leaves over it leaves.
+First table: seconds of `refit` on `--rows` rows, beside training on the same rows (forward and backward in batches of
+16, and a teacher's forward pass). With `--bf16` the training runs under autocast; the refit stays in fp32. The search
+counts a row of a refit as `REFIT_COST` rows of training. Second table: `fit_masked` beside the direct way, which
+factorizes, for every output, the part of the Gram matrix that belongs to its kept weights (`torch.linalg.cholesky`,
+outputs in blocks of equal size); and the share of the direct way's gain that `fit_masked` reaches.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ from hf_maskselect.surgery.least_squares import fit_masked, ridge
 from hf_maskselect.utils.tables import text_table
 
 BATCH = 16
-BLOCK = 1 << 24  # numbers that the direct way gathers at once
+BLOCK = 1 << 24  # numbers in one block of the direct way
 
 
 def batches(rows: int, length: int, vocab: int, size: int) -> list[dict[str, Tensor]]:
+    """Make batches of `size` random rows."""
     data = TokenRows(rows, length, vocab)
     chunks = [[data[i] for i in range(first, min(first + size, rows))] for first in range(0, rows, size)]
     return [{name: torch.stack([row[name] for row in chunk]) for name in chunk[0]} for chunk in chunks]
 
 
-def beside_training(args) -> None:
+def beside_training(args: argparse.Namespace) -> None:
+    """Time refit and training on the same rows, and print the table."""
     table = []
     for sparsity in (0.9375, 0.5):
         model, teacher = encoder(), encoder().eval()
@@ -66,12 +68,12 @@ def beside_training(args) -> None:
         times = alternate({"train": train, "fit": fit}, args.repeats, before=cut)
         ratios = [f / t for f, t in zip(times["fit"], times["train"], strict=True)]
         table.append([sparsity, spread(times["train"]), spread(times["fit"]), spread(ratios)])
-    print(f"MiniLM, {args.rows} rows of {args.length} tokens; counted: {REFIT_COST} rows of training a row\n")
+    print(f"MiniLM, {args.rows} rows of {args.length} tokens; a refit row counts as {REFIT_COST} rows of training\n")
     print(text_table(["sparsity", "training, seconds", "refit, seconds", "ratio"], table), "\n")
 
 
 def direct(gram: Tensor, cross: Tensor, keep: Tensor) -> Tensor:
-    """What `fit_masked` approaches: every output has a system of its own."""
+    """Solve one linear system for each output: the exact solution that `fit_masked` approaches."""
     gram = gram + ridge(gram) * torch.eye(len(gram))
     counts, delta = keep.sum(1).long(), torch.zeros_like(cross)
     order = counts.argsort()
@@ -88,7 +90,8 @@ def direct(gram: Tensor, cross: Tensor, keep: Tensor) -> Tensor:
     return delta
 
 
-def beside_factorizations(args) -> None:
+def beside_factorizations(args: argparse.Namespace) -> None:
+    """Time `fit_masked` and the direct way, and print the table."""
     table = []
     for (outputs, inputs), sparsity in (((384, 1536), 0.9375), ((384, 1536), 0.5), ((768, 3072), 0.5)):
         generator = torch.Generator().manual_seed(0)
@@ -100,25 +103,26 @@ def beside_factorizations(args) -> None:
         times = alternate(
             {
                 "direct": functools.partial(direct, gram, cross, keep),
-                "ours": functools.partial(fit_masked, gram, cross, keep),
+                "package": functools.partial(fit_masked, gram, cross, keep),
             },
             args.repeats,
         )
 
-        def error(delta, missing=missing, gram=gram) -> float:
+        def error(delta: Tensor, missing=missing, gram=gram) -> float:
             left = missing - delta
             return float(((left @ gram) * left).sum())
 
         start = error(torch.zeros_like(cross))
         gained = (start - error(fit_masked(gram, cross, keep))) / (start - error(direct(gram, cross, keep)))
-        ratios = [d / o for d, o in zip(times["direct"], times["ours"], strict=True)]
+        ratios = [d / o for d, o in zip(times["direct"], times["package"], strict=True)]
         shape = f"{outputs} x {inputs}, {sparsity}"
-        table.append([shape, spread(times["direct"]), spread(times["ours"]), spread(ratios), f"{gained:.2%}"])
+        table.append([shape, spread(times["direct"]), spread(times["package"]), spread(ratios), f"{gained:.2%}"])
     header = ["matrix, sparsity", "direct, seconds", "fit_masked, seconds", "times faster", "of the gain"]
     print(text_table(header, table))
 
 
 def main() -> None:
+    """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--length", type=int, default=32)
@@ -127,7 +131,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="train under autocast")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(machine("; bf16 autocast, fits in fp32" if args.bf16 else "; fp32"))
+    print(machine("; bf16 autocast, refits in fp32" if args.bf16 else "; fp32"))
     beside_training(args)
     beside_factorizations(args)
 

@@ -1,7 +1,7 @@
-"""Packing 2:4 weights for sparse tensor cores against torch's own conversion, and what permuting channels gains.
+"""How fast is 2:4 packing for sparse tensor cores, against torch's own, and what does permuting channels gain?
 
-Weights have BERT-base's shapes (84.9 M) and are random; the permutation is also run on the real 6-layer MiniLM. Rates
-are in bytes of dense weights at the dtype packed.
+The weights are random and have the shapes of BERT-base (84.9 M); the permutation also runs on the real 6-layer MiniLM.
+Rates are in bytes of dense weights, in the packed dtype.
 
     python benchmarks/semi_structured.py
 """
@@ -18,7 +18,7 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
     sparse_semi_structured_to_dense_cutlass,
 )
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 from transformers.utils import logging
 
 from hf_maskselect import permute_channels, prunable_weights
@@ -28,12 +28,12 @@ from hf_maskselect.utils.tables import text_table
 
 
 def packing(repeats: int) -> list[list[str]]:
-    """Seconds of packing and unpacking all matrices, ours and torch's, in turn."""
+    """Time packing and unpacking of all matrices, in turns with torch."""
     shapes = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]
     generator, rows = torch.Generator().manual_seed(0), []
     for dtype in (torch.bfloat16, torch.int8):
         dense = []
-        for shape in shapes:  # of one layer; twelve have the same
+        for shape in shapes:  # one layer; all twelve have these shapes
             weight = torch.randn(shape, generator=generator)
             weight *= NM(2, 4).masks({"w": weight.abs()}, 0.5)["w"]
             dense.append(weight.mul(30).clamp(-127, 127).to(dtype))
@@ -56,8 +56,8 @@ def packing(repeats: int) -> list[list[str]]:
     return rows
 
 
-def permuting(name: str, model) -> list[str]:
-    """One permutation of all matrices of a model that can have one."""
+def permuting(name: str, model: PreTrainedModel) -> list[str]:
+    """Permute all matrices of a model that allow it, and return a row of the table."""
     start = time.perf_counter()
     report = permute_channels(model, "2:4", prunable_weights(model))
     seconds = time.perf_counter() - start
@@ -74,6 +74,7 @@ def permuting(name: str, model) -> list[str]:
 
 
 def main() -> None:
+    """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)

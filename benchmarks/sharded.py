@@ -1,6 +1,7 @@
-"""Masks of weights whose rows lie on two ranks (FSDP2), against the same masks of the whole in one process.
+"""How fast are masks of sharded weights (rows on two processes, FSDP2), against masks of the whole in one process?
 
-72 matrices of BERT-base's encoder, 84,934,656 scores, one thread a process; the collectives are counted.
+The script uses 72 matrices of the encoder of BERT-base (84,934,656 scores) and one thread for each process, and counts
+the collectives.
 
     python benchmarks/sharded.py
 """
@@ -32,7 +33,7 @@ CASES = {
 
 
 class Counted(Shards):
-    """Notes the bytes of every all-reduce."""
+    """Shards that record the bytes of every all-reduce."""
 
     def _summed(self, counts):
         self.messages.append(counts.nbytes)
@@ -40,14 +41,14 @@ class Counted(Shards):
 
 
 def make_scores() -> dict[str, torch.Tensor]:
-    """Matrices differ in scale as trained ones do, so that some fall below their floor."""
+    """Make scores whose scale differs between matrices, as in trained models, so that some fall below their floor."""
     generator = torch.Generator().manual_seed(0)
     scale = torch.rand(len(SHAPES), generator=generator) + 0.3
     return {str(i): torch.randn(s, generator=generator).abs_() * scale[i] for i, s in enumerate(SHAPES)}
 
 
-def rank(index: int, folder: str, repeats: int, told) -> None:
-    """One rank: every case `repeats` times, its rows against those of the whole."""
+def process(index: int, folder: str, repeats: int, results) -> None:
+    """Run every case `repeats` times in one process; rank 0 also times the whole and writes `results`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=index, world_size=RANKS)
     whole = make_scores()
@@ -62,19 +63,20 @@ def rank(index: int, folder: str, repeats: int, told) -> None:
         if index == 0:
             time.sleep(0.1)
             alone = [seconds(lambda p=pattern: p.masks(whole, 0.9375)) for _ in range(repeats)]
-            told[name] = times, alone, shards.messages
+            results[name] = times, alone, shards.messages
         dist.barrier()
     dist.destroy_process_group()
 
 
 def main() -> None:
+    """Start the processes and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    print(machine(f"; {RANKS} ranks"))
+    print(machine(f"; {RANKS} processes"))
     with tempfile.TemporaryDirectory() as folder, torch.multiprocessing.Manager() as manager:
-        told = manager.dict()
-        torch.multiprocessing.spawn(rank, (folder, args.repeats, told), nprocs=RANKS)
+        results = manager.dict()
+        torch.multiprocessing.spawn(process, (folder, args.repeats, results), nprocs=RANKS)
         rows = [
             [
                 name,
@@ -85,7 +87,7 @@ def main() -> None:
                 max(messages),
                 sum(messages),
             ]
-            for name, (times, alone, messages) in dict(told).items()
+            for name, (times, alone, messages) in dict(results).items()
         ]
     print(
         text_table(["scope", "sharded s", "whole s", "times faster", "all-reduces", "largest, bytes", "bytes"], rows)

@@ -1,8 +1,8 @@
 """How much more memory do the soft methods need than training under a hard mask?
 
-One process a method trains MiniLM on short rows at the target sparsity. Live tensor bytes are tracked exactly, at the
-peak of a step and between steps (gradients freed, optimizer state there). The unit is one copy of the prunable
-weights.
+Each method trains MiniLM in a process of its own, on short rows at the target sparsity. Live tensor bytes are counted
+exactly, at the peak of a step and between steps (with optimizer state, without gradients). The unit is one copy of the
+prunable weights.
 
     python benchmarks/soft_memory.py
 """
@@ -18,7 +18,7 @@ import sys
 import tempfile
 
 import torch
-from common import TokenRows, encoder, machine
+from common import QUIET, TokenRows, encoder, machine
 from memory import LiveBytes
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -34,17 +34,18 @@ METHODS = {
 
 
 class BetweenSteps(TrainerCallback):
-    """Live bytes when a step has ended and its gradients are gone."""
+    """Record the live bytes at the end of each step, when the gradients are freed."""
 
     def __init__(self, live: LiveBytes) -> None:
-        self._live, self.seen = live, []
+        self._live, self.sizes = live, []
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.seen.append(self._live.live)
+        """Record the bytes."""
+        self.sizes.append(self._live.live)
 
 
 def measure(method: str, batch: int, length: int) -> dict:
-    """Peak and resting live bytes of six steps."""
+    """Train six steps and return the live bytes at the peak and between steps."""
     torch.set_num_threads(2)
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -54,11 +55,8 @@ def measure(method: str, batch: int, length: int) -> dict:
             method=method,
             max_steps=6,
             per_device_train_batch_size=batch,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
             use_cpu=True,
+            **QUIET,
             **METHODS[method],
         )
         live = LiveBytes()
@@ -70,10 +68,11 @@ def measure(method: str, batch: int, length: int) -> dict:
             trainer.train()
     copy = sum(w.numel() * w.element_size() for w in prunable_weights(model).values())
     peak = max(size for size, _ in live.peaks.values())
-    return {"copy": copy, "peak": peak, "between": max(between.seen[2:-1])}
+    return {"copy": copy, "peak": peak, "between": max(between.sizes[2:-1])}
 
 
 def main() -> None:
+    """Measure every method in a new process and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=16, help="tokens in a row")
     parser.add_argument("--batch", type=int, default=8)
@@ -82,12 +81,12 @@ def main() -> None:
     if args.child:
         print(json.dumps(measure(args.child, args.batch, args.length)))
         return
-    found = {}
+    runs = {}
     for method in METHODS:
         command = [sys.executable, __file__, "--child", method, *sys.argv[1:]]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-        found[method] = json.loads(done.stdout.splitlines()[-1])
-    copy, base = found["magnitude"]["copy"], found["magnitude"]
+        runs[method] = json.loads(done.stdout.splitlines()[-1])
+    copy, base = runs["magnitude"]["copy"], runs["magnitude"]
     print(machine(f"; MiniLM, batch {args.batch}, length {args.length}"))
     print(f"one copy of the prunable weights: {copy / 2**20:.1f} MiB\n")
     rows = [
@@ -96,7 +95,7 @@ def main() -> None:
             *(f"{run[key] / copy:.2f}" for key in ("peak", "between")),
             *(f"{(run[key] - base[key]) / copy:+.2f}" for key in ("peak", "between")),
         ]
-        for name, run in found.items()
+        for name, run in runs.items()
     ]
     print(text_table(["in copies", "peak", "between steps", "peak, extra", "between, extra"], rows))
 

@@ -1,9 +1,9 @@
 """What does a training step with masks cost, against the same step of a plain `Trainer`?
 
-Both trainers run MiniLM (6 layers, two-class head) on generated token ids with the same arguments, in short
-alternating blocks of `train()`; a step is the time from one step's begin to the next one's, so everything the trainers
-do is inside. The rows "within it" are the time spent on the masks themselves, within the same steps. Aim: at most
-1.03x for hard masks, 1.15x for PDP, 1.25x for Gumbel (both timed at the target sparsity).
+Both trainers run MiniLM (6 layers, two-class head) on generated token ids with the same arguments, in short blocks of
+`train()` that alternate. A step lasts from its begin to the begin of the next step, so it contains everything that the
+trainer does. The rows "within it" show the time for the masks alone, in the same steps. Aim: at most 1.03x for hard
+masks, 1.15x for PDP, 1.25x for Gumbel (both timed at the target sparsity).
 
     python benchmarks/step.py
     python benchmarks/step.py --method pdp
@@ -22,7 +22,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from common import TokenRows, encoder, machine, spread
+from common import QUIET, TokenRows, encoder, machine, spread
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
@@ -40,41 +40,45 @@ HOOKS = {"on_step_begin": "effective weights", "before_clipping": "gradients", "
 
 
 def now() -> float:
+    """Return the time in seconds, when the device has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 class Clock(TrainerCallback):
-    """Begin of every step, in seconds."""
+    """Record when each step begins, in seconds."""
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Forget the steps of an earlier run."""
         self.begins: list[float] = []
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
+        """Record the time."""
         self.begins.append(now())
 
     def steps(self, skipped: int) -> list[float]:
-        """Seconds of each step but the first `skipped` (mask search, warm-up) and the last (it has no next)."""
+        """Seconds of each step, without the first `skipped` (mask search, warm-up) and the last one."""
         return [b - a for a, b in zip(self.begins, self.begins[1:], strict=False)][skipped:]
 
 
 class HookTimer:
-    """Seconds of every call of a bound method."""
+    """Replace a bound method by one that also records the seconds of each call."""
 
     def __init__(self, method, name: str) -> None:
         self._call, self.spent = getattr(method, name), []
         setattr(method, name, self)
 
-    def __call__(self, *given) -> None:
+    def __call__(self, *arguments) -> None:
+        """Call the method and record its time."""
         start = now()
-        self._call(*given)
+        self._call(*arguments)
         self.spent.append(now() - start)
 
 
 @dataclass
 class Block:
-    """Seconds of each step, median seconds in each hook, and the share of zeros at the end."""
+    """Result of one block: seconds of each step, median seconds in each hook, and the share of zeros at the end."""
 
     steps: list[float]
     hooks: list[float]
@@ -82,17 +86,14 @@ class Block:
 
 
 def block(kind: type[Trainer], config: type[TrainingArguments], args, folder: str, **fields) -> Block:
-    """One short `train()` of a fresh trainer, its printing swallowed; only class and pruning fields differ."""
+    """Run one short `train()` of a new trainer, without its output; only class and pruning fields differ."""
     shared = {
         "output_dir": folder,
         "max_steps": args.skip + args.steps + 1,
         "per_device_train_batch_size": args.batch,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": "none",
         "dataloader_pin_memory": False,
-        "disable_tqdm": True,
         "seed": 0,
+        **QUIET,
     }
     model = encoder()
     data = TokenRows(shared["max_steps"] * args.batch, args.length, model.config.vocab_size)
@@ -107,11 +108,12 @@ def block(kind: type[Trainer], config: type[TrainingArguments], args, folder: st
 
 
 def main() -> None:
+    """Time blocks of both trainers in turns and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=FIELDS, default="magnitude")
     parser.add_argument("--length", type=int, default=64, help="tokens in a row")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--blocks", type=int, default=6, help="alternations (pairs of blocks)")
+    parser.add_argument("--blocks", type=int, default=6, help="pairs of blocks")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of one block")
     parser.add_argument("--skip", type=int, default=3, help="first steps of a block that are not counted")
     parser.add_argument("--threads", type=int, default=2)
@@ -133,9 +135,9 @@ def main() -> None:
             for name in kinds if round_ % 2 == 0 else reversed(kinds):
                 kind, config, fields = kinds[name]
                 blocks[name].append(block(kind, config, args, folder, **fields))
-    blocks = {name: found[1:] for name, found in blocks.items()}  # the first round is warm-up
-    medians = {name: [statistics.median(b.steps) for b in found] for name, found in blocks.items()}
-    whole = {name: statistics.median([s for b in found for s in b.steps]) for name, found in blocks.items()}
+    blocks = {name: runs[1:] for name, runs in blocks.items()}  # the first round is warm-up
+    medians = {name: [statistics.median(b.steps) for b in runs] for name, runs in blocks.items()}
+    whole = {name: statistics.median([s for b in runs for s in b.steps]) for name, runs in blocks.items()}
     base, masked = whole["plain"], blocks["masked"]
     pairs = [m / p for p, m in zip(medians["plain"], medians["masked"], strict=True)]
     hooks = [statistics.median(spent) for spent in zip(*(b.hooks for b in masked), strict=True)]

@@ -1,11 +1,11 @@
 """How small is a packed model, how fast is packing, and what do masks add to a checkpoint?
 
-A model of BERT-base's shape with random weights (110 M, 85 M of them prunable) is cut at random places to four
-sparsities, packed and unpacked; sizes stand beside the entropy bound, speeds are in bytes of dense weights. Then plain
-`Trainer` and `PruningTrainer` save checkpoints of the same model in turn.
+A model with the shapes of BERT-base and random weights (110 M, 85 M of them prunable) gets random masks of four
+sparsities, and is packed and unpacked. Sizes are compared with the entropy bound; speeds are in bytes of dense
+weights. Then plain `Trainer` and `PruningTrainer` save checkpoints of the same model in turns.
 
     python benchmarks/storage.py
-    python benchmarks/storage.py --only checkpoint --repeats 15 --folder /dev/shm   # no disk to wait for
+    python benchmarks/storage.py --only checkpoint --repeats 15 --folder /dev/shm   # in memory, without a disk
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import time
 from pathlib import Path
 
 import torch
-from common import TokenRows, alternate, machine, seconds, spread
+from common import QUIET, TokenRows, alternate, machine, seconds, spread
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from hf_maskselect import MaskSet, PruningConfig, PruningState, PruningTrainer, pack, prunable_weights, unpack
@@ -34,8 +34,8 @@ SPARSITIES = (0.8, 0.9, 0.9375, 0.99)
 LOSSY = {"lossless": {}, "bf16 values, int8 tables": {"values": "bf16", "embeddings": "int8"}}
 
 
-def cut(model, sparsity: float) -> MaskSet:
-    """Fresh random weights under random masks."""
+def cut(model: PreTrainedModel, sparsity: float) -> MaskSet:
+    """Give the model new random weights under random masks, and return the masks."""
     with torch.no_grad():
         masks = {}
         for name, weight in prunable_weights(model).items():
@@ -44,7 +44,8 @@ def cut(model, sparsity: float) -> MaskSet:
     return MaskSet(masks)
 
 
-def storage(model, root: Path, repeats: int) -> None:
+def storage(model: PreTrainedModel, root: Path, repeats: int) -> None:
+    """Pack and unpack at every sparsity, and print sizes and speeds."""
     rows = []
     for sparsity in SPARSITIES:
         masks = cut(model, sparsity)
@@ -74,16 +75,13 @@ def storage(model, root: Path, repeats: int) -> None:
     print(text_table(["sparsity", "MB", "times smaller", "of the bound", "pack MB/s", "unpack MB/s"], rows))
 
 
-def checkpoints(model, root: Path, repeats: int) -> None:
-    """Seconds and bytes of one checkpoint: plain, plain and brought to the disk as ours is, and ours, in turn."""
+def checkpoints(model: PreTrainedModel, root: Path, repeats: int) -> None:
+    """Save checkpoints in turns with `Trainer`, `Trainer` and fsync, and `PruningTrainer`, and print the table."""
     common = {
         "per_device_train_batch_size": 2,
         "max_steps": 1,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
         "use_cpu": True,
+        **QUIET,
     }
     data = TokenRows(8, 8, model.config.vocab_size)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -95,12 +93,12 @@ def checkpoints(model, root: Path, repeats: int) -> None:
         pruned.train()
 
     def calm() -> None:
-        """No save pays for removing or writing back another's files."""
+        """Remove old files and empty the write cache, so that no save waits for the files of another."""
         for name in ("plain", "pruned"):
             shutil.rmtree(root / name / "checkpoint-1", ignore_errors=True)
         os.sync()
 
-    def save(trainer) -> None:
+    def save(trainer: Trainer) -> None:
         trainer._save_checkpoint(trainer.model, None)
 
     def save_to_disk() -> None:
@@ -118,7 +116,7 @@ def checkpoints(model, root: Path, repeats: int) -> None:
         jobs[name]()
         sizes[name] = sum(f.stat().st_size for f in (root / folder / "checkpoint-1").iterdir())
     base = list(jobs)[0]
-    # Of each pair, then the middle one: a disk that falls behind slows neighbours alike.
+    # The median of the ratios of each round, because a slow disk slows all saves of one round.
     ratios = {name: [own / its for own, its in zip(times[name], times[base], strict=True)] for name in jobs}
     rows = [
         [name, spread(times[name]), f"{statistics.median(ratios[name]):.3f}"]
@@ -129,10 +127,11 @@ def checkpoints(model, root: Path, repeats: int) -> None:
 
 
 def main() -> None:
+    """Print the chosen tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--folder", help="where to write, by default the system's temporary folder")
+    parser.add_argument("--folder", help="folder to write to (default: the temporary folder of the system)")
     parser.add_argument("--only", choices=("pack", "checkpoint"), help="one of the two tables")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

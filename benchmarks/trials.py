@@ -1,14 +1,14 @@
-"""Is a trial worth its steps? One level, many masks, each trained to the end, under several orders of the data.
+r"""Is a trial worth its steps? Train many masks through one whole level, under several orders of the data.
 
-    python benchmarks/trials.py run --task sst2 --sparsity 0.9375 --dense runs/sst2/42/dense --output_dir studies \\
+    python benchmarks/trials.py run --task sst2 --sparsity 0.9375 --dense runs/sst2/42/dense --output_dir studies \
         --data_dir DATA [flags of run_glue.py]
     python benchmarks/trials.py table --output_dir studies
 
-Every mask of `POOL` is trained from the dense model through one whole level, once for every seed (order of the rows
-and dropout; all masks see the same under one seed). The rows held out of train are cut in two: on the first part the
-model is scored on the way, as a trial would, on the second it is judged at the end. So one run tells how well a trial
-of any length, a prefix of the level, would have chosen; `--fresh` also runs trials of their own schedule, as the
-search does. A curve is a file: finished ones are not run again.
+Every mask of `POOL` is trained from the dense model through one whole level, once for every seed. The seed sets the
+order of the rows and the dropout, and is the same for all masks. The held-out rows are split in two: the first part
+scores the model during the level, as a trial would, and the second part judges it at the end. A shorter trial is a
+prefix of the level, so one run shows how well trials of any length choose. `--fresh` also runs trials with a schedule
+of their own, as the search does. Each curve is a file, and finished curves are not run again.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "glue_scripts"))
 
 from trials_table import print_tables
 
-from arguments import parse_arguments
-from hf_maskselect import PruningTrainer
+from arguments import ModelArguments, parse_arguments
+from hf_maskselect import PruningConfig, PruningTrainer
 from hf_maskselect.masking.maskset import MaskSet
 from hf_maskselect.masking.proposals import Proposal, propose
 from hf_maskselect.masking.scores import CRITERIA, Criterion
@@ -38,7 +38,7 @@ from hf_maskselect.search.bench import Trial, TrialBench
 from job import Job, load_model, prepare
 
 MARKS = (5, 10, 20, 40, 80, 160)
-ROW_STRIDES = (2, 4, 8)  # also scored on every 2nd, 4th and 8th row
+ROW_STRIDES = (2, 4, 8)  # the score is also computed on every 2nd, 4th and 8th row
 FRESH_SEED = 1000
 POOL = [
     Proposal("taylor", "balanced"),
@@ -62,16 +62,20 @@ class Level(Trial):
 
     @property
     def marks(self) -> set[int]:
+        """Steps after which the model is scored."""
         return {mark for mark in MARKS if mark < self.steps} | {self.steps}
 
 
 class Scribe(TrialBench):
-    """A bench that writes down all measures at once: label loss, disagreement with the teacher (mean squared error
-    for a regression) and minus the metric; lower is better.
+    """Bench that records several scores at once; lower is better for all of them.
+
+    The scores are the label loss, the disagreement with the teacher (cross-entropy, or mean squared error for a
+    regression) and minus the metric.
 
     Args:
-        parts: rows that trials are scored on, rows that only the end is judged on.
-        metric: its name in what `compute_metrics` returns.
+        trainer: trainer whose model is scored.
+        parts: the rows that score trials, and the rows that judge the end.
+        metric: name of the metric in the output of `compute_metrics`.
     """
 
     def __init__(self, trainer: PruningTrainer, parts: list[Dataset], metric: str) -> None:
@@ -79,15 +83,16 @@ class Scribe(TrialBench):
         self._parts, self._metric = parts, metric
         self._teachers = [self._logits(trainer.teacher, part) for part in parts]
         self._labels = [torch.tensor(part["label"]) for part in parts]
-        self.seen: list[dict[str, float]] = []
+        self.recorded: list[dict[str, float]] = []
 
     def score(self) -> float:
-        self.seen.append(self.measure(0))
-        return self.seen[-1]["loss"]
+        """Record all scores on the first part, and return the label loss."""
+        self.recorded.append(self.measure(0))
+        return self.recorded[-1]["loss"]
 
     def measure(self, part: int) -> dict[str, float]:
-        """Of the model as it is, on one of the parts."""
-        logits, taught, labels = (
+        """Score the model on one part."""
+        logits, targets, labels = (
             self._logits(self.trainer.model, self._parts[part]),
             self._teachers[part],
             self._labels[part],
@@ -96,17 +101,17 @@ class Scribe(TrialBench):
             loss = mse_loss(logits[:, 0], labels.float())
         else:
             loss = cross_entropy(logits, labels)
-        teacher = self._disagreement(logits, taught)
+        teacher = self._disagreement(logits, targets)
         metrics = self.trainer.compute_metrics(EvalPrediction(logits.numpy(), labels.numpy()))
-        found = {"loss": float(loss), "teacher": teacher, "metric": -metrics[self._metric]}
+        scores = {"loss": float(loss), "teacher": teacher, "metric": -metrics[self._metric]}
         if part == 0:
             for every in ROW_STRIDES:
-                found[f"teacher, 1/{every} of the rows"] = self._disagreement(logits[::every], taught[::every])
-        return found
+                scores[f"teacher, 1/{every} of the rows"] = self._disagreement(logits[::every], targets[::every])
+        return scores
 
     @staticmethod
-    def _disagreement(logits: torch.Tensor, taught: torch.Tensor) -> float:
-        return float(mse_loss(logits, taught) if logits.shape[1] == 1 else cross_entropy(logits, taught.softmax(1)))
+    def _disagreement(logits: torch.Tensor, targets: torch.Tensor) -> float:
+        return float(mse_loss(logits, targets) if logits.shape[1] == 1 else cross_entropy(logits, targets.softmax(1)))
 
     @torch.no_grad()
     def _logits(self, model: PreTrainedModel, part: Dataset) -> torch.Tensor:
@@ -114,13 +119,13 @@ class Scribe(TrialBench):
         batches = []
         with self.sandbox.random_state():
             for inputs in self.batches.load(part, 64):
-                known = {k: v for k, v in self.trainer._prepare_inputs(inputs).items() if k != "labels"}
-                batches.append(model(**known).logits.float().cpu())
+                unlabelled = {k: v for k, v in self.trainer._prepare_inputs(inputs).items() if k != "labels"}
+                batches.append(model(**unlabelled).logits.float().cpu())
         return torch.cat(batches)
 
 
 def input_norms(trainer: PruningTrainer, samples: int = 64) -> dict[str, torch.Tensor]:
-    """Weight name -> root of the sum of squares of what enters each of its columns, over train rows, padding too."""
+    """Map each weight to the L2 norms of the inputs of its columns, over train rows, padding included."""
     names = {id(weight): name for name, weight in trainer.run.method.weights.items()}
     norms = {name: weight.new_zeros(weight.shape[1]) for name, weight in trainer.run.method.weights.items()}
 
@@ -140,15 +145,15 @@ def input_norms(trainer: PruningTrainer, samples: int = 64) -> dict[str, torch.T
 
 
 def main() -> None:
-    """`run` makes the curves of one setting, `table` prints what all of them say."""
+    """Make the missing curves of one setting (`run`), or print the tables of all settings (`table`)."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=formatter)
     parser.add_argument("what", choices=["run", "table"])
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--task")
     parser.add_argument("--sparsity", type=float)
-    parser.add_argument("--dense", help="folder of the fine-tuned dense model: start and teacher")
-    parser.add_argument("--steps", type=int, default=240, help="length of the level")
+    parser.add_argument("--dense", help="folder of the dense model: start and teacher")
+    parser.add_argument("--steps", type=int, default=240, help="steps of the level")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--fresh", type=int, nargs="*", default=[], help="lengths of trials with their own schedule")
     options, flags = parser.parse_known_args()
@@ -159,24 +164,24 @@ def main() -> None:
     folder = options.output_dir / f"{options.task}-{options.sparsity:g}"
     data, model, config = parse_arguments([*flags, "--output_dir", str(folder / "run")])
     folder.mkdir(parents=True, exist_ok=True)
-    made, told = folder / "made_by.json", {"steps": options.steps, "flags": flags}
-    if made.is_file() and json.loads(made.read_text()) != told:
-        parser.error(f"{folder} was made with other flags ({made.read_text()}): choose another output_dir")
-    made.write_text(json.dumps(told))
+    path, made_by = folder / "made_by.json", {"steps": options.steps, "flags": flags}
+    if path.is_file() and json.loads(path.read_text()) != made_by:
+        parser.error(f"{folder} was made with other flags ({path.read_text()}): choose another output_dir")
+    path.write_text(json.dumps(made_by))
     set_seed(config.seed)
     run(prepare(data, model, config), model, config, options, folder)
 
 
 def level_flags(flags: list[str], options: argparse.Namespace) -> list[str]:
-    """Those of `run_glue.py` for one level of `options.steps`, from and distilled from the dense model."""
+    """Flags of `run_glue.py` for one level of `options.steps`, with the dense model as start and teacher."""
     flags = [*flags, "--task_name", options.task, "--always_hold_out", "--save_strategy", "no", "--num_levels", "1"]
     flags += ["--sparsity", str(options.sparsity), "--max_steps", str(options.steps), "--method", "random"]
     return [*flags, "--model_name_or_path", options.dense, "--teacher_name_or_path", options.dense]
 
 
-def bench_of(job: Job, model, config, dense: str) -> tuple[PruningTrainer, Scribe]:
-    """A trainer before its first step, and the bench that tries masks on its model."""
-    rows = range(len(job.selection))  # which are in the order of their lengths
+def bench_of(job: Job, model: ModelArguments, config: PruningConfig, dense: str) -> tuple[PruningTrainer, Scribe]:
+    """Make a trainer before its first step, and the bench that scores masks on its model."""
+    rows = range(len(job.selection))  # sorted by length, so both halves have rows of all lengths
     parts = [job.selection.select(rows[0::2]), job.selection.select(rows[1::2])]
     trainer = PruningTrainer(
         load_model(dense, job.task, model),
@@ -191,7 +196,7 @@ def bench_of(job: Job, model, config, dense: str) -> tuple[PruningTrainer, Scrib
 
 
 def cut(trainer: PruningTrainer, proposal: Proposal, index: int, stats, criteria: dict[str, Criterion]) -> MaskSet:
-    """The masks of a proposal at the trainer's sparsity, in one level from the weights and masks it has."""
+    """Draw the masks of a proposal at the trainer's sparsity, in one level."""
     args, settings, method = trainer.args, trainer.run.settings, trainer.run.method
     return propose(
         proposal,
@@ -207,11 +212,11 @@ def cut(trainer: PruningTrainer, proposal: Proposal, index: int, stats, criteria
     )
 
 
-def run(job: Job, model, config, options: argparse.Namespace, folder: Path) -> None:
-    """Make the curves that are missing."""
+def run(job: Job, model: ModelArguments, config: PruningConfig, options: argparse.Namespace, folder: Path) -> None:
+    """Make the missing curves."""
     trainer, bench = bench_of(job, model, config, options.dense)
     kinds = [(f"level-{seed}", Level(options.steps, config.learning_rate), seed) for seed in options.seeds]
-    # In an order of the data that no level has.
+    # With an order of the data that no level has.
     kinds += [(f"trial-{steps}", Trial(steps, config.learning_rate), FRESH_SEED) for steps in options.fresh]
     cells = [(kind, trial, seed, index) for kind, trial, seed in kinds for index in range(len(POOL))]
     missing = [cell for cell in cells if not (folder / cell[0] / f"{cell[3]}.json").is_file()]
@@ -224,22 +229,22 @@ def run(job: Job, model, config, options: argparse.Namespace, folder: Path) -> N
     masks = [cut(trainer, proposal, index, stats, criteria) for index, proposal in enumerate(POOL)]
     with bench.sandbox.untouched():
         for kind, trial, seed, index in tqdm(missing, desc=folder.name, unit="curve"):
-            bench.seen = []
+            bench.recorded = []
             bench.sandbox.restore()
             trainer.run.method.set_masks(masks[index])
             if trainer.run.settings.refit_rows:
                 bench.refit(before_cut, seed)
             bench.score()
             bench.trial(lambda index=index: masks[index], trial, seed, tqdm(disable=True))
-            told = {
+            curve = {
                 "proposal": str(POOL[index]),
                 "overlap": masks[index].overlap(masks[0]),
-                "scores": dict(zip([0, *sorted(trial.marks)], bench.seen, strict=True)),
+                "scores": dict(zip([0, *sorted(trial.marks)], bench.recorded, strict=True)),
                 "judged": bench.measure(1),
             }
             path = folder / kind / f"{index}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(told, indent=1))
+            path.write_text(json.dumps(curve, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The dense model that a pruned one starts from and is taught by."""
+"""The dense model: a pruned model starts from it and distils from it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from hf_maskselect import PruningConfig
 from hf_maskselect.utils.files import read_object
 from job import Job, evaluate, load_model
 
-SHAPING = (  # what else in `TrainingArguments` its weights depend on, but for what is hardly ever changed
+# Fields of `TrainingArguments` that change the dense weights; fields that people hardly ever change are left out.
+SHAPING = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "world_size",
@@ -35,7 +36,7 @@ SHAPING = (  # what else in `TrainingArguments` its weights depend on, but for w
 
 
 class DenseTrainer(Trainer):
-    """The plain trainer with the right loss scale under gradient accumulation (transformers#47688)."""
+    """Plain `Trainer` with the correct loss scale under gradient accumulation (transformers#47688)."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -43,7 +44,7 @@ class DenseTrainer(Trainer):
 
 
 def dense_recipe(job: Job, model: ModelArguments, config: PruningConfig) -> dict:
-    """What a dense model is made and judged by, as its `recipe.json` has it."""
+    """Return the content of `recipe.json`: everything that the dense model and its score depend on."""
     recipe = {
         "task": job.task.name,
         "train_rows": len(job.train),
@@ -57,31 +58,33 @@ def dense_recipe(job: Job, model: ModelArguments, config: PruningConfig) -> dict
         "evaluated": {split: len(rows) for split, rows in job.evaluation.items()},
         **{name: getattr(config, name) for name in SHAPING},
     }
-    return json.loads(json.dumps(recipe))  # names instead of enumerations
+    return json.loads(json.dumps(recipe))  # turns enumerations into their names
 
 
-def check_recipe(made: Mapping, recipe: Mapping, where: str | Path) -> None:
+def check_recipe(recorded: Mapping, recipe: Mapping, where: str | Path) -> None:
     """Refuse a dense model that was made by another recipe.
 
     Args:
-        where: it is.
+        recorded: recipe of the finished model.
+        recipe: recipe of this run.
+        where: place of the finished model, for the message.
 
     Raises:
-        ValueError: it was; the sentence tells what differs.
+        ValueError: the recipes differ; the message lists the differences.
     """
-    differ = [name for name in {**made, **recipe} if made.get(name) != recipe.get(name)]
-    if differ:
-        told = ", ".join(
-            f"{name} {made.get(name, 'unknown')} and not {recipe.get(name, 'unknown')}" for name in differ
+    names = [name for name in {**recorded, **recipe} if recorded.get(name) != recipe.get(name)]
+    if names:
+        differences = ", ".join(
+            f"{name} {recorded.get(name, 'unknown')} and not {recipe.get(name, 'unknown')}" for name in names
         )
-        raise ValueError(f"{where} was made with {told}: give the flags that made it, or delete it")
+        raise ValueError(f"{where} was made with {differences}: give the flags that made it, or delete it")
 
 
 def read_dense(folder: Path) -> dict[str, dict] | None:
-    """`told` (its recipe) and `results` of a dense model that was finished in `folder`; None of one that was not.
+    """Return `told` (the recipe) and `results` of a finished dense model; None if the folder has none.
 
     Raises:
-        ValueError: a file of it cannot be read.
+        ValueError: one of its files cannot be read.
     """
     if not (folder / "all_results.json").is_file():
         return None
@@ -93,14 +96,18 @@ def read_dense(folder: Path) -> dict[str, dict] | None:
 
 
 def fine_tune_dense(job: Job, model: ModelArguments, config: PruningConfig) -> str:
-    """Fine-tune the dense model into `output_dir/dense`; a finished one is used again. Returns the folder."""
+    """Fine-tune the dense model in `output_dir/dense`, or reuse a finished one, and return the folder.
+
+    Raises:
+        ValueError: the folder holds a dense model of another recipe.
+    """
     folder, recipe = Path(config.output_dir) / "dense", dense_recipe(job, model, config)
-    made = read_dense(folder)
-    if made is not None:
-        check_recipe(made["told"], recipe, folder)
+    finished = read_dense(folder)
+    if finished is not None:
+        check_recipe(finished["told"], recipe, folder)
         return str(folder)
-    plain = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
-    arguments = {name: value for name, value in vars(config).items() if name in plain}
+    plain_fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    arguments = {name: value for name, value in vars(config).items() if name in plain_fields}
     arguments |= {
         "output_dir": str(folder),
         "num_train_epochs": model.dense_epochs,
@@ -109,7 +116,7 @@ def fine_tune_dense(job: Job, model: ModelArguments, config: PruningConfig) -> s
         "eval_strategy": "no",
         "save_strategy": "no",
         "load_best_model_at_end": False,
-        "enable_jit_checkpoint": False,  # it is fine-tuned again from its start
+        "enable_jit_checkpoint": False,  # an interrupted dense run starts again
         "push_to_hub": False,
         "hub_model_id": None,
     }

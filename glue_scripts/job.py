@@ -1,4 +1,4 @@
-"""One task with one model: rows, tokenizer, metrics, and how a model for it is loaded and evaluated."""
+"""One task with one model: prepare the rows, load the model, evaluate it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DataCollator,
     DataCollatorWithPadding,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -26,8 +28,18 @@ from tasks import GlueTask, get_task, load_task, tokenize
 
 @dataclass
 class Job:
-    """Everything a run needs besides the pruning arguments. selection: rows held out of train, None if nothing is
-    chosen; max_length: where rows are cut, in tokens."""
+    """Everything that a run needs besides the pruning arguments.
+
+    Args:
+        task: the GLUE task.
+        tokenizer: tokenizer of the model.
+        train: tokenized train rows, without the held-out rows.
+        selection: held-out rows, shortest first; None if nothing is chosen on them.
+        evaluation: rows to evaluate on, by split; the first split is the one to report.
+        test: rows to predict, by split.
+        collator: makes batches of rows.
+        max_length: longest row, in tokens.
+    """
 
     task: GlueTask
     tokenizer: PreTrainedTokenizerBase
@@ -35,11 +47,12 @@ class Job:
     selection: Dataset | None
     evaluation: dict[str, Dataset]
     test: dict[str, Dataset]
-    collator: object
+    collator: DataCollator
     max_length: int
 
     @property
     def trainer_arguments(self) -> dict:
+        """Arguments that every trainer of this job takes."""
         return {
             "processing_class": self.tokenizer,
             "data_collator": self.collator,
@@ -48,7 +61,7 @@ class Job:
 
 
 def prepare(data: DataArguments, model: ModelArguments, config: PruningConfig) -> Job:
-    """Load and tokenize the task; hold the selection split out before anything is trained on it."""
+    """Load and tokenize the task, and hold rows out of train before any model is trained on them."""
     task = get_task(data.task_name)
     splits = load_task(task.name, data.data_dir)
     tokenizer = AutoTokenizer.from_pretrained(
@@ -67,49 +80,60 @@ def prepare(data: DataArguments, model: ModelArguments, config: PruningConfig) -
     if config.resolved().needs_selection_split or data.always_hold_out or data.evaluate_held_out:
         train, selection = hold_out(train, config.selection_fraction, config.seed, config.max_selection_samples)
         lengths = [len(ids) for ids in selection["input_ids"]]
-        selection = selection.select(sorted(range(len(lengths)), key=lambda row: lengths[row]))  # little padding
+        # Rows of similar length share a batch, which leaves little padding.
+        selection = selection.select(sorted(range(len(lengths)), key=lambda row: lengths[row]))
     evaluation = {split: tokens[split] for split in task.validation_splits if split in tokens}
-    if data.evaluate_held_out:  # on rows that nothing was chosen on
+    if data.evaluate_held_out:  # choose on one half and evaluate on the other
         rows = range(len(selection))
         selection, evaluation = selection.select(rows[0::2]), {"held out": selection.select(rows[1::2])}
     length = data.max_seq_length or task.max_length
     padding = {"padding": "max_length", "max_length": length} if data.pad_to_max_length else {}
     return Job(
-        task,
-        tokenizer,
-        train,
-        selection,
-        evaluation,
-        {split: tokens[split] for split in tokens if split.startswith("test")},
-        DataCollatorWithPadding(tokenizer, **padding) if tokenizer.pad_token else default_data_collator,
-        length,
+        task=task,
+        tokenizer=tokenizer,
+        train=train,
+        selection=selection,
+        evaluation=evaluation,
+        test={split: tokens[split] for split in tokens if split.startswith("test")},
+        collator=DataCollatorWithPadding(tokenizer, **padding) if tokenizer.pad_token else default_data_collator,
+        max_length=length,
     )
 
 
-def load_model(path: str, task: GlueTask, model: ModelArguments) -> PreTrainedModel:
-    """The model in float32, whatever its checkpoint's type: small updates would be lost in bf16 weights."""
-    options = {"cache_dir": model.cache_dir, "revision": model.model_revision}
+def load_config(path: str, task: GlueTask, model: ModelArguments) -> PretrainedConfig:
+    """Load the model's configuration, with the head of the task."""
     names = dict(enumerate(task.labels)) or {0: "score"}
-    config = AutoConfig.from_pretrained(
+    return AutoConfig.from_pretrained(
         path,
         num_labels=task.num_labels,
         id2label=names,
         label2id={name: index for index, name in names.items()},
         problem_type="regression" if task.is_regression else "single_label_classification",
         finetuning_task=task.name,
-        **options,
+        cache_dir=model.cache_dir,
+        revision=model.model_revision,
     )
+
+
+def load_model(path: str, task: GlueTask, model: ModelArguments) -> PreTrainedModel:
+    """Load the model in float32, whatever dtype its checkpoint has: bf16 weights would lose small updates."""
     return AutoModelForSequenceClassification.from_pretrained(
-        path, config=config, dtype=torch.float32, ignore_mismatched_sizes=model.ignore_mismatched_sizes, **options
+        path,
+        config=load_config(path, task, model),
+        dtype=torch.float32,
+        ignore_mismatched_sizes=model.ignore_mismatched_sizes,
+        cache_dir=model.cache_dir,
+        revision=model.model_revision,
     )
 
 
 def evaluate(trainer: Trainer, job: Job) -> dict[str, float]:
-    """`eval_*` on every validation split; a second one (mnli's mismatched) is marked in the key."""
+    """Evaluate on every validation split; keys of MNLI's mismatched split end in `_mm`."""
     metrics: dict[str, float] = {}
     for split, dataset in job.evaluation.items():
-        found = trainer.evaluate(dataset)
         suffix = "_mm" if split.endswith("mismatched") else ""
-        metrics |= {f"{name}{suffix}": value for name, value in found.items() if name != "epoch"}
+        for name, value in trainer.evaluate(dataset).items():
+            if name != "epoch":
+                metrics[f"{name}{suffix}"] = value
     metrics["eval_samples"] = sum(len(dataset) for dataset in job.evaluation.values())
     return metrics

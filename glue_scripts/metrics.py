@@ -1,4 +1,4 @@
-"""GLUE's metrics, computed here: `evaluate.load("glue")` would fetch a script from the Hub and fail offline."""
+"""The GLUE metrics, computed locally: `evaluate.load("glue")` downloads a script from the Hub and fails offline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tasks import GlueTask, get_task
 
 
 class GlueMetric(evaluate.Metric):
-    """The scores of one task, under the key names of evaluate's own `glue` metric.
+    """Scores of one task, with the key names of the `glue` metric of evaluate.
 
     Args:
         config_name: the task's name, such as "mrpc".
@@ -22,14 +22,14 @@ class GlueMetric(evaluate.Metric):
     """
 
     def __init__(self, config_name: str, **kwargs) -> None:
-        # Here and not in _info, so that a wrong name is a plain ValueError before any cache file is made.
+        # Not in _info, so that a wrong name raises a plain ValueError before a cache file exists.
         self._task = get_task(config_name)
         super().__init__(config_name=config_name, **kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
         number = Value("float32" if self._task.is_regression else "int64")
         return evaluate.MetricInfo(
-            description="GLUE's scores for one task.",
+            description="GLUE scores of one task.",
             citation="",
             inputs_description="predictions and references: class ids, or floats for stsb.",
             features=Features({"predictions": number, "references": number}),
@@ -41,13 +41,13 @@ class GlueMetric(evaluate.Metric):
             from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
         except ImportError as error:
             raise ImportError(
-                "GLUE metrics need scikit-learn and scipy; install them with `pip install hf_maskselect[glue]`."
+                "GLUE metrics need scikit-learn and scipy: run `pip install hf_maskselect[glue]`"
             ) from error
         predictions, references = np.asarray(predictions), np.asarray(references)
         if self._task.is_regression:
             scores = {"pearson": 0.0, "spearmanr": 0.0}
-            # Correlation with a constant is undefined (NaN). A model that predicts one value for everything has learnt
-            # nothing, so it scores 0: a NaN would break the choice of the best checkpoint instead.
+            # The correlation with a constant is NaN, which would break the choice of the best checkpoint. A model that
+            # predicts one value for all rows has learnt nothing, so it scores 0.
             if np.ptp(predictions) > 0 and np.ptp(references) > 0:
                 scores["pearson"] = float(pearsonr(predictions, references)[0])
                 scores["spearmanr"] = float(spearmanr(predictions, references)[0])
@@ -60,8 +60,12 @@ class GlueMetric(evaluate.Metric):
 def make_compute_metrics(task: GlueTask | str) -> Callable[[EvalPrediction], dict[str, float]]:
     """Build the Trainer's `compute_metrics` for a task.
 
-    It takes logits of shape (examples, classes), or (examples, 1) or (examples,) for regression; where the model
-    returns more than logits, the first output counts. Labels have shape (examples,).
+    The function takes logits of shape (rows, classes), or (rows, 1) or (rows,) for regression; if the model returns
+    several outputs, the first one is used. Labels have shape (rows,).
+
+    Raises:
+        ValueError: (from the function) the numbers of predictions and labels differ, there are none, or logits are not
+            finite.
     """
     task = get_task(task) if isinstance(task, str) else task
 
@@ -70,16 +74,16 @@ def make_compute_metrics(task: GlueTask | str) -> Callable[[EvalPrediction], dic
         logits = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs)
         if len(logits) != len(references) or len(logits) == 0:
             raise ValueError(
-                f"Task {task.name!r} got {len(logits)} predictions for {len(references)} references; give one "
-                "prediction per example, and at least one."
+                f"task {task.name!r} got {len(logits)} predictions for {len(references)} references: give one "
+                "prediction for each row, and at least one"
             )
         if not np.isfinite(logits).all():
             raise ValueError(
-                f"The model's outputs for task {task.name!r} hold NaN or infinity; training diverged, so try a lower "
-                "learning rate."
+                f"the model's outputs for task {task.name!r} hold NaN or infinity, so training diverged: try a lower "
+                "learning rate"
             )
         predictions = logits.reshape(len(logits)) if task.is_regression else logits.argmax(axis=-1)
-        # In memory: no cache file for several processes to argue about.
+        # In memory, because several processes would write to one cache file.
         return GlueMetric(task.name, keep_in_memory=True).compute(predictions=predictions, references=references)
 
     return compute_metrics

@@ -1,4 +1,4 @@
-"""What is known of finished cells: in their own folders, and in one small file that goes where their models do not."""
+"""Finished cells, in their own folders and in one small file that can move to another machine."""
 
 from __future__ import annotations
 
@@ -8,29 +8,28 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import transformers
 
 import hf_maskselect
+from cells import Cell
 from dense import read_dense
 from hf_maskselect.utils.files import read_object
 
-if TYPE_CHECKING:
-    from compare import Cell
-
 CELL, COMMAND, MADE_WITH = "cell.json", "command.txt", "made_with.json"
-KEYS = ("task", "seed", "target", "method")
 
 
 def read_cell(folder: Path, method: str) -> dict | None:
-    """`told` and `results` of a cell that was finished in its folder; None of one that was not. A pruned one has also
-    the `dense_eval_loss` of the model it was made from and its `searches`: of each level the last score by proposal,
-    lower is better.
+    """Read a finished cell from its folder.
+
+    Returns:
+        `told` (how it was made) and `results`; None for a cell that is not finished. A pruned cell also has the
+        `dense_eval_loss` of its dense model and `searches`: for each level the last score of each proposal (lower is
+        better).
 
     Raises:
-        ValueError: a file of it cannot be read.
+        ValueError: one of its files cannot be read.
     """
     if method == "dense":
         return read_dense(folder)
@@ -38,7 +37,7 @@ def read_cell(folder: Path, method: str) -> dict | None:
 
 
 def origin(device: torch.device) -> dict:
-    """What results depend on beside flags: versions, the kind of device, and the number of threads, as sums do."""
+    """Versions, kind of device and number of threads: results depend on them (threads change the order of sums)."""
     kind = device.type
     if kind == "cuda":
         kind = torch.cuda.get_device_name(device)
@@ -49,7 +48,7 @@ def origin(device: torch.device) -> dict:
 
 
 def write_origin(folder: Path, script: str, flags: Sequence[str], device: torch.device) -> None:
-    """Write down, as its run begins, how to make a cell again."""
+    """Write the command that repeats a cell, and the origin of its results, before the run starts."""
     folder.mkdir(parents=True, exist_ok=True)
     threads = f"OMP_NUM_THREADS={torch.get_num_threads()}"
     (folder / COMMAND).write_text(f"{threads} python glue_scripts/{script} {shlex.join(flags)}\n")
@@ -57,7 +56,7 @@ def write_origin(folder: Path, script: str, flags: Sequence[str], device: torch.
 
 
 def check_origin(made_with: Mapping, device: torch.device, where: str) -> None:
-    """Refuse to make a cell again where it cannot become the same.
+    """Refuse to repeat a cell on a machine that cannot give the same results.
 
     Raises:
         ValueError: it was made on another kind of device, or with another number of threads.
@@ -66,28 +65,27 @@ def check_origin(made_with: Mapping, device: torch.device, where: str) -> None:
     for name in ("device", "threads"):
         if made_with.get(name) != here[name]:
             raise ValueError(
-                f"{where} was made with {name} {made_with.get(name)}, this is {here[name]}: it becomes the same only "
+                f"{where} was made with {name} {made_with.get(name)}, this is {here[name]}: results are the same only "
                 "on the same kind of machine with the same OMP_NUM_THREADS; go there, or choose other --records"
             )
 
 
 class Records:
-    """Finished cells by their names.
+    """Store of the finished cells of a comparison.
 
     Args:
-        output_dir: where the cells have their folders.
-        path: a file of JSON lines, a cell each, which new ones are added to (several processes may do so); None: what
-            is in the folders is all there is.
-        writes: whether cells will be added; if not, the file must be there.
+        output_dir: root of the cells' folders.
+        path: a file with one JSON object a line, a cell each; new cells are appended (several processes may do so).
+            None: only the folders are read.
+        writes: whether cells will be added; if not, the file must exist.
 
     Raises:
-        ValueError: the file cannot be read or written, a line of it is no cell, or two lines tell of the same cell
-            otherwise.
+        ValueError: the file cannot be read or written, a line is not a cell, or two lines of one cell differ.
     """
 
     def __init__(self, output_dir: Path, path: Path | None = None, writes: bool = True) -> None:
         self.path, self._output_dir = path, output_dir
-        self._lines: dict[tuple, dict] = {}
+        self._lines: dict[Cell, dict] = {}
         if path is None:
             return
         try:
@@ -99,60 +97,58 @@ class Records:
             raise ValueError(
                 f"--records {path} cannot be {'written' if writes else 'read'}: {error.strerror}"
             ) from error
-        first: dict[tuple, int] = {}
+        numbers: dict[Cell, int] = {}
         for number, line in enumerate(text.splitlines(), start=1):
             try:
-                made = json.loads(line)
-                key = tuple(made[name] for name in KEYS)
-                known = made | {"told": dict(made["told"]), "results": dict(made["results"])}
+                entry = json.loads(line)
+                cell = Cell(entry["task"], entry["seed"], entry["target"], entry["method"])
+                entry |= {"told": dict(entry["told"]), "results": dict(entry["results"])}
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"line {number} of {path} is no finished cell ({error}): delete that line") from error
-            if self._lines.setdefault(key, known) != known:
-                name = " ".join(str(part) for part in key if part is not None)
+                raise ValueError(f"line {number} of {path} is not a cell ({error}): delete that line") from error
+            if self._lines.setdefault(cell, entry) != entry:
                 raise ValueError(
-                    f"lines {first[key]} and {number} of {path} tell of {name} otherwise: delete the wrong one"
+                    f"lines {numbers[cell]} and {number} of {path} differ on {cell}: delete the wrong one"
                 )
-            first.setdefault(key, number)
+            numbers.setdefault(cell, number)
 
     def find(self, cell: Cell) -> dict | None:
-        """What `read_cell` gives, first of all as the file has it, there with `made_with`."""
-        known = self._lines.get(self._key(cell))
-        return read_cell(cell.folder(self._output_dir), cell.method) if known is None else known
+        """Return the cell's line in the file (which also has `made_with`), else `read_cell` of its folder."""
+        line = self._lines.get(cell)
+        return read_cell(cell.folder(self._output_dir), cell.method) if line is None else line
 
     def where(self, cell: Cell) -> str:
-        """What `find` knows of it comes from there."""
-        recorded = self._key(cell) in self._lines
-        return f"{cell} in {self.path}" if recorded else str(cell.folder(self._output_dir))
+        """Name the place that `find` reads the cell from, for messages."""
+        return f"{cell} in {self.path}" if cell in self._lines else str(cell.folder(self._output_dir))
 
     def lacks(self, cell: Cell) -> bool:
-        """Whether there is a file, and the cell not in it."""
-        return self.path is not None and self._key(cell) not in self._lines
+        """Return True if there is a file and the cell is not in it."""
+        return self.path is not None and cell not in self._lines
 
     def add(self, cell: Cell) -> None:
-        """Write a cell down that is finished in its folder, with its origin.
+        """Append a finished cell to the file, with its command and origin.
 
         Raises:
-            ValueError: the folder does not tell it, the cell was made from another dense model than the one that is
-                known, or the file cannot be written.
+            ValueError: the cell's folder is incomplete, the cell was made from another dense model than the recorded
+                one, or the file cannot be written.
         """
         if not self.lacks(cell):
             return
-        folder, key = cell.folder(self._output_dir), self._key(cell)
-        made = read_cell(folder, cell.method)
+        folder = cell.folder(self._output_dir)
+        entry = read_cell(folder, cell.method)
         if cell.method != "dense":
-            dense = self.find(dataclasses.replace(cell, target=None, method="dense"))["results"]["eval_loss"]
-            if made.get("dense_eval_loss") != dense:
+            dense = self.find(cell.dense())["results"]["eval_loss"]
+            if entry.get("dense_eval_loss") != dense:
                 raise ValueError(
-                    f"{folder} was made from a dense model with an eval_loss of {made.get('dense_eval_loss')}, which "
-                    f"now has {dense}: delete that folder, and the cell is made again"
+                    f"{folder} was made from a dense model with an eval_loss of {entry.get('dense_eval_loss')}, which "
+                    f"now has {dense}: delete that folder to make the cell again"
                 )
         try:
             command = (folder / COMMAND).read_text().strip()
             made_with = json.loads((folder / MADE_WITH).read_text())
         except FileNotFoundError as error:
             remedy = "the folder of its seed" if cell.method == "dense" else "its folder"
-            raise ValueError(f"{error.filename} is missing: delete {remedy}, and the cell is made again") from error
-        line = dict(zip(KEYS, key, strict=True)) | made | {"command": command, "made_with": made_with}
+            raise ValueError(f"{error.filename} is missing: delete {remedy} to make the cell again") from error
+        line = dataclasses.asdict(cell) | entry | {"command": command, "made_with": made_with}
         try:
             with self.path.open("a+b") as file:
                 torn = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n"
@@ -161,11 +157,7 @@ class Records:
                 os.fsync(file.fileno())
         except OSError as error:
             raise ValueError(
-                f"--records {self.path} cannot be written ({error.strerror}): the cell is finished in {folder}, from "
-                "where the next start records it"
+                f"--records {self.path} cannot be written ({error.strerror}): the cell is finished in {folder}, and "
+                "the next call records it"
             ) from error
-        self._lines[key] = line
-
-    @staticmethod
-    def _key(cell: Cell) -> tuple:
-        return tuple(getattr(cell, name) for name in KEYS)
+        self._lines[cell] = line

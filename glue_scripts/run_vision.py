@@ -1,12 +1,12 @@
-"""The soft methods beyond text: scikit-learn's bundled digits (1,797 real 8x8 images), no download.
+"""Soft methods on images: the digits of scikit-learn (1,797 real 8x8 images), without a download.
 
     python glue_scripts/run_vision.py
     python glue_scripts/run_vision.py --experiments untrained --seeds 0 1 2 3 4
 
-`untrained`: Gumbel looks for a subnetwork of a small convolutional net whose weights stay at their initialisation,
+`untrained`: Gumbel searches for a subnetwork of a small convolutional net whose weights keep their initial values,
 with and without Smart Rescale and the signed constant. `resnet`: a small ResNet is trained dense and then pruned for
-the same number of steps by magnitude and by PDP, to 1:4 and to half of its channels. Accuracy on 600 images held out
-of the start is read once a run.
+the same number of steps by magnitude and by PDP, to 1:4 and to half of its channels. Each run measures accuracy once,
+at its end, on 600 images that are held out before any training.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments, set_seed
+from transformers import (
+    EvalPrediction,
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from hf_maskselect import PruningConfig, PruningTrainer
 from hf_maskselect.utils.tables import text_table
@@ -41,7 +48,7 @@ PATTERNS = {"1:4": {"pattern": "1:4"}, "half of the channels": {"pattern": "chan
 
 
 class ConvNet(nn.Module):
-    """Two 3x3 convolutions, a pool, three linear layers, as the paper's Conv2, with weights from Kaiming's normal."""
+    """Conv2 of the paper: two 3x3 convolutions, a pool and three linear layers, with Kaiming-normal weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,28 +61,27 @@ class ConvNet(nn.Module):
                 nn.init.kaiming_normal_(layer.weight)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Return logits of shape (images, classes) and, with labels, the loss."""
         logits = self.layers(pixel_values)
-        return (
-            {"logits": logits}
-            if labels is None
-            else {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
-        )
+        loss = {} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
+        return loss | {"logits": logits}
 
 
 def digits(seed: int) -> tuple[list[dict], list[dict]]:
-    """Train and test rows."""
+    """Return train and test rows, split by the seed."""
     images, labels = load_digits(return_X_y=True)
     pixels = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     rows = [{"pixel_values": image, "labels": int(label)} for image, label in zip(pixels, labels, strict=True)]
     return train_test_split(rows, test_size=TEST_ROWS, random_state=seed, stratify=labels)
 
 
-def accuracy(prediction) -> dict[str, float]:
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of images whose class is predicted correctly."""
     return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
 
 
 def run(model: nn.Module, seed: int, kind: type[Trainer] = Trainer, **fields) -> dict[str, float]:
-    """Train on the digits (not at all for `max_steps=0`) and evaluate once, its printing swallowed."""
+    """Train on the digits (not with `max_steps=0`) and return the results of one evaluation, without any output."""
     train, test = digits(seed)
     config = PruningConfig if kind is PruningTrainer else TrainingArguments
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -98,16 +104,17 @@ def run(model: nn.Module, seed: int, kind: type[Trainer] = Trainer, **fields) ->
 
 
 def resnet() -> ResNetForImageClassification:
+    """Make a small ResNet for 8x8 images."""
     sizes = {"embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [1, 1, 1]}
     config = ResNetConfig(**sizes, layer_type="basic", num_channels=1, num_labels=CLASSES)
-    # The stem of ResNet shrinks its input four times, which leaves an 8x8 image nothing: keep its first step only.
+    # The stem of ResNet shrinks its input four times, too much for an 8x8 image: leave out the pooling in it.
     model = ResNetForImageClassification(config)
     model.resnet.embedder.pooler = nn.Identity()
     return model
 
 
 def untrained_jobs(args: argparse.Namespace) -> dict[str, Callable[[int], dict[str, float]]]:
-    """Name of each row -> seed -> results."""
+    """Map the name of each row to a function from seed to results."""
 
     def net(seed: int) -> ConvNet:
         set_seed(seed)
@@ -123,15 +130,15 @@ def untrained_jobs(args: argparse.Namespace) -> dict[str, Callable[[int], dict[s
 
 
 def resnet_jobs(args: argparse.Namespace) -> dict[str, Callable[[int], dict[str, float]]]:
-    """Name of each row -> seed -> results; all start from the same dense model of their seed."""
+    """Map the name of each row to a function from seed to results; runs of one seed start from one dense model."""
     dense: dict[int, dict[str, Tensor]] = {}
 
     def start(seed: int) -> dict[str, float]:
         set_seed(seed)
         model = resnet()
-        found = run(model, seed, max_steps=args.steps, learning_rate=3e-3)
+        results = run(model, seed, max_steps=args.steps, learning_rate=3e-3)
         dense[seed] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        return found
+        return results
 
     def pruned(seed: int, fields: dict) -> dict[str, float]:
         model = resnet()
@@ -154,18 +161,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps of every training")
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     args = parser.parse_args()
-    made = {"untrained": untrained_jobs, "resnet": resnet_jobs}
-    jobs = {name: job for experiment in args.experiments for name, job in made[experiment](args).items()}
+    jobs_of = {"untrained": untrained_jobs, "resnet": resnet_jobs}
+    jobs = {name: job for experiment in args.experiments for name, job in jobs_of[experiment](args).items()}
     rows = []
     with tqdm(total=len(jobs) * len(args.seeds), desc="digits", unit="run") as bar:
         for name, job in jobs.items():
-            found = []
+            results = []
             for seed in args.seeds:
-                found.append(job(seed))
+                results.append(job(seed))
                 bar.update()
-            scores = [100 * f["eval_accuracy"] for f in found]
+            scores = [100 * result["eval_accuracy"] for result in results]
             spread = f"{statistics.stdev(scores):.1f}" if len(scores) > 1 else "-"
-            sparsity = statistics.mean(f["eval_sparsity"] for f in found)
+            sparsity = statistics.mean(result["eval_sparsity"] for result in results)
             rows.append([name, f"{sparsity:.4f}", f"{statistics.mean(scores):.1f}", spread, len(scores)])
     table = text_table(["run", "sparsity", "test accuracy", "sd", "seeds"], rows)
     print("\n" + table)

@@ -21,7 +21,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> s
     """Format a Markdown table: columns of numbers after the first are right-aligned, the others left-aligned."""
     lines = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
     columns = list(zip(*lines, strict=True))[1:]
-    right = [all(cell[:1].isdigit() or cell == "-" for cell in column[1:]) for column in columns]
+    right = [all(cell == "-" or cell.removeprefix("-")[:1].isdigit() for cell in column[1:]) for column in columns]
     lines.insert(1, ["---", *("---:" if number else "---" for number in right)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -1,4 +1,4 @@
-"""What the scripts start from in all tests: a tiny model, and generated files in the GLUE schema."""
+"""Shared inputs of the script tests: a tiny model, and generated files with the columns of GLUE."""
 
 import json
 
@@ -29,11 +29,11 @@ def data_dir(tmp_path_factory):
         (folder / task / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
 
     for split, part in (("train", slice(64)), ("validation", slice(64, 88))):
-        found = list(zip(sentences[part], labels[part], strict=True))
-        write("sst2", split, [{"sentence": s, "label": y, "idx": i} for i, (s, y) in enumerate(found)])
-        pairs = [{"sentence1": s, "sentence2": s[::-1], "label": y * 3.5, "idx": i} for i, (s, y) in enumerate(found)]
+        rows = list(zip(sentences[part], labels[part], strict=True))
+        write("sst2", split, [{"sentence": s, "label": y, "idx": i} for i, (s, y) in enumerate(rows)])
+        pairs = [{"sentence1": s, "sentence2": s[::-1], "label": y * 3.5, "idx": i} for i, (s, y) in enumerate(rows)]
         write("stsb", split, pairs)
-        three = [{"premise": s, "hypothesis": s[:9], "label": i % 3, "idx": i} for i, (s, _) in enumerate(found)]
+        three = [{"premise": s, "hypothesis": s[:9], "label": i % 3, "idx": i} for i, (s, _) in enumerate(rows)]
         for name in [split] if split == "train" else ["validation_matched", "validation_mismatched"]:
             write("mnli", name, three)
     return str(folder)

@@ -1,4 +1,4 @@
-"""Flags of the shortest run that searches."""
+"""Flags of the shortest run that has a search."""
 
 SHORT = {
     "max_steps": 8,

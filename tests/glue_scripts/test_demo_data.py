@@ -1,4 +1,4 @@
-"""The generated task: reproducible, balanced, without leaks, and not to be solved by counting words."""
+"""The generated task is reproducible and balanced, has no leaks, and cannot be solved by counting words."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_splits_are_balanced_and_disjoint(demo):
 
 
 def test_labels_follow_from_the_words():
-    """An independent reading of the sentences, clause by clause."""
+    """Read the sentences clause by clause, independently of the generator."""
     good, bad = (set(demo_data.ADJECTIVES[polarity]) for polarity in (1, 0))
 
     def clause(text: str) -> int:

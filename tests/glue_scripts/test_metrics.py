@@ -1,4 +1,4 @@
-"""Metrics against values worked out by hand or written out in NumPy."""
+"""Metrics against values computed by hand or with NumPy."""
 
 import sys
 
@@ -14,7 +14,7 @@ PREDICTIONS, REFERENCES = [1, 1, 0, 1, 0, 0], [1, 1, 0, 0, 1, 1]
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, ties sharing their mean."""
+    """Return ranks from 1; ties get their mean rank."""
     return np.array([(values < v).sum() + ((values == v).sum() + 1) / 2 for v in values])
 
 
@@ -79,7 +79,7 @@ def test_one_example_is_enough():
 
 
 def test_diverged_model_is_named():
-    with pytest.raises(ValueError, match="NaN or infinity; training diverged"):
+    with pytest.raises(ValueError, match="NaN or infinity, so training diverged"):
         make_compute_metrics("rte")(EvalPrediction(np.array([[0.0, np.nan]]), np.array([1])))
 
 
@@ -89,12 +89,12 @@ def test_no_examples():
 
 
 def test_unequal_lengths():
-    with pytest.raises(ValueError, match="one prediction per example"):
+    with pytest.raises(ValueError, match="one prediction for each row"):
         make_compute_metrics("rte")(EvalPrediction(np.zeros((3, 2)), np.zeros(2, dtype=int)))
 
 
 def test_unknown_task():
-    with pytest.raises(ValueError, match="Unknown task 'boolq'"):
+    with pytest.raises(ValueError, match="unknown task 'boolq'"):
         GlueMetric("boolq")
 
 

@@ -1,4 +1,4 @@
-"""One file for the finished cells of a panel, where their models do not go."""
+"""One file for the finished cells of a comparison, without their models."""
 
 import json
 
@@ -8,14 +8,14 @@ from short import FLAGS
 
 import compare
 import hf_maskselect
-from compare import Cell
+from cells import Cell
 from records import CELL, COMMAND, Records, origin, read_cell, write_origin
 
 PRUNED, DENSE = Cell("sst2", 1, "0.99", "magnitude"), Cell("sst2", 1, None, "dense")
 
 
 def finish(root, cell, loss=0.5):
-    """What a finished cell leaves."""
+    """Write the files of a finished cell."""
     folder = cell.folder(root)
     write_origin(folder, "run_glue.py", ["--seed", "1", "--name", "two words"], torch.device("cpu"))
     if cell.method == "dense":
@@ -26,14 +26,14 @@ def finish(root, cell, loss=0.5):
         (folder / CELL).write_text(json.dumps(told))
 
 
-def test_what_a_line_holds(tmp_path):
+def test_the_content_of_a_line(tmp_path):
     path, root = tmp_path / "kept" / "cells.jsonl", tmp_path / "runs"
     records = Records(root, path)
     for cell in (DENSE, PRUNED):
         finish(root, cell)
         assert records.lacks(cell) and records.where(cell) == str(cell.folder(root))
         records.add(cell)
-        records.add(cell)  # once is enough
+        records.add(cell)  # the second call adds nothing
         assert not records.lacks(cell) and records.where(cell) == f"{cell} in {path}"
     first, second = (json.loads(line) for line in path.read_text().splitlines())
     assert first["told"] == {"epochs": 1} and first["target"] is None and second["target"] == "0.99"
@@ -57,7 +57,7 @@ def test_a_torn_line_spoils_no_other(tmp_path):
     records.add(DENSE)
     path.write_bytes(path.read_bytes()[:-20])
     records.add(PRUNED)
-    with pytest.raises(ValueError, match=r"line 1 of .*cells.jsonl is no finished cell .*: delete that line"):
+    with pytest.raises(ValueError, match=r"line 1 of .*cells.jsonl is not a cell .*: delete that line"):
         Records(root, path)
     path.write_text(path.read_text().splitlines()[1])  # nor is a missing end of line one
     records = Records(root, path)
@@ -72,7 +72,7 @@ def test_two_lines_of_one_cell_must_agree(tmp_path):
     assert Records(tmp_path, path).find(DENSE)["results"] == {"eval_loss": 1.0}
     other = json.dumps(line | {"results": {"eval_loss": 2.0}})
     path.write_text(path.read_text() + other)
-    with pytest.raises(ValueError, match=r"lines 1 and 3 of .* tell of sst2 1 dense otherwise: delete the wrong one"):
+    with pytest.raises(ValueError, match=r"lines 1 and 3 of .* differ on sst2 1 dense: delete the wrong one"):
         Records(tmp_path, path)
 
 
@@ -85,11 +85,11 @@ def test_bad_files_are_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="cells.jsonl cannot be read: No such file"):
         Records(tmp_path, tmp_path / "cells.jsonl", writes=False)
     (tmp_path / "cells.jsonl").write_text('{"task": "sst2"}\n')
-    with pytest.raises(ValueError, match=r"line 1 of .*cells.jsonl is no finished cell \('seed'\): delete that line"):
+    with pytest.raises(ValueError, match=r"line 1 of .*cells.jsonl is not a cell \('seed'\): delete that line"):
         Records(tmp_path, tmp_path / "cells.jsonl")
 
 
-def test_what_is_wrong_or_incomplete_is_not_recorded(tmp_path):
+def test_a_wrong_or_incomplete_cell_is_not_recorded(tmp_path):
     path, root = tmp_path / "cells.jsonl", tmp_path / "runs"
     records = Records(root, path)
     for cell in (DENSE, PRUNED):
@@ -106,7 +106,7 @@ def test_what_is_wrong_or_incomplete_is_not_recorded(tmp_path):
     assert path.read_text() == "" and records.lacks(DENSE) and records.lacks(PRUNED)
 
 
-def test_a_file_that_went_away_does_not_stop_the_sitting(tmp_path):
+def test_a_missing_file_does_not_lose_the_cell(tmp_path):
     path, root = tmp_path / "kept" / "cells.jsonl", tmp_path / "runs"
     records = Records(root, path)
     finish(root, DENSE)
@@ -156,14 +156,14 @@ def test_a_panel_goes_on_from_its_records_where_the_models_are_gone(tmp_path, st
     with pytest.raises(SystemExit, match=r"was made with gradient_accumulation_steps 1 and not 2: give"):
         compare.main([*flags, "--gradient_accumulation_steps", "2"])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    with pytest.raises(SystemExit, match=r"was made with threads 1, this is 7: it becomes the same only"):
+    with pytest.raises(SystemExit, match=r"was made with threads 1, this is 7: results are the same only"):
         compare.main(flags)
     assert methods() == ["dense", "magnitude", "pdp"] and not (tmp_path / "e" / "sst2").exists()
     assert (tmp_path / "e" / "table.md").is_file()  # of what is known
 
 
-def test_cells_of_an_earlier_sitting_are_recorded(tmp_path, start, data_dir, monkeypatch):
-    """With their dense model, as it is, and without running any again."""
+def test_cells_of_an_earlier_call_are_recorded(tmp_path, start, data_dir, monkeypatch):
+    """Their dense model is recorded too, and no cell runs again."""
     flags = [
         "--tasks",
         "sst2",

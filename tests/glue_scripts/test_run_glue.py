@@ -1,4 +1,4 @@
-"""The scripts as a user runs them, on a tiny model and generated files in the GLUE schema."""
+"""Run the scripts as a user does, on a tiny model and generated files with the columns of GLUE."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from job import prepare
 
 
 def call(*flags):
-    """Run the script as from the shell."""
+    """Run the script with these flags."""
     return run_glue.run(*parse_arguments([str(flag) for flag in flags]))
 
 
@@ -44,7 +44,7 @@ def test_a_task_runs_to_the_end(tmp_path, start, data_dir, task, metrics):
 
 @pytest.mark.slow
 def test_accelerate_launches_two_processes(tmp_path, start, data_dir):
-    """Plan, tables, results and files come from one of them."""
+    """Plan, tables, results and files come from one process."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", run_glue.__file__]
@@ -171,7 +171,7 @@ def test_a_bad_recipe_is_one_sentence(tmp_path, monkeypatch, text, message):
     [
         (["--use_cpu"], "--task_name is missing"),
         (["--task_name", "sst2", "--use_cpu"], "--model_name_or_path is missing"),
-        (["--task_name", "sst", "--use_cpu", "--model_name_or_path", "x"], "Unknown task 'sst'"),
+        (["--task_name", "sst", "--use_cpu", "--model_name_or_path", "x"], "unknown task 'sst'"),
         (["--task_name", "rte", "--use_cpu", "--model_name_or_path", "x", "--data_dir", "/nowhere"], "nowhere"),
         (["missing.json"], "does not exist"),
     ],

@@ -1,4 +1,4 @@
-"""The vision script end to end, short: the rows it promises, and a subnetwork of untrained weights above chance."""
+"""A short run of the vision script: its rows, and a subnetwork of untrained weights above chance."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Loading GLUE-shaped data: what is found, what comes back, and one clear sentence for everything that is wrong."""
+"""Load data with the columns of GLUE: files, rows, and one clear sentence for each mistake."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def write(path: Path, columns: dict[str, list], features: Features | None = None
 
 @pytest.fixture
 def rte(tmp_path):
-    """A data_dir with a sound rte folder, for a test to spoil."""
+    """Make a data_dir with a valid rte folder, which tests then damage."""
     for split in ("train", "validation"):
         write(tmp_path / "rte" / f"{split}.jsonl", rows(TASKS["rte"]))
     return tmp_path
@@ -53,7 +53,7 @@ class TestTable:
         assert [name for name, task in TASKS.items() if task.is_regression] == ["stsb"]
 
     def test_unknown_task_lists_the_known(self):
-        with pytest.raises(ValueError, match=r"Unknown task 'boolq'; choose one of cola, .*demo"):
+        with pytest.raises(ValueError, match=r"unknown task 'boolq': choose one of cola, .*demo"):
             get_task("boolq")
 
 
@@ -111,14 +111,14 @@ class TestErrors:
             load_task("rte", tmp_path / "nowhere")
 
     def test_missing_task_folder_lists_what_is_there(self, rte):
-        with pytest.raises(ValueError, match=r"No folder .*cola for task 'cola'; .* holds: rte\."):
+        with pytest.raises(ValueError, match=r"no folder .*cola for task 'cola': add it; .* holds rte$"):
             load_task("cola", rte)
 
     @pytest.mark.parametrize(
         ("gone", "message"),
         [
-            ("train", r"No train split: .*holds: validation\.jsonl"),
-            ("validation", "No validation split: add validation"),
+            ("train", r"no train split: .*holds validation\.jsonl"),
+            ("validation", "no validation split: add validation"),
         ],
     )
     def test_missing_split(self, rte, gone, message):
@@ -137,7 +137,7 @@ class TestErrors:
         del columns[column]
         write(rte / "rte" / "validation.jsonl", columns)
         with pytest.raises(
-            ValueError, match=rf"validation\.jsonl has no column '{column}'.*its columns are: sentence1"
+            ValueError, match=rf"validation\.jsonl has no column '{column}'.*its columns are sentence1"
         ):
             load_task("rte", rte)
 
@@ -148,7 +148,7 @@ class TestErrors:
     def test_label_out_of_range(self, rte, labels):
         write(rte / "rte" / "train.jsonl", rows(TASKS["rte"]) | {"label": labels})
         with pytest.raises(
-            ValueError, match=r"train\.jsonl has labels that task 'rte' does not know.*0 \(entailment\)"
+            ValueError, match=r"train\.jsonl has labels that task 'rte' does not have.*0 \(entailment\)"
         ):
             load_task("rte", rte)
 
