@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard
 from transformers.trainer_utils import HubStrategy
 
-from ..reporting.card import Scores, card_text, mean, shown_scores, write_card
+from ..reporting.card import Scores, card_text, mean, shown_scores, task_of, write_card
 from ..reporting.plots import plot
 from ..reporting.record import RunRecord, metrics_of
 from ..search.results import SEARCH_FILE, read_searches
@@ -17,13 +17,6 @@ from ..storage.packed_file import PACKED_FILE
 from ..storage.state import STATE_FILE, PruningState
 from .atomic_checkpoints import WholeCheckpoints
 
-_TASKS = {
-    "ForSequenceClassification": "text-classification",
-    "ForTokenClassification": "token-classification",
-    "ForQuestionAnswering": "question-answering",
-    "ForMaskedLM": "fill-mask",
-    "ForImageClassification": "image-classification",
-}
 TAGS = ("pruned", "sparse", "hf_maskselect")
 
 
@@ -90,8 +83,7 @@ class HubTrainer(WholeCheckpoints):
         ]
 
     def _task(self) -> str | None:
-        name = type(self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)).__name__
-        return next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
+        return task_of(type(self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)).__name__)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._checkpointing and self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
