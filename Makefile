@@ -12,10 +12,10 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-all lint format clean
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 # torch goes in first and alone: a build that is already there (CPU-only, another CUDA) then stays as it is.
 $(STAMP): setup.cfg pyproject.toml constraints.txt
@@ -27,16 +27,20 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: $(STAMP)  ## train a small BERT on generated sentences and prune it
 	$(BIN)/python glue_scripts/run_glue.py --task_name demo
 
-test: $(STAMP)  ## run the tests
+test: $(STAMP)  ## run the fast tests (every module, some minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+test-all: $(STAMP)  ## run all tests, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-lint: $(STAMP)  ## check style
+lint: $(STAMP)  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
-format: $(STAMP)  ## repair style
+format: $(STAMP)  ## mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## delete the environment and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache build dist *.egg-info
+clean:  ## delete the environment and the caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info

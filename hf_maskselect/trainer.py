@@ -24,8 +24,9 @@ from .masking.maskset import MaskSet
 from .masking.schedule import LevelPlan
 from .masking.scores import CRITERIA, Criterion, ScoreFn
 from .masking.targets import transposed_weights
+from .methods.base import Method
 from .methods.gumbel import Gumbel
-from .methods.hard import HardMasks
+from .methods.hard import HardMethod
 from .methods.pdp import Pdp
 from .search.bench import TrialBench
 from .search.journal import Journal
@@ -181,19 +182,19 @@ class PruningTrainer(PrunedCheckpoints):
                 self._distiller.release()
             self._assemble(self.teacher)
 
-    def make_method(self) -> HardMasks:
+    def make_method(self) -> Method:
         """The method that keeps the masks in force; override it to train under another one."""
         args, pattern = self.args, self.args.mask_pattern
-        common = self._find_weights, self._choose_masks
         if args.method == "pdp":
-            return Pdp(*common, self.log, pattern, args.sparsity, args.pdp_tau, args.keep_zeros)
+            return Pdp(self._find_weights, self.log, pattern, args.sparsity, args.pdp_tau, args.keep_zeros)
         if args.method == "gumbel":
 
             def seed_of(*keys: object) -> int:
                 return key_seed(args.seed, "gumbel", *keys)
 
-            return Gumbel(*common, self.log, pattern, args.sparsity, args.gumbel_options, seed_of, args.keep_zeros)
-        return HardMasks(*common, args.keep_zeros)
+            options = args.gumbel_options
+            return Gumbel(self._find_weights, self.log, pattern, args.sparsity, options, seed_of, args.keep_zeros)
+        return HardMethod(self._find_weights, args.keep_zeros)
 
     @property
     def teacher(self) -> PreTrainedModel | None:
@@ -454,7 +455,12 @@ class _StepEvents(TrainerCallback):
         self._trainer = trainer
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        self._trainer._method.on_step_begin(state.global_step)
+        trainer, method = self._trainer, self._trainer._method
+        level = method.level_due(state.global_step)
+        if level is not None:  # masks change here and nowhere else
+            method.prepare_level()
+            method.start_level(level, trainer._choose_masks(level))
+        method.on_step_begin(state.global_step)
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         self._trainer._method.on_optimizer_step()

@@ -22,7 +22,7 @@ from transformers.utils import is_datasets_available
 from ..fields.rules import SELECTION_LOSSES
 from ..masking.maskset import MaskSet
 from ..masking.scores import GradientStats
-from ..methods.hard import HardMasks
+from ..methods.base import Method
 from ..surgery.refit import Refit, fittable, refit
 from ..utils.seeds import key_seed
 from .fingerprint import digest_of, plain_batch, relevant
@@ -97,7 +97,7 @@ class TrialBench:
         selection_dataset: what candidates are scored on; None when nothing is chosen.
     """
 
-    def __init__(self, trainer: Trainer, method: HardMasks, selection_dataset) -> None:
+    def __init__(self, trainer: Trainer, method: Method, selection_dataset) -> None:
         self._trainer, self._method, self._selection = trainer, method, selection_dataset
         args = trainer.args
         borrows = args.needs_selection_split or args.criterion != "magnitude" or args.refit_rows

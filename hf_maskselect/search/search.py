@@ -24,7 +24,7 @@ from ..masking.maskset import MaskSet
 from ..masking.proposals import Proposal, propose
 from ..masking.schedule import LevelPlan
 from ..masking.scores import Criterion, GradientStats, StoredStats
-from ..methods.hard import HardMasks
+from ..methods.base import Method
 from ..surgery.refit import Refit
 from ..utils.files import replacing
 from ..utils.processes import Ranks, deal, deal_to_holders
@@ -57,7 +57,7 @@ class MaskSearch:
         self,
         config: PruningConfig,
         bench: TrialBench,
-        method: HardMasks,
+        method: Method,
         criteria: dict[str, Criterion],
         journal: Journal,
         ranks: Ranks,

@@ -12,7 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..masking.dtensors import class_name, exchange, part, whole
 from ..masking.targets import prunable_weights
-from ..methods.hard import HardMasks
+from ..methods.base import Method
 from ..search.level_best import LevelBest
 from ..search.search import MaskSearch
 from ..storage.models import own_names
@@ -27,7 +27,7 @@ class PrunedCheckpoints(HubTrainer):
     """A `Trainer` that saves exactly sparse weights, with the masks, choices and place of the run, and goes on from
     them to the bit. What it saves is set by `PruningTrainer`."""
 
-    _method: HardMasks
+    _method: Method
     _search: MaskSearch
     _level_best: LevelBest | None
     _start: float  # sparsity of the model the run began with
