@@ -150,7 +150,8 @@ def _results(record: RunRecord, size: PackReport | None, scores: Scores | None, 
         rows.append([metric, "-" if before is None else _show(before), _show(value), share])
     rows.append(["sparsity", "0.0000", f"{record.report.sparsity:.4f}", "-"])
     if size:
-        rows.append(["size in MB (sparse: packed)", f"{size.dense / 1e6:,.2f}", f"{size.packed / 1e6:,.2f}", _share(size)])
+        sizes = f"{size.dense / 1e6:,.2f}", f"{size.packed / 1e6:,.2f}", f"{size.packed / size.dense:.1%}"
+        rows.append(["size in MB (sparse: packed)", *sizes])
     else:
         stored = sum(file.stat().st_size for file in record.folder.glob("model*.safetensors")) / 1e6
         rows.append(["size in MB", "-", f"{stored:,.2f}", "-"])
@@ -158,10 +159,6 @@ def _results(record: RunRecord, size: PackReport | None, scores: Scores | None, 
     note = f"Mean and standard deviation of {seeds} seeds." if seeds > 1 else "One seed."
     table = markdown_table(["metric", "dense", "sparse", "of dense"], rows)
     return f"{table}\n\n{note if seeds else 'The run has no scores.'}"
-
-
-def _share(size: PackReport) -> str:
-    return f"{size.packed / size.dense:.1%}"
 
 
 def _seeds(value: float | Sequence[float]) -> int:
