@@ -4,7 +4,7 @@
 
 First: seconds of `refit` on `--rows` rows beside forward and backward of the same model over the same rows, in
 batches of 16 with a teacher's forward pass, as the training distils (with `--bf16` under autocast, which leaves the
-fit in fp32); the search counts a row of a refit as `REFIT_COST` rows of training. Second: `fit_masked` beside the
+fit in fp32); the search counts a row of a refit as `REFIT_COST` rows of training. Second: `solve_masked` beside the
 direct way, which gathers for every output the part of the Gram matrix that it keeps and factorizes it (outputs in
 blocks of equal size, `torch.linalg.cholesky`), and how much of the error that the direct way leaves over it leaves.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hf_maskselect import prunable_weights, refit
 from hf_maskselect.search.bench import REFIT_COST
-from hf_maskselect.surgery.least_squares import fit_masked, ridge
+from hf_maskselect.surgery.least_squares import ridge, solve_masked
 from hf_maskselect.utils.tables import text_table
 
 BATCH = 16
@@ -71,7 +71,7 @@ def beside_training(args) -> None:
 
 
 def direct(gram: Tensor, cross: Tensor, keep: Tensor) -> Tensor:
-    """What `fit_masked` approaches: every output has a system of its own."""
+    """What `solve_masked` approaches: every output has a system of its own."""
     gram = gram + ridge(gram) * torch.eye(len(gram))
     counts, delta = keep.sum(1).long(), torch.zeros_like(cross)
     order = counts.argsort()
@@ -100,7 +100,7 @@ def beside_factorizations(args) -> None:
         times = alternate(
             {
                 "direct": functools.partial(direct, gram, cross, keep),
-                "ours": functools.partial(fit_masked, gram, cross, keep),
+                "ours": functools.partial(solve_masked, gram, cross, keep),
             },
             args.repeats,
         )
@@ -110,11 +110,11 @@ def beside_factorizations(args) -> None:
             return float(((left @ gram) * left).sum())
 
         start = error(torch.zeros_like(cross))
-        gained = (start - error(fit_masked(gram, cross, keep))) / (start - error(direct(gram, cross, keep)))
+        gained = (start - error(solve_masked(gram, cross, keep))) / (start - error(direct(gram, cross, keep)))
         ratios = [d / o for d, o in zip(times["direct"], times["ours"], strict=True)]
         shape = f"{outputs} x {inputs}, {sparsity}"
         table.append([shape, spread(times["direct"]), spread(times["ours"]), spread(ratios), f"{gained:.2%}"])
-    header = ["matrix, sparsity", "direct, seconds", "fit_masked, seconds", "times faster", "of the gain"]
+    header = ["matrix, sparsity", "direct, seconds", "solve_masked, seconds", "times faster", "of the gain"]
     print(text_table(header, table))
 
 

@@ -33,7 +33,6 @@ from .search.journal import Journal
 from .search.level_best import LevelBest
 from .search.search import MaskSearch
 from .storage.state import PruningState
-from .surgery.permute_channels import couplings_of, permute_channels
 from .training.checkpoints import PrunedCheckpoints
 from .training.checks import (
     check_adapter,
@@ -120,8 +119,6 @@ class PruningTrainer(PrunedCheckpoints):
         weights = self._find_weights(self.model)
         check_parameters(weights)
         check_shapes(args, weights, transposed_weights(self.model))
-        if args.permute_channels:
-            couplings_of(self.model, args.mask_pattern, weights)
         own = "compute_loss_func" if self.compute_loss_func is not None else "loss_is_scaled_for_ga=True"
         if teacher is not None and (self.compute_loss_func is not None or self.loss_is_scaled_for_ga):
             raise ValueError(f"{own} and a teacher do not go together: its loss is scaled in another way")
@@ -215,8 +212,6 @@ class PruningTrainer(PrunedCheckpoints):
             self._signature_columns = [*self._signature_columns, *self._teacher_only]
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        if self.args.permute_channels and not self._resumed:
-            self._permute()
         self._method.attach(self.model)
         optimizer = super().create_optimizer(model)
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -224,16 +219,6 @@ class PruningTrainer(PrunedCheckpoints):
             if not known & {id(parameter) for parameter in group["params"]}:
                 optimizer.add_param_group(group)
         return optimizer
-
-    def _permute(self) -> None:
-        args = self.args
-        zeros = MaskSet.from_zeros(self.model, args.target_modules, args.exclude_modules).sparsity()
-        if zeros >= 1 / args.mask_pattern.m:  # it was pruned in groups before, which must stay together
-            self._say(f"Channels stay where they are: {zeros:.2%} of the weights are zero already")
-            return
-        report = permute_channels(self.model, args.pattern, self._find_weights(self.model), seed=args.seed)
-        self._method.detach()  # zeros have moved
-        self._say(f"Channels permuted, mean gain in kept magnitude {report.mean_gain:.2%}\n{report}")
 
     @property
     def peak_rate(self) -> float:

@@ -83,9 +83,9 @@ def load_teacher(teacher: PreTrainedModel | str | os.PathLike, student: PreTrain
             f"the teacher {str(teacher)!r} names the architecture {name!r} but its model_type is "
             f"{config.model_type!r}: mend its config.json or load it yourself and pass the model"
         )
-    model, info = model_class.from_pretrained(
-        teacher, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-    )
+    options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    loaded: Any = model_class.from_pretrained(teacher, config=config, **options)
+    model, info = loaded
     if info["missing_keys"]:
         raise ValueError(
             f"the teacher {str(teacher)!r} lacks {len(info['missing_keys'])} weights of {name}, such as "
@@ -174,7 +174,7 @@ def _check_task(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
             "student's task"
         )
     # Checkpoints of one task disagree about the order of its classes (MNLI): the loss would teach the wrong ones.
-    names = [[str(config.id2label[i]).lower() for i in range(config.num_labels)] for config in (t, s)]
+    names = [[str(label).lower() for _, label in sorted((config.id2label or {}).items())] for config in (t, s)]
     if names[0] != names[1] and sorted(names[0]) == sorted(names[1]):
         raise ValueError(
             f"the teacher orders the labels {names[0]} and the student {names[1]}: give the student the teacher's "

@@ -171,8 +171,7 @@ def mean(value: float | Sequence[float]) -> float:
 
 
 def _show(value: float | Sequence[float]) -> str:
-    several = isinstance(value, Sequence) and len(value) > 1
-    spread = f" ± {statistics.stdev(value):.4f}" if several else ""
+    spread = f" ± {statistics.stdev(value):.4f}" if isinstance(value, Sequence) and len(value) > 1 else ""
     return f"{mean(value):.4f}{spread}"
 
 

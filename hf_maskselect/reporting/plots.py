@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ..search.results import Candidate, LevelSearch
 from .record import RunRecord, best_first, metrics_of
@@ -15,6 +15,7 @@ from .record import RunRecord, best_first, metrics_of
 if TYPE_CHECKING:  # matplotlib is optional
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
 DENSITY, SEARCH, HISTORY = "pruning_density.png", "pruning_search.png", "pruning_history.png"
 _BLUE, _RED, _GREY, _INK = "#0b61a4", "#c0303f", "#a8b0b9", "#24292f"
@@ -118,8 +119,7 @@ def draw_search(searches: Sequence[LevelSearch], figure: Figure) -> None:
                 names = [_name(candidate, candidates) for candidate in candidates]
                 axes.set_yticks(range(len(names)), names, fontsize=8)
                 for label, candidate in zip(axes.get_yticklabels(), candidates, strict=True):
-                    label.set_color(_colour(candidate, _INK))
-                    label.set_fontweight("bold" if candidate.chosen else "normal")
+                    _mark(label, candidate, _INK)
     title = "Candidate masks: score on held-out rows (lower is better)"
     figure.suptitle(title + ("; the better ones go on to the next rung" if rungs > 1 else ""), fontsize=10)
     handles = [
@@ -153,9 +153,8 @@ def _draw_rung(axes: Axes, search: LevelSearch, candidates: Sequence[Candidate],
             if candidate.index == 0:
                 axes.plot([score], [y], marker="D", markersize=5, color=_colour(candidate), zorder=3)
         text = f"{score:.4f}" if math.isfinite(score) else "diverged" if y in scores else "out"
-        style = {"color": _colour(candidate, _INK if y in scores else _GREY), "fontsize": 8, "va": "center"}
-        weight = "bold" if candidate.chosen else "normal"
-        axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), fontweight=weight, **style)
+        label = axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), fontsize=8, va="center")
+        _mark(label, candidate, _INK if y in scores else _GREY)
     axes.set_xlim(min(*finite, start) - margin, max(*finite, start) + margin)
     axes.set_ylim(len(candidates) - 0.4, -0.6)
     axes.locator_params(axis="x", nbins=4)
@@ -189,6 +188,12 @@ def _name(candidate: Candidate, others: Sequence[Candidate]) -> str:
 def _colour(candidate: Candidate, other: str = _GREY) -> str:
     """The colour of the chosen mask, of the deterministic one, or `other`."""
     return _BLUE if candidate.chosen else _RED if candidate.index == 0 else other
+
+
+def _mark(label: Text, candidate: Candidate, other: str) -> None:
+    """Colour a text by its candidate; bold for the chosen one."""
+    label.set_color(_colour(candidate, other))
+    label.set_fontweight("bold" if candidate.chosen else "normal")
 
 
 def history_panels(record: RunRecord) -> dict[str, str]:
@@ -233,12 +238,12 @@ def _label_cuts(axes: Axes, searches: Sequence[LevelSearch]) -> None:
     free = math.inf
     for search in reversed(searches):
         if free - search.step > 0.09 * (right - left):
-            place = {"transform": axes.get_xaxis_transform(), "ha": "center", "fontsize": 7}
-            axes.text(search.step, 1.03, f"{search.sparsity:.4g}", color=_INK, **place)
+            place = axes.get_xaxis_transform()
+            axes.text(search.step, 1.03, f"{search.sparsity:.4g}", transform=place, ha="center", fontsize=7)
             free = search.step
 
 
-def _plain(axes: Axes, grid: str) -> None:
+def _plain(axes: Axes, grid: Literal["x", "y"]) -> None:
     """Leave out what carries no data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)

@@ -23,7 +23,7 @@ from ..fields.rules import SELECTION_LOSSES
 from ..masking.maskset import MaskSet
 from ..masking.scores import GradientStats
 from ..methods.base import Method
-from ..surgery.refit import Refit, fittable, refit
+from ..surgery.refit import Refit, refit, refittable
 from ..utils.seeds import key_seed
 from .fingerprint import digest_of, plain_batch, relevant
 
@@ -262,7 +262,7 @@ class TrialBench:
 
     def refitted(self, done: Refit) -> dict[str, torch.Tensor]:
         """The parameters that a refit has changed, as they are now."""
-        layers = {name.removesuffix("weight") for name in done.fitted}
+        layers = {name.removesuffix("weight") for name in done.refitted}
         return {
             name: tensor.detach() for name, tensor in self._parameters() if name.rpartition(".")[0] + "." in layers
         }
@@ -272,7 +272,7 @@ class TrialBench:
         with self.random_state():
             inputs = self._refit_inputs(level)
             self._trainer.model.eval()
-            fits = fittable(self._trainer.model, self._method.weights, inputs)
+            fits = refittable(self._trainer.model, self._method.weights, inputs)
         return REFIT_COST * find_batch_size(inputs) / self.rows_of_training() if fits else 0.0
 
     def trial(

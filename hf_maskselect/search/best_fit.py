@@ -27,7 +27,7 @@ class FitErrors(NamedTuple):
 
 def errors_of(fit: Refit) -> FitErrors:
     """The same of a fit at hand."""
-    return FitErrors(fit.mean_cut, fit.mean_fitted, len(fit.fitted))
+    return FitErrors(fit.mean_cut_error, fit.mean_refit_error, len(fit.refitted))
 
 
 class BestFit:

@@ -79,11 +79,6 @@ def _check_fsdp(args: PruningConfig, trainer: Trainer, score_fn: ScoreFn | None)
             f"level_eval_steps={args.level_eval_steps} keeps whole weights",
             f"set it to 0, {ddp}",
         ),
-        (
-            args.permute_channels,
-            "permute_channels=True would move rows between ranks",
-            "call hf_maskselect.permute_channels on the model before",
-        ),
         (score_fn is not None, "score_fn would see the rows of one rank", f"use a built-in criterion, {ddp}"),
         (args.method == "gumbel", "method='gumbel' is not supported", f"use 'pdp' with an N:M pattern, {ddp}"),
         (

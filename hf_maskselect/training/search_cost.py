@@ -29,7 +29,6 @@ from ..search.pool import statistics_needed
 from ..search.results import Candidate
 from ..search.schedule import rungs_text, search_rungs
 from ..storage.models import named_class
-from ..surgery.permute_channels import couplings_of
 from ..utils.tables import text_table
 from .checks import check_batches, check_proposals, check_shapes
 from .plan import rewound_rate
@@ -148,8 +147,6 @@ def workload(config: PruningConfig, path: str | Path, train_rows: int) -> Worklo
     model = _trained(told)
     weights = prunable_weights(model, config.target_modules, config.exclude_modules)
     check_shapes(config, weights, transposed_weights(model))
-    if config.permute_channels:
-        couplings_of(model, config.mask_pattern, weights)
     parameters, prunable = model.base_model.num_parameters(), sum(weight.numel() for weight in weights.values())
     return Workload(config, parameters, prunable, train_rows, teaches=config.selection_metric == "teacher")
 
