@@ -57,16 +57,12 @@ class Distiller:
         nn.Module.to(self.teacher, device)
 
     def loss(self, inputs: Mapping[str, Any], outputs: Outputs, label_loss: Tensor | None) -> Tensor:
-        """Return `distill_loss` of one batch, a float32 scalar; the teacher runs only if a term needs it.
+        """Return `distill_loss` of one batch; the teacher runs only if a term needs it.
 
         Args:
-            inputs: the student's batch. `attention_mask` (batch, tokens) marks the real tokens; `labels` are read for
-                regression only.
+            inputs: the student's batch, with `attention_mask` if there is padding, and `labels` for a regression.
             outputs: the student's `ModelOutput`, from a forward with `student_kwargs`.
             label_loss: the student's own loss, a scalar mean over the batch. Needed if `hard_label > 0`.
-
-        Raises:
-            ValueError: an output or a label is missing, or the outputs of the two models differ in number or shape.
         """
         weights, problem = self.weights, problem_type(self._config)
         from_teacher = weights.hidden > 0 or weights.attention > 0 or (weights.logits > 0 and not self.is_regression)

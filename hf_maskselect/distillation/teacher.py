@@ -17,9 +17,7 @@ from .losses import FIELDS, DistillWeights, Outputs
 class Teacher:
     """A frozen model and its forward pass without labels.
 
-    Args:
-        model: frozen in place, and switched to `eager` attention if attention maps have a weight.
-        weights: the terms that its outputs are needed for.
+    It is frozen in place, and switched to `eager` attention if attention maps have a weight.
 
     Attributes:
         arguments: names of the inputs that its forward takes, never labels.
@@ -107,12 +105,7 @@ def problem_type(config: PreTrainedConfig) -> str | None:
 
 
 def check_fit(teacher: PreTrainedModel, student: PreTrainedModel, weights: DistillWeights) -> int:
-    """Return the teacher's layers per layer of the student.
-
-    Raises:
-        ValueError: the teacher cannot teach this student: it shares parameters with it, or differs in task, label
-            order, vocabulary, width, heads or depth.
-    """
+    """Refuse a teacher that does not fit the student; return its number of layers per layer of the student."""
     logits, hidden, attention = weights.logits, weights.hidden, weights.attention
     own = {id(parameter) for parameter in student.parameters()}
     if any(id(parameter) in own for parameter in teacher.parameters()):

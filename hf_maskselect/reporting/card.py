@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,36 +16,30 @@ from ..utils.tables import markdown_table
 from .plots import DENSITY, HISTORY, search_pictures
 from .record import RunRecord, best_first, metrics_of
 
-CITATIONS = {  # method -> address of the paper, key and fields of its BibTeX entry
+CITATIONS = {  # method -> address of the paper; key, title, authors, venue and year of its BibTeX entry
     "random": (
         "https://arxiv.org/abs/2310.13183",
         "li-etal-2023-breaking",
-        {
-            "title": "Breaking through Deterministic Barriers: Randomized Pruning Mask Generation and Selection",
-            "author": "Li, Jianwei and Gao, Weizhi and Lei, Qi and Xu, Dongkuan",
-            "booktitle": "Findings of the Association for Computational Linguistics: EMNLP 2023",
-            "year": "2023",
-        },
+        "Breaking through Deterministic Barriers: Randomized Pruning Mask Generation and Selection",
+        "Li, Jianwei and Gao, Weizhi and Lei, Qi and Xu, Dongkuan",
+        "Findings of the Association for Computational Linguistics: EMNLP 2023",
+        "2023",
     ),
     "pdp": (
         "https://arxiv.org/abs/2305.11203",
         "cho2023pdp",
-        {
-            "title": "{PDP}: Parameter-free Differentiable Pruning is All You Need",
-            "author": "Cho, Minsik and Adya, Saurabh and Naik, Devang",
-            "booktitle": "Advances in Neural Information Processing Systems",
-            "year": "2023",
-        },
+        "{PDP}: Parameter-free Differentiable Pruning is All You Need",
+        "Cho, Minsik and Adya, Saurabh and Naik, Devang",
+        "Advances in Neural Information Processing Systems",
+        "2023",
     ),
     "gumbel": (
         "https://arxiv.org/abs/2202.12986",
         "dupont2022extracting",
-        {
-            "title": "Extracting Effective Subnetworks with {G}umbel-{S}oftmax",
-            "author": "Dupont, Robin and Alaoui, Mohammed Amine and Sahbi, Hichem and Lebois, Alice",
-            "booktitle": "IEEE International Conference on Image Processing",
-            "year": "2022",
-        },
+        "Extracting Effective Subnetworks with {G}umbel-{S}oftmax",
+        "Dupont, Robin and Alaoui, Mohammed Amine and Sahbi, Hichem and Lebois, Alice",
+        "IEEE International Conference on Image Processing",
+        "2022",
     ),
 }
 TASKS = {  # ending of the class name -> task, as the Hub names it
@@ -120,7 +115,6 @@ def _picture(path: Path, text: str) -> str:
 
 
 def _summary(record: RunRecord) -> str:
-    """One paragraph: task, class, share of zeros, method."""
     report, state = record.report, record.state
     model = "model"
     if of_transformers(record.folder):
@@ -141,7 +135,6 @@ def shown_scores(record: RunRecord, scores: Scores | None) -> Scores:
 
 
 def _results(record: RunRecord, size: PackReport | None, scores: Scores | None, dense: Scores | None) -> str:
-    """The table of scores, sparsity and size beside the dense model."""
     scores, dense = shown_scores(record, scores), dense or metrics_of(record.results, "dense_eval_")
     rows = []
     for metric, value in scores.items():
@@ -205,7 +198,6 @@ def _sparsity(record: RunRecord) -> str:
 
 
 def _details(title: str, text: str) -> str:
-    """Markdown that is folded away under a title."""
     return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
 
 
@@ -260,10 +252,10 @@ def _options(options: Mapping[str, object]) -> str:
 def _citation(method: str) -> str:
     if method not in CITATIONS:
         return "The criterion is a classic one; the schedule and the storage are those of hf_maskselect."
-    address, key, fields = CITATIONS[method]
+    address, key, title, author, venue, year = CITATIONS[method]
+    fields = {"title": title, "author": author, "booktitle": venue, "year": year}
     lines = ",\n".join(f'  {name} = "{value}"' for name, value in fields.items())
-    title = fields["title"].replace("{", "").replace("}", "")
-    return f"[{title}]({address})\n\n```bibtex\n@inproceedings{{{key},\n{lines}\n}}\n```"
+    return f"[{re.sub('[{}]', '', title)}]({address})\n\n```bibtex\n@inproceedings{{{key},\n{lines}\n}}\n```"
 
 
 def write_card(folder: str | os.PathLike, metadata: str, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -89,9 +88,4 @@ def metrics_of(results: Mapping[str, object], prefix: str) -> dict[str, float]:
 
 def best_first(search: LevelSearch) -> list[Candidate]:
     """The candidates of a level by the rungs they reached, then by last score; a diverged trial (NaN) comes last."""
-
-    def order(candidate: Candidate) -> tuple[int, float, int]:
-        last = candidate.scores[-1] if candidate.scores else math.inf
-        return -len(candidate.scores), math.inf if math.isnan(last) else last, candidate.index
-
-    return sorted(search.candidates, key=order)
+    return sorted(search.candidates, key=lambda candidate: (-len(candidate.scores), candidate.rank))

@@ -76,8 +76,8 @@ def sparsity_report(
 
     Args:
         model_or_path: a model, or a folder with safetensors weights.
-        target_modules: modules to count as prunable, as in [`PruningConfig`]; ignored if there is a pruning state.
-        exclude_modules: modules to leave out, as in [`PruningConfig`]; ignored if there is a pruning state.
+        target_modules: modules to count as prunable; ignored if there is a pruning state.
+        exclude_modules: modules to leave out; ignored if there is a pruning state.
 
     Raises:
         ValueError: the folder holds no safetensors weights.

@@ -21,14 +21,10 @@ from .column_order import kept_magnitude, search_permutation
 
 @dataclass(frozen=True)
 class Coupling:
-    """Two linear layers of one block and the channels between them.
+    """Two linear layers, by their names in a block, and the channels between them.
 
-    Attributes:
-        producer: module name inside the block.
-        consumer: module name inside the block.
-        parts: number of equal parts of the producer's rows: 2 in a gated block, 3 in a fused attention.
-        moved: the parts that produce the channels.
-        heads: whether channels must stay inside their attention head.
+    The rows of the producer consist of equal `parts` (2 in a gated block, 3 in a fused attention), of which `moved`
+    produce the channels. With `heads`, channels must stay inside their attention head.
     """
 
     producer: str

@@ -32,14 +32,9 @@ class _LastRefitted(Exception):
 
 @dataclass
 class Refit:
-    """The result of a refit: output errors of each matrix after the cut and after its refit.
+    """Output errors of each matrix, by the name of its weight: `cut` before its refit, `refitted` after it.
 
-    An error is the squared error of the output as a share of the variance of the target. The input of a matrix comes
-    from the refitted matrices before it.
-
-    Attributes:
-        cut: name of the weight -> error before its refit.
-        refitted: name of the weight -> error after its refit.
+    An error is squared, and a share of the variance of the target. The input comes from refitted matrices.
     """
 
     cut: dict[str, float] = field(default_factory=dict)
@@ -66,8 +61,8 @@ def refit(
     half sees the uncut matrices, its second half the cut ones. Each matrix is refitted as soon as its input is there.
     The other modules must treat the rows of a batch independently.
 
-    Only the matrices of `refittable` are refitted. The others stay as they were cut. So does a matrix with too few
-    positions, and one whose refit is not finite or no better than the cut.
+    Matrices that are not in `refittable` stay as they were cut. So does a matrix with too few positions, and one whose
+    refit is not finite or no better than the cut.
 
     Args:
         model: in eval mode, not wrapped.
@@ -87,13 +82,12 @@ def refit(
     multiples = refittable(model, weights, inputs)
     if not multiples:
         return Refit()
-    modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in weights}
+    modules: dict[str, Any] = {name: model.get_submodule(name.removesuffix(".weight")) for name in weights}
     transposed, real = transposed_weights(model), inputs.get("attention_mask")
     result, rows, last = Refit(), find_batch_size(inputs), list(multiples)[-1]
 
     def forward_of(name: str) -> Forward:
         module, original = modules[name], modules[name].forward
-        bias: Any = module.bias
         weight: Tensor = weights[name]
         uncut = before[name].to(weight.dtype)
         if name in transposed:
@@ -118,13 +112,13 @@ def refit(
                 if len(values) != 2 * rows * multiples.get(name, 0):
                     return without_refit(values)
                 own = values[len(values) // 2 :]
-                target = linear(values[: len(values) // 2], uncut, bias)
-                errors = _refit_matrix(weight, bias, _positions(own, real), _positions(target, real))
+                target = linear(values[: len(values) // 2], uncut, module.bias)
+                errors = _refit_matrix(weight, module.bias, _positions(own, real), _positions(target, real))
                 if errors is not None:
                     result.cut[name], result.refitted[name] = errors
                 if name == last:
                     raise _LastRefitted
-                return torch.cat([target, linear(own, weight, bias)])
+                return torch.cat([target, linear(own, weight, module.bias)])
 
         return forward
 
@@ -192,16 +186,9 @@ def _check_weights(model: nn.Module, weights: Mapping[str, nn.Parameter], before
 
 
 def _refit_matrix(weight: Tensor, bias: Tensor | None, x: Tensor, y: Tensor) -> tuple[float, float] | None:
-    """Change the non-zero entries of `weight`, and `bias`, so that they map `x` to `y`.
+    """Change the kept entries of `weight`, and `bias`, so that they map `x` (positions, in) to `y` (positions, out).
 
-    Args:
-        weight: `(out, in)`, changed in place.
-        bias: `(out,)`, changed in place if it takes a gradient.
-        x: inputs `(positions, in)`.
-        y: targets `(positions, out)`.
-
-    Returns:
-        The errors before and after, as shares of the variance of `y`, or None if nothing was changed.
+    Returns the errors before and after as shares of the variance of `y`, or None if nothing was changed.
     """
     now = weight.to(x.dtype)
     if len(x) < 2 * int(torch.count_nonzero(now, 1).max()):  # so few positions would be overfitted
