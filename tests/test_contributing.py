@@ -28,7 +28,7 @@ def test_a_new_score_works_with_scopes_and_search(tmp_path):
     finally:
         del CRITERIA["signed_taylor"]
     assert MaskSet.from_zeros(trainer.model).sparsity() == 0.75
-    assert "signed_taylor:global" in [c.proposal for c in trainer._search.history[0].candidates]
+    assert "signed_taylor:global" in [c.proposal for c in trainer.run.search.history[0].candidates]
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.75])
