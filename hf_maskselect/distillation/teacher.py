@@ -1,4 +1,4 @@
-"""the teacher: loading, checks that it fits its student, and its forward pass."""
+"""The teacher: loading, checks that it fits its student, and its forward pass."""
 
 import inspect
 import os

@@ -170,10 +170,9 @@ def _title(search: LevelSearch, shown: int, rung: int) -> str:
     if rung:
         return f"rung {rung + 1}: {count} candidates"
     title = f"Level {search.level + 1}, sparsity {search.sparsity:.4f}"
-    several = any(len(candidate.scores) > 1 for candidate in search.candidates)
     if not any(candidate.steps for candidate in search.candidates):
-        title += ", scored after refit"
-    elif several:
+        title += ", scored " + ("without training" if search.refit_error is None else "after refit")
+    elif any(len(candidate.scores) > 1 for candidate in search.candidates):
         title += f"\nrung 1: {count} candidates"
     return title + (f" ({shown} of {len(search.candidates)} shown)" if shown < len(search.candidates) else "")
 
@@ -186,7 +185,6 @@ def _name(candidate: Candidate, others: Sequence[Candidate]) -> str:
 
 
 def _colour(candidate: Candidate, other: str = _GREY) -> str:
-    """The colour of the chosen mask, of the deterministic one, or `other`."""
     return _BLUE if candidate.chosen else _RED if candidate.index == 0 else other
 
 
@@ -244,7 +242,6 @@ def _label_cuts(axes: Axes, searches: Sequence[LevelSearch]) -> None:
 
 
 def _plain(axes: Axes, grid: Literal["x", "y"]) -> None:
-    """Leave out what carries no data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     axes.grid(axis=grid, linewidth=0.4, color="#d8dee4")
