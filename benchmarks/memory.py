@@ -35,7 +35,13 @@ from hf_maskselect import PruningConfig, PruningTrainer, prunable_weights
 from hf_maskselect.utils.tables import text_table
 
 BOUND = 3
-PHASES = {"_draw": "making candidates", "_race": "trials", "untouched": "trials", "restore": "trials"}
+PHASES = {
+    "_draw_first": "making candidates",
+    "_draw_share": "making candidates",
+    "_race": "trials",
+    "untouched": "trials",
+    "restore": "trials",
+}
 OUTER = "training"
 KINDS = {"optim": "optimizer", "autograd": "backward", "models": "forward"}
 

@@ -4,9 +4,9 @@
 
 First table: seconds of `refit` on `--rows` rows, beside training on the same rows (forward and backward in batches of
 16, and a teacher's forward pass). With `--bf16` the training runs under autocast; the refit stays in fp32. The search
-counts a row of a refit as `REFIT_COST` rows of training. Second table: `fit_masked` beside the direct way, which
+counts a row of a refit as `REFIT_COST` rows of training. Second table: `solve_masked` beside the direct way, which
 factorizes, for every output, the part of the Gram matrix that belongs to its kept weights (`torch.linalg.cholesky`,
-outputs in blocks of equal size); and the share of the direct way's gain that `fit_masked` reaches.
+outputs in blocks of equal size); and the share of the direct way's gain that `solve_masked` reaches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hf_maskselect import prunable_weights, refit
 from hf_maskselect.search.bench import REFIT_COST
-from hf_maskselect.surgery.least_squares import fit_masked, ridge
+from hf_maskselect.surgery.least_squares import ridge, solve_masked
 from hf_maskselect.utils.tables import text_table
 
 BATCH = 16
@@ -73,7 +73,7 @@ def beside_training(args: argparse.Namespace) -> None:
 
 
 def direct(gram: Tensor, cross: Tensor, keep: Tensor) -> Tensor:
-    """Solve one linear system for each output: the exact solution that `fit_masked` approaches."""
+    """Solve one linear system for each output: the exact solution that `solve_masked` approaches."""
     gram = gram + ridge(gram) * torch.eye(len(gram))
     counts, delta = keep.sum(1).long(), torch.zeros_like(cross)
     order = counts.argsort()
@@ -91,7 +91,7 @@ def direct(gram: Tensor, cross: Tensor, keep: Tensor) -> Tensor:
 
 
 def beside_factorizations(args: argparse.Namespace) -> None:
-    """Time `fit_masked` and the direct way, and print the table."""
+    """Time `solve_masked` and the direct way, and print the table."""
     table = []
     for (outputs, inputs), sparsity in (((384, 1536), 0.9375), ((384, 1536), 0.5), ((768, 3072), 0.5)):
         generator = torch.Generator().manual_seed(0)
@@ -103,7 +103,7 @@ def beside_factorizations(args: argparse.Namespace) -> None:
         times = alternate(
             {
                 "direct": functools.partial(direct, gram, cross, keep),
-                "package": functools.partial(fit_masked, gram, cross, keep),
+                "package": functools.partial(solve_masked, gram, cross, keep),
             },
             args.repeats,
         )
@@ -113,11 +113,11 @@ def beside_factorizations(args: argparse.Namespace) -> None:
             return float(((left @ gram) * left).sum())
 
         start = error(torch.zeros_like(cross))
-        gained = (start - error(fit_masked(gram, cross, keep))) / (start - error(direct(gram, cross, keep)))
+        gained = (start - error(solve_masked(gram, cross, keep))) / (start - error(direct(gram, cross, keep)))
         ratios = [d / o for d, o in zip(times["direct"], times["package"], strict=True)]
         shape = f"{outputs} x {inputs}, {sparsity}"
         table.append([shape, spread(times["direct"]), spread(times["package"]), spread(ratios), f"{gained:.2%}"])
-    header = ["matrix, sparsity", "direct, seconds", "fit_masked, seconds", "times faster", "of the gain"]
+    header = ["matrix, sparsity", "direct, seconds", "solve_masked, seconds", "times faster", "of the gain"]
     print(text_table(header, table))
 
 

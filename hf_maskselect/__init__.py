@@ -1,7 +1,7 @@
 """Prune BERT-family models while you fine-tune them: a Trainer that draws, tries and keeps the best sparsity masks."""
 
 from .config import PruningConfig
-from .distillation.losses import Distiller
+from .distillation.distiller import Distiller
 from .export.onnx import OnnxReport, export_onnx
 from .export.semi_structured import ExportReport, export_semi_structured, load_semi_structured
 from .masking.maskset import MaskSet

@@ -19,7 +19,7 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import HubStrategy
 
 from .config import PruningConfig
-from .distillation.losses import make_distiller
+from .distillation.distiller import make_distiller
 from .fields.rules import SELECTION_LOSSES
 from .masking.dtensors import reshard
 from .masking.maskset import MaskSet

@@ -1,1 +1,1 @@
-"""Learning from a dense teacher: the losses, and how the teacher is loaded."""
+"""Learning from a dense teacher: its loading and checks, and the losses."""

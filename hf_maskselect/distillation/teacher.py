@@ -1,12 +1,49 @@
-"""Load a teacher and check that it fits its student."""
+"""The teacher: loading, checks that it fits its student, and its forward pass."""
 
 import inspect
-import math
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
+from transformers.utils.generic import find_labels
+
+from .losses import FIELDS, DistillWeights, Outputs
+
+
+class Teacher:
+    """A frozen model and its forward pass without labels.
+
+    It is frozen in place, and switched to `eager` attention if attention maps have a weight.
+
+    Attributes:
+        arguments: names of the inputs that its forward takes, never labels.
+        outputs: the forward arguments that ask for hidden states and attention maps.
+    """
+
+    def __init__(self, model: PreTrainedModel, weights: DistillWeights) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.arguments = argument_names(model) - set(find_labels(type(model)))
+        needed = {"output_hidden_states": weights.hidden > 0, "output_attentions": weights.attention > 0}
+        self.outputs = {name: True for name, asked in needed.items() if asked}
+        self._own_attention = model.config._attn_implementation
+        if weights.attention > 0:
+            model.set_attn_implementation("eager")
+
+    def __call__(self, inputs: Mapping[str, Any]) -> Outputs:
+        """Return the outputs for a batch; entries that the forward does not take are left out."""
+        taken = {name: value for name, value in inputs.items() if name in self.arguments}
+        # Not inference_mode: the losses save the teacher's tensors for their backward.
+        with torch.no_grad():
+            return self.model(**taken, **self.outputs, return_dict=True)
+
+    def release(self) -> None:
+        """Give the model its own attention implementation back; it stays frozen."""
+        if "output_attentions" in self.outputs:
+            self.model.set_attn_implementation(self._own_attention)
+
 
 from ..storage.models import architecture_of, load_strictly, named_class
 
@@ -50,47 +87,30 @@ def load_teacher(teacher: PreTrainedModel | str | os.PathLike, student: PreTrain
     return load_strictly(cls, teacher, remedy=remedy, config=config, dtype=torch.float32)
 
 
-def _argument_names(model: PreTrainedModel) -> frozenset[str]:
-    """Arguments that the model's forward names; what would only fall into its `**kwargs` is left out."""
+def argument_names(model: PreTrainedModel) -> frozenset[str]:
+    """Names of the forward arguments of a model, without its `*args` and `**kwargs`."""
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     parameters = inspect.signature(model.forward).parameters.values()
     return frozenset(parameter.name for parameter in parameters if parameter.kind not in variadic)
 
 
-def _problem_type(config: PreTrainedConfig) -> str | None:
-    """The task of a head: as the config says, or regression for a single label as in `transformers`, or undecided."""
+def problem_type(config: PreTrainedConfig) -> str | None:
+    """The problem type in a config, else regression for a single label (as in `transformers`), else None."""
     return config.problem_type or ("regression" if config.num_labels == 1 else None)
 
 
-def _check_weights(logits: float, hidden: float, attention: float, temperature: float, hard_label: float) -> None:
-    weights = {
-        "distill_logits": logits,
-        "distill_hidden": hidden,
-        "distill_attention": attention,
-        "hard_label_weight": hard_label,
-    }
-    for name, value in weights.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} is {value}: give a number of at least 0 (0 leaves the term out).")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"distill_temperature is {temperature}: give a number above 0 (1.0 in the paper).")
-    if not any(weights.values()):
-        raise ValueError(f"All of {', '.join(weights)} are 0, so there is nothing to learn from: set one above 0.")
-
-
-def _check_fit(
-    teacher: PreTrainedModel, student: PreTrainedModel, *, logits: float, hidden: float, attention: float
-) -> int:
-    """Refuses a teacher that cannot teach this student; returns the teacher's layers per student layer."""
+def check_fit(teacher: PreTrainedModel, student: PreTrainedModel, weights: DistillWeights) -> int:
+    """Refuse a teacher that does not fit the student; return its number of layers per layer of the student."""
+    logits, hidden, attention = weights.logits, weights.hidden, weights.attention
     own = {id(parameter) for parameter in student.parameters()}
     if any(id(parameter) in own for parameter in teacher.parameters()):
         raise ValueError(
-            "The teacher shares its parameters with the student, and pruning one would prune the other: pass a copy, "
-            "such as copy.deepcopy(model)."
+            "the teacher shares its parameters with the student, and pruning one would prune the other: pass a copy, "
+            "such as copy.deepcopy(model)"
         )
     t, s = teacher.config, student.config
     if not s.return_dict and (logits > 0 or hidden > 0 or attention > 0):
-        raise ValueError("The student returns tuples, in which nothing has a name: set config.return_dict=True.")
+        raise ValueError("the student returns tuples, in which nothing has a name: set config.return_dict=True")
     if logits > 0:
         _check_task(teacher, student)
 
@@ -98,7 +118,7 @@ def _check_fit(
         # A vision config has no vocab_size, on either side: equal.
         theirs, ours = getattr(t, attribute, None), getattr(s, attribute, None)
         if theirs != ours:
-            raise ValueError(f"The teacher has {attribute}={theirs} and the student {attribute}={ours}: {remedy}.")
+            raise ValueError(f"the teacher has {attribute}={theirs} and the student {attribute}={ours}: {remedy}")
 
     differ("vocab_size", "use a teacher with the student's tokenizer, so that the same token ids mean the same")
     if hidden > 0:
@@ -109,42 +129,53 @@ def _check_fit(
         return 1
     if type(student).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():
         raise ValueError(
-            f"The student is a {type(student).__name__}, which takes every choice as a row, so its layers do not fit "
-            "the attention mask: set distill_hidden=0 and distill_attention=0, which leaves the logits."
+            f"the student is a {type(student).__name__}, which takes every choice as a row, so its layers do not fit "
+            "the attention mask: set distill_hidden=0 and distill_attention=0, which leaves the logits"
         )
     theirs, ours = t.num_hidden_layers, s.num_hidden_layers
     if theirs % ours:
         raise ValueError(
-            f"The teacher has {theirs} layers, which is no multiple of the student's {ours}: set "
-            "distill_hidden=0 and distill_attention=0, or use a teacher whose layers are a multiple."
+            f"the teacher has {theirs} layers, which is no multiple of the student's {ours}: set "
+            "distill_hidden=0 and distill_attention=0, or use a teacher whose layers are a multiple"
         )
     return theirs // ours
 
 
 def _check_task(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    """Refuses a teacher whose logits do not speak of the student's classes."""
+    """Refuse a teacher whose logits are not about the student's classes."""
     for who, model in (("teacher", teacher), ("student", student)):
-        if "labels" not in _argument_names(model):
+        if "labels" not in argument_names(model):
             raise ValueError(
-                f"The {who} is a {type(model).__name__}, which has no logits over labels: set distill_logits=0 or use "
-                "a classification or regression model."
+                f"the {who} is a {type(model).__name__}, which has no logits over labels: set distill_logits=0 or use "
+                "a classification or regression model"
             )
     t, s = teacher.config, student.config
     if t.num_labels != s.num_labels:
         raise ValueError(
-            f"The teacher has {t.num_labels} labels and the student {s.num_labels}: use a teacher fine-tuned on the "
-            "student's task."
+            f"the teacher has {t.num_labels} labels and the student {s.num_labels}: use a teacher fine-tuned on the "
+            "student's task"
         )
-    theirs, ours = _problem_type(t), _problem_type(s)
+    theirs, ours = problem_type(t), problem_type(s)
     if theirs and ours and theirs != ours:
         raise ValueError(
-            f"The teacher's problem type is {theirs!r} and the student's {ours!r}: use a teacher fine-tuned on the "
-            "student's task."
+            f"the teacher's problem type is {theirs!r} and the student's {ours!r}: use a teacher fine-tuned on the "
+            "student's task"
         )
     # Checkpoints of one task disagree about the order of its classes (MNLI): the loss would teach the wrong ones.
-    names = [[str(config.id2label[i]).lower() for i in range(config.num_labels)] for config in (t, s)]
+    names = [[str(label).lower() for _, label in sorted((config.id2label or {}).items())] for config in (t, s)]
     if names[0] != names[1] and sorted(names[0]) == sorted(names[1]):
         raise ValueError(
-            f"The teacher orders the labels {names[0]} and the student {names[1]}: give the student the teacher's "
-            "id2label and number the dataset's labels accordingly."
+            f"the teacher orders the labels {names[0]} and the student {names[1]}: give the student the teacher's "
+            "id2label and number the dataset's labels accordingly"
         )
+
+
+def check_states(who: str, outputs: Outputs, config: PreTrainedConfig, asked: Mapping[str, bool]) -> None:
+    """Refuse outputs without one hidden state or attention map a layer (hidden states: and one for the embeddings)."""
+    for key, field in FIELDS.items():
+        number, expected = len(outputs.get(key) or ()), config.num_hidden_layers + (key == "hidden_states")
+        if f"output_{key}" in asked and number != expected:
+            raise ValueError(
+                f"the {who} returned {number} {key} where its {config.num_hidden_layers} layers should give "
+                f"{expected}: call the student with student_kwargs, or set {field}=0 for this architecture"
+            )

@@ -1,1 +1,1 @@
-"""What people read about a pruned model: sparsity report, model card and plots."""
+"""Reports on a pruned model for people: sparsity report, model card and pictures."""

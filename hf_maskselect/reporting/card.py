@@ -1,86 +1,64 @@
-"""The model card: what was pruned and how, what came out, what it cost, how to go on."""
+"""The model card: task, scores, size and loading first, then how the model was pruned."""
 
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..storage.models import model_class, of_transformers, pruned_modules
-from ..storage.pack import pack
+from ..storage.pack import PackReport, pack
 from ..storage.packed_file import PACKED_FILE
 from ..utils.tables import markdown_table
-from .plots import DENSITY, HISTORY, SEARCH
-from .record import RunRecord, metrics_of
+from .plots import DENSITY, HISTORY, search_pictures
+from .record import RunRecord, best_first, metrics_of
 
-CITATIONS = {
+CITATIONS = {  # method -> address of the paper; key, title, authors, venue and year of its BibTeX entry
     "random": (
-        "Randomized Pruning Mask Generation and Selection",
         "https://arxiv.org/abs/2310.13183",
-        """@inproceedings{li-etal-2023-breaking,
-  title = "Breaking through Deterministic Barriers: Randomized Pruning Mask Generation and Selection",
-  author = "Li, Jianwei and Gao, Weizhi and Lei, Qi and Xu, Dongkuan",
-  booktitle = "Findings of the Association for Computational Linguistics: EMNLP 2023",
-  year = "2023"
-}""",
+        "li-etal-2023-breaking",
+        "Breaking through Deterministic Barriers: Randomized Pruning Mask Generation and Selection",
+        "Li, Jianwei and Gao, Weizhi and Lei, Qi and Xu, Dongkuan",
+        "Findings of the Association for Computational Linguistics: EMNLP 2023",
+        "2023",
     ),
     "pdp": (
-        "PDP: Parameter-free Differentiable Pruning is All You Need",
         "https://arxiv.org/abs/2305.11203",
-        """@inproceedings{cho2023pdp,
-  title = "{PDP}: Parameter-free Differentiable Pruning is All You Need",
-  author = "Cho, Minsik and Adya, Saurabh and Naik, Devang",
-  booktitle = "Advances in Neural Information Processing Systems",
-  year = "2023"
-}""",
+        "cho2023pdp",
+        "{PDP}: Parameter-free Differentiable Pruning is All You Need",
+        "Cho, Minsik and Adya, Saurabh and Naik, Devang",
+        "Advances in Neural Information Processing Systems",
+        "2023",
     ),
     "gumbel": (
-        "Extracting Effective Subnetworks with Gumbel-Softmax",
         "https://arxiv.org/abs/2202.12986",
-        """@inproceedings{dupont2022extracting,
-  title = "Extracting Effective Subnetworks with {G}umbel-{S}oftmax",
-  author = "Dupont, Robin and Alaoui, Mohammed Amine and Sahbi, Hichem and Lebois, Alice",
-  booktitle = "IEEE International Conference on Image Processing",
-  year = "2022"
-}""",
+        "dupont2022extracting",
+        "Extracting Effective Subnetworks with {G}umbel-{S}oftmax",
+        "Dupont, Robin and Alaoui, Mohammed Amine and Sahbi, Hichem and Lebois, Alice",
+        "IEEE International Conference on Image Processing",
+        "2022",
     ),
 }
-_OPTIONS = (
-    "method",
-    "pattern",
-    "sparsity",
-    "scope",
-    "layer_floor",
-    "target_modules",
-    "exclude_modules",
-    "keep_zeros",
-    "levels",
-    "pruning_warmup_steps",
-    "frozen_steps",
-)
-_OF_METHOD = {
-    "random": ("num_candidates", "proposals", "criterion", "selection", "trial_steps", "selection_metric"),
-    "pdp": ("soft_ramp", "pdp_tau"),
-    "gumbel": (
-        "soft_ramp",
-        "gumbel_tau",
-        "gumbel_budget",
-        "gumbel_untrained",
-        "gumbel_rescale",
-        "gumbel_learning_rate",
-    ),
+TASKS = {  # ending of the class name -> task, as the Hub names it
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+    "ForImageClassification": "image-classification",
 }
-_DISTILLATION = (
-    "teacher",
-    "distill_logits",
-    "distill_hidden",
-    "distill_attention",
-    "distill_temperature",
-    "hard_label_weight",
-)
-_TRAINING = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
+# Fields of the configuration that the card shows, where they are set.
+_OPTIONS = "method pattern sparsity scope layer_floor target_modules exclude_modules keep_zeros levels"
+_OPTIONS += " pruning_warmup_steps frozen_steps"
+_OPTIONS_OF_METHOD = {
+    "random": "num_candidates proposals criterion selection trial_steps selection_metric",
+    "pdp": "soft_ramp pdp_tau",
+    "gumbel": "soft_ramp gumbel_tau gumbel_budget gumbel_untrained gumbel_rescale gumbel_learning_rate",
+}
+_DISTILLATION = "teacher distill_logits distill_hidden distill_attention distill_temperature hard_label_weight"
+_TRAINING = "learning_rate per_device_train_batch_size gradient_accumulation_steps seed"
 Scores = Mapping[str, float | Sequence[float]]
 
 
@@ -92,70 +70,88 @@ def card_text(
     scores: Scores | None = None,
     dense_scores: Scores | None = None,
 ) -> str:
-    """The card's text, without metadata.
+    """Return the text of the card, in Markdown, without the metadata.
 
     Args:
         record: the saved run.
         name: the model's name, or its repository.
-        pictures: folder of the card, where its pictures lie if they were drawn.
-        options: fields of the config, and `teacher`, its name, if there was one; those that say something of pruning
-            are shown.
-        scores: metric -> value, or the values of several seeds; by default those of `all_results.json`, or of the
-            last evaluation of the run.
-        dense_scores: the same of the model before pruning; by default `dense_eval_*` there.
+        pictures: folder of the card, with its pictures if they were drawn.
+        options: fields of the configuration, and `teacher`, the teacher's name, if there was one. The card shows
+            those that concern pruning.
+        scores: metric -> value, or one value a seed. Defaults to those of `all_results.json`, or of the last
+            evaluation of the run.
+        dense_scores: the same for the model before pruning. Defaults to `dense_eval_*` in `all_results.json`.
     """
-    report, state = record.report, record.state
-    method = "?" if state is None else state.method
+    method = "" if record.state is None else record.state.method
+    size = _pack_report(record.folder)
     parts = [
         f"# {name}",
-        f"A sparse model: {report.prunable_zeros:,} of {report.prunable_total:,} prunable weights are zero "
-        f"(**{report.sparsity:.4%}**; {report.zeros / report.total:.1%} of all {report.total:,} parameters), "
-        f"made by `hf_maskselect` with `method={method!r}`"
-        + (f", `pattern={state.pattern!r}`" if state else "")
-        + ". The zeros are ordinary zeros in ordinary tensors: it loads like any model of its class, and dense "
-        "kernels do not run it faster.",
-        "## Scores",
-        _scores(record, scores, dense_scores),
+        _summary(record),
+        _results(record, size, scores, dense_scores),
         "## How to load it",
         _loading(record.folder, name),
         "## Sparsity by layer",
-        _picture(pictures, DENSITY, "share of the weights kept, by layer and matrix"),
+        _picture(pictures / DENSITY, "share of the weights kept, by layer and matrix"),
         _sparsity(record),
         "## Search",
-        _search(record, pictures),
-        "## Size",
-        _sizes(record),
+        *_search(record, pictures),
+        *(["## Size", _sizes(size)] if size else []),
         "## How it was pruned",
         _options(options or {}),
-        _picture(pictures, HISTORY, "loss, score and cuts over the run"),
+        _picture(pictures / HISTORY, "loss, score and sparsity over the run"),
         "## Citation",
         _citation(method),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _picture(folder: Path, name: str, text: str) -> str:
-    return f"![{text}]({name})" if (folder / name).is_file() else ""
+def task_of(class_name: str) -> str | None:
+    """The task of a model class as the Hub names it, None for other heads."""
+    return next((task for ending, task in TASKS.items() if class_name.endswith(ending)), None)
+
+
+def _picture(path: Path, text: str) -> str:
+    return f"![{text}]({path.name})" if path.is_file() else ""
+
+
+def _summary(record: RunRecord) -> str:
+    report, state = record.report, record.state
+    model = "model"
+    if of_transformers(record.folder):
+        kind = model_class(record.folder)[0].__name__
+        model = f"{(task_of(kind) or '').replace('-', ' ')} model (`{kind}`)".strip()
+    made = f" with `method={state.method!r}`, `pattern={state.pattern!r}`" if state else ""
+    return (
+        f"A sparse {model}: {report.prunable_zeros:,} of {report.prunable_total:,} prunable weights are zero "
+        f"(**{report.sparsity:.4%}**), which is {report.zeros / report.total:.1%} of all {report.total:,} parameters. "
+        f"Pruned by `hf_maskselect`{made}."
+    )
 
 
 def shown_scores(record: RunRecord, scores: Scores | None) -> Scores:
     """The given scores, else those of `all_results.json`, else those of the last evaluation."""
-    last = next((entry for entry in reversed(record.history) if any(k.startswith("eval_") for k in entry)), {})
+    last: dict = next((entry for entry in reversed(record.history) if any(k.startswith("eval_") for k in entry)), {})
     return scores or metrics_of(record.results, "eval_") or metrics_of(last, "eval_")
 
 
-def _scores(record: RunRecord, scores: Scores | None, dense: Scores | None) -> str:
+def _results(record: RunRecord, size: PackReport | None, scores: Scores | None, dense: Scores | None) -> str:
     scores, dense = shown_scores(record, scores), dense or metrics_of(record.results, "dense_eval_")
-    if not scores:
-        return "None were given with the run."
     rows = []
     for metric, value in scores.items():
-        before, after = dense.get(metric), mean(value)
-        kept = f"{after / mean(before):.1%}" if before is not None and mean(before) > 0 else "-"
-        rows.append([metric, "-" if before is None else _show(before), _show(value), kept])
+        before = dense.get(metric)
+        share = f"{mean(value) / mean(before):.1%}" if before is not None and mean(before) > 0 else "-"
+        rows.append([metric, "-" if before is None else _show(before), _show(value), share])
+    rows.append(["sparsity", "0.0000", f"{record.report.sparsity:.4f}", "-"])
+    if size:
+        sizes = f"{size.dense / 1e6:,.2f}", f"{size.packed / 1e6:,.2f}", f"{size.packed / size.dense:.1%}"
+        rows.append(["size in MB (sparse: packed)", *sizes])
+    else:
+        stored = sum(file.stat().st_size for file in record.folder.glob("model*.safetensors")) / 1e6
+        rows.append(["size in MB", "-", f"{stored:,.2f}", "-"])
+    seeds = max((_seeds(value) for value in scores.values()), default=0)
+    note = f"Mean and standard deviation of {seeds} seeds." if seeds > 1 else "One seed."
     table = markdown_table(["metric", "dense", "sparse", "of dense"], rows)
-    many = max(_seeds(value) for value in scores.values())
-    return table + f"\n\n{'One seed.' if many == 1 else f'Mean and standard deviation of {many} seeds.'}"
+    return f"{table}\n\n{note if seeds else 'The run has no scores.'}"
 
 
 def _seeds(value: float | Sequence[float]) -> int:
@@ -163,12 +159,12 @@ def _seeds(value: float | Sequence[float]) -> int:
 
 
 def mean(value: float | Sequence[float]) -> float:
-    """Of one value a seed, or the value itself."""
+    """The mean over seeds, or the value itself."""
     return statistics.fmean(value) if isinstance(value, Sequence) else value
 
 
 def _show(value: float | Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(value):.4f}" if _seeds(value) > 1 else ""
+    spread = f" ± {statistics.stdev(value):.4f}" if isinstance(value, Sequence) and len(value) > 1 else ""
     return f"{mean(value):.4f}{spread}"
 
 
@@ -182,7 +178,8 @@ def _loading(folder: Path, name: str) -> str:
     fields = ["sparsity=masks.sparsity()", *(f"{field}={value!r}" for field, value in pruned_modules(config).items())]
     text = (
         f'```python\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained("{name}")\n```\n\n'
-        "With its masks, to be fine-tuned on with its zeros kept, or (at a higher `sparsity`) pruned further:\n\n"
+        "The zeros are stored in ordinary dense tensors. They do not make the model faster by themselves. To fine-tune"
+        " it and keep the zeros, or to prune it further with a higher `sparsity`, load it with its masks:\n\n"
         "```python\nfrom hf_maskselect import PruningConfig, PruningTrainer, load_pruned\n\n"
         f'model, masks = load_pruned("{name}")\n'
         f"trainer = PruningTrainer(model, PruningConfig({', '.join(fields)}), train_dataset=...)\n```"
@@ -197,51 +194,57 @@ def _sparsity(record: RunRecord) -> str:
         for t in record.report.tensors
         if t.prunable
     ]
-    table = markdown_table(["tensor", "shape", "zeros", "of", "sparsity"], rows)
-    return f"<details><summary>Every tensor</summary>\n\n{table}\n\n</details>"
+    return _details("Every tensor", markdown_table(["tensor", "shape", "zeros", "of", "sparsity"], rows))
 
 
-def _search(record: RunRecord, pictures: Path) -> str:
+def _details(title: str, text: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
+
+
+def _search(record: RunRecord, folder: Path) -> list[str]:
     searches = [search for search in record.searches if len(search.candidates) > 1]
     if not searches:
-        return "No masks were tried against each other."
-    parts = [_picture(pictures, SEARCH, "scores of the candidates, level by level")]
+        return ["No masks were tried against each other."]
     rows = []
     for search in searches:
-        for candidate in sorted(search.candidates, key=lambda c: (-len(c.scores), c.rank)):
+        for candidate in best_first(search):
             scores = " → ".join(f"{score:.4f}" for score in candidate.scores)
             mark = "chosen" if candidate.chosen else ""
             rows.append([search.level + 1, f"{search.sparsity:.4f}", f"`{candidate.proposal}`", scores, mark])
     header = ["level", "sparsity", "proposal", "scores after each rung (lower is better)", ""]
     cost = sum(search.step_equivalents for search in searches)
-    seconds = sum(search.seconds for search in searches)
     steps = record.state.step if record.state else 0
-    ratio = f", {cost / steps:.2f} times its {steps} training steps" if steps else ""
-    parts += [
-        markdown_table(header, rows),
-        f"Cost: {cost:,.0f} optimizer-step equivalents{ratio}, {seconds:,.0f} s. Scores are on rows held out of "
-        "train.",
+    ratio = f" ({cost / steps:.2f} times the {steps} steps of the training)" if steps else ""
+    seconds = sum(search.seconds for search in searches)
+    return [
+        "At every level several candidate masks were scored on held-out rows of train, and the best was kept. "
+        f"The search cost as much as {cost:,.0f} optimizer steps{ratio} and took {seconds:,.0f} s.",
+        *(_picture(path, "scores of the candidates, level by level") for path in search_pictures(folder)),
+        _details("Every candidate", markdown_table(header, rows)),
     ]
-    return "\n\n".join(part for part in parts if part)
 
 
-def _sizes(record: RunRecord) -> str:
-    if not of_transformers(record.folder):
-        return f"{sum(file.stat().st_size for file in record.folder.glob('model*.safetensors')) / 1e6:,.2f} MB."
-    with tempfile.TemporaryDirectory() as folder:
-        report = pack(record.folder, folder)
+def _pack_report(folder: Path) -> PackReport | None:
+    """The size of the weights when packed, None for a class that is not one of transformers."""
+    if not of_transformers(folder):
+        return None
+    with tempfile.TemporaryDirectory() as packed:
+        return pack(folder, packed)
+
+
+def _sizes(report: PackReport) -> str:
     sizes = [
-        ("dense, zeros and all", report.dense),
+        ("dense, zeros included", report.dense),
         (f"packed without loss (`{PACKED_FILE}`)", report.packed),
-        ("entropy bound of that", report.bound),
+        ("entropy bound of the packed file", report.bound),
     ]
-    rows = [[what, f"{size / 1e6:,.2f}", f"{report.dense / size:.2f}x"] for what, size in sizes]
+    rows = [[label, f"{size / 1e6:,.2f}", f"{report.dense / size:.2f}x"] for label, size in sizes]
     return markdown_table(["weights", "MB", "smaller by"], rows)
 
 
 def _options(options: Mapping[str, object]) -> str:
-    distilled = _DISTILLATION if options.get("teacher") else ()
-    names = [*_OPTIONS, *_OF_METHOD.get(options.get("method"), ()), *distilled, *_TRAINING]
+    method = _OPTIONS_OF_METHOD.get(str(options.get("method")), "")
+    names = " ".join([_OPTIONS, method, _DISTILLATION if options.get("teacher") else "", _TRAINING]).split()
     rows = [[f"`{name}`", f"`{options[name]}`"] for name in names if options.get(name) is not None]
     return markdown_table(["option", "value"], rows) if rows else ""
 
@@ -249,10 +252,12 @@ def _options(options: Mapping[str, object]) -> str:
 def _citation(method: str) -> str:
     if method not in CITATIONS:
         return "The criterion is a classic one; the schedule and the storage are those of hf_maskselect."
-    title, url, bibtex = CITATIONS[method]
-    return f"[{title}]({url})\n\n```bibtex\n{bibtex}\n```"
+    address, key, title, author, venue, year = CITATIONS[method]
+    fields = {"title": title, "author": author, "booktitle": venue, "year": year}
+    lines = ",\n".join(f'  {name} = "{value}"' for name, value in fields.items())
+    return f"[{re.sub('[{}]', '', title)}]({address})\n\n```bibtex\n@inproceedings{{{key},\n{lines}\n}}\n```"
 
 
 def write_card(folder: str | os.PathLike, metadata: str, text: str) -> None:
-    """`README.md` of a folder: metadata (YAML, with its dashes) and text."""
+    """Write `README.md` into a folder: the metadata (YAML between its dashes), then the text."""
     (Path(folder) / "README.md").write_text(f"{metadata.rstrip()}\n\n{text}", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a saved folder tells of its run: masks, zeros, searches, scores."""
+"""The record of a run: what its output folder holds about masks, zeros, searches and scores."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..search.results import SEARCH_FILE, LevelSearch, read_searches
+from ..search.results import SEARCH_FILE, Candidate, LevelSearch, read_searches
 from ..storage.runs import last_checkpoint
 from ..storage.state import PruningState
 from ..utils.files import read_object
@@ -18,35 +19,40 @@ from .sparsity import SparsityReport, sparsity_report
 
 RESULTS_FILE = "all_results.json"
 _REMEDY = "restore the file or delete it"
-_NO_SCORES = ("runtime", "per_second", "sparsity", "samples", "loss")
+_NOT_SCORES = ("runtime", "per_second", "sparsity", "samples", "loss")  # endings of keys
 _LAYER = re.compile(r"^(.*?\.)?(\d+)\.(.*)\.weight$")
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run, as its output folder tells of it.
+    """The files of one run, read.
 
-    history: the trainer's log entries, each with its `step`. results: `all_results.json`, as the scripts write it;
-    `dense_eval_*` are the scores of the model before pruning.
+    Attributes:
+        folder: where the saved model lies.
+        report: zeros of every tensor.
+        state: the pruning state, None for a model without one.
+        searches: one entry a level, as in `search.json`.
+        history: log entries of the trainer, each with its `step`.
+        results: `all_results.json`, which the scripts write; `dense_eval_*` are scores of the model before pruning.
     """
 
     folder: Path
     report: SparsityReport
     state: PruningState | None
     searches: list[LevelSearch] = field(default_factory=list)
-    history: list[dict] = field(default_factory=list)
-    results: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    results: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> RunRecord:
-        """Read a folder; what is not there is empty.
+        """Read a folder; the fields of files that it lacks stay empty.
 
         Raises:
-            ValueError: no model there, or a damaged file.
+            ValueError: the folder holds no model, or a file is damaged.
         """
         folder = Path(folder)
         searches = read_searches(folder / SEARCH_FILE) if (folder / SEARCH_FILE).is_file() else []
-        history: list[dict] = []
+        history: list[dict[str, Any]] = []
         last = last_checkpoint(folder)
         for path in (folder / TRAINER_STATE_NAME, Path(last or folder) / TRAINER_STATE_NAME):
             if path.is_file():
@@ -56,8 +62,12 @@ class RunRecord:
         return cls(folder, sparsity_report(folder), PruningState.find(folder), searches, history, results)
 
     def densities(self) -> tuple[list[str], list[str], dict[tuple[str, str], float]]:
-        """(rows, columns, density by row and column) of the prunable tensors: rows are layers in order (with their
-        stack, where there are several), columns what a layer consists of; a tensor outside layers has the row ""."""
+        """The share of kept weights of every prunable tensor, laid out as a table.
+
+        Returns:
+            (rows, columns, density by row and column). Rows are layers in order, with the name of their stack if there
+            are several; columns are the matrices of a layer. A tensor outside of layers has the row "".
+        """
         parsed = []
         for tensor in self.report.tensors:
             if tensor.prunable:
@@ -66,11 +76,16 @@ class RunRecord:
                 parsed.append(((stack or "", int(number or 0)), number, rest, 1 - tensor.zeros / tensor.total))
         several = len({stack for (stack, _), _, _, _ in parsed}) > 1
         names = {layer: f"{layer[0]}{number}" if several else number for layer, number, _, _ in sorted(parsed)}
-        found = {(names[layer], column): density for layer, _, column, density in parsed}
-        return list(names.values()), list(dict.fromkeys(column for _, column in found)), found
+        densities = {(names[layer], column): density for layer, _, column, density in parsed}
+        return list(names.values()), list(dict.fromkeys(column for _, column in densities)), densities
 
 
 def metrics_of(results: Mapping[str, object], prefix: str) -> dict[str, float]:
-    """The scores among results whose keys begin with `prefix`, without it: no times, counts and losses."""
-    found = {key.removeprefix(prefix): value for key, value in results.items() if key.startswith(prefix)}
-    return {k: v for k, v in found.items() if not k.endswith(_NO_SCORES) and isinstance(v, int | float)}
+    """The scores among results whose keys begin with `prefix`, without the prefix: no times, counts or losses."""
+    values = {key.removeprefix(prefix): value for key, value in results.items() if key.startswith(prefix)}
+    return {k: v for k, v in values.items() if not k.endswith(_NOT_SCORES) and isinstance(v, int | float)}
+
+
+def best_first(search: LevelSearch) -> list[Candidate]:
+    """The candidates of a level by the rungs they reached, then by last score; a diverged trial (NaN) comes last."""
+    return sorted(search.candidates, key=lambda candidate: (-len(candidate.scores), candidate.order))

@@ -1,5 +1,4 @@
-"""How sparse is it, really: counts per tensor, over the prunable weights and over the whole model, each with its
-denominator, taken from the weights themselves."""
+"""The sparsity report: zeros counted in the weights themselves, per tensor and over the model."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from ..utils.tables import text_table
 
 @dataclass(frozen=True)
 class TensorReport:
-    """Zeros and size of one tensor; prunable: whether it counts towards the target."""
+    """Zeros and size of one tensor; `prunable` says whether it counts towards the target."""
 
     name: str
     shape: tuple[int, ...]
@@ -29,29 +28,33 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """Counts of a model or of a saved folder."""
+    """Zero counts of a model or of a saved folder."""
 
     tensors: tuple[TensorReport, ...]
 
     @property
     def prunable_zeros(self) -> int:
+        """Zeros among the prunable weights."""
         return sum(t.zeros for t in self.tensors if t.prunable)
 
     @property
     def prunable_total(self) -> int:
+        """Number of prunable weights."""
         return sum(t.total for t in self.tensors if t.prunable)
 
     @property
     def zeros(self) -> int:
+        """Zeros in the whole model."""
         return sum(t.zeros for t in self.tensors)
 
     @property
     def total(self) -> int:
+        """Number of parameters of the whole model."""
         return sum(t.total for t in self.tensors)
 
     @property
     def sparsity(self) -> float:
-        """Zeros over the prunable weights, in [0, 1]."""
+        """Share of zeros among the prunable weights, in [0, 1]."""
         return self.prunable_zeros / self.prunable_total
 
     def __str__(self) -> str:
@@ -66,19 +69,23 @@ def sparsity_report(
     target_modules: list[str] | None = None,
     exclude_modules: list[str] | None = None,
 ) -> SparsityReport:
-    """Count the zeros of a model in memory or of a saved folder (without building the model's weights).
+    """Count the zeros of a model in memory or of a saved folder, whose tensors are read one at a time.
 
-    In a folder with a pruning state the prunable tensors are those it names. Else they are
-    `prunable_weights(model, target_modules, exclude_modules)`, the model being the one given or the one that the
-    folder's `config.json` describes.
+    The pruning state of a folder names its prunable tensors. Without a state they are those of
+    [`prunable_weights`] for the model, or for the model that the folder's `config.json` describes.
+
+    Args:
+        model_or_path: a model, or a folder with safetensors weights.
+        target_modules: modules to count as prunable; ignored if there is a pruning state.
+        exclude_modules: modules to leave out; ignored if there is a pruning state.
 
     Raises:
         ValueError: the folder holds no safetensors weights.
     """
     if isinstance(model_or_path, nn.Module):
-        prunable = {id(w): n for n, w in prunable_weights(model_or_path, target_modules, exclude_modules).items()}
-        named = ((prunable.get(id(p), n), p) for n, p in model_or_path.named_parameters())
-        return SparsityReport(tuple(_count(n, p.detach(), id(p) in prunable) for n, p in named))
+        names = {id(w): n for n, w in prunable_weights(model_or_path, target_modules, exclude_modules).items()}
+        named = ((names.get(id(p), n), p) for n, p in model_or_path.named_parameters())
+        return SparsityReport(tuple(_count(n, p.detach(), id(p) in names) for n, p in named))
     state = PruningState.find(model_or_path)
     if state is not None:
         prunable = set(state.masks)

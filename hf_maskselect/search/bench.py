@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import find_batch_size
 from ..masking.maskset import MaskSet
 from ..masking.scores import GradientStats
 from ..methods.base import Method
-from ..surgery.refit import Refit, fittable, refit
+from ..surgery.refit import Refit, refit, refittable
 from ..utils.seeds import key_seed
 from .batches import Batches
 from .borrowed import BorrowedTrainer, Inputs
@@ -181,7 +181,7 @@ class TrialBench:
         with self.sandbox.random_state():
             inputs = self._refit_inputs(level)
             self.trainer.model.eval()
-            any_matrix = fittable(self.trainer.model, self.method.weights, inputs)
+            any_matrix = refittable(self.trainer.model, self.method.weights, inputs)
         return REFIT_COST * find_batch_size(inputs) / self.batches.rows_of_training() if any_matrix else 0.0
 
     def _refit_inputs(self, level: int) -> Inputs:

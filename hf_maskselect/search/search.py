@@ -110,7 +110,7 @@ class MaskSearch:
             if self._continues:
                 self._continued.keep(candidate, steps, score, bench.sandbox.trained())
             elif not steps and bench.last_refit is not None:
-                weights = bench.sandbox.of_layers(bench.last_refit.fitted)
+                weights = bench.sandbox.of_layers(bench.last_refit.refitted)
                 best_refit.offer(candidate.index, score, bench.last_refit, weights)
             return score
 
@@ -188,7 +188,7 @@ class MaskSearch:
                 return bench.refit(before, record.level)
 
             done = team.each(cut_and_refit)
-            errors, weights = RefitErrors.of(done), team.share(lambda: bench.sandbox.of_layers(done.fitted), source)
+            errors, weights = RefitErrors.of(done), team.share(lambda: bench.sandbox.of_layers(done.refitted), source)
         bench.sandbox.put(weights)
         if errors.matrices:
             record.cut_error, record.refit_error = errors.cut, errors.refit

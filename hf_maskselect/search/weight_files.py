@@ -142,7 +142,7 @@ class RefitErrors(NamedTuple):
     @classmethod
     def of(cls, done: Refit) -> RefitErrors:
         """Return the errors of a refit."""
-        return cls(done.mean_cut, done.mean_fitted, len(done.fitted))
+        return cls(done.mean_cut_error, done.mean_refit_error, len(done.refitted))
 
 
 class BestRefit:

@@ -1,1 +1,1 @@
-"""Changes to weights that need no training: refit, channel permutation, adapter merge."""
+"""Changes of weights without training: refit after a cut, channel order, merging of adapters."""

@@ -1,4 +1,4 @@
-"""The best values of the weights that a mask keeps: least squares, all outputs of a matrix at once."""
+"""Least squares over the kept weights of a matrix, all outputs at once."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ RIDGE = 1e-2
 
 
 @torch.no_grad()
-def fit_masked(gram: Tensor, cross: Tensor, keep: Tensor) -> Tensor:
-    """What to add to the kept weights of a matrix so that its outputs miss as little as possible.
+def solve_masked(gram: Tensor, cross: Tensor, keep: Tensor) -> Tensor:
+    """Return the change of the kept weights that minimizes the squared error of the outputs.
 
-    Minimizes for every output the squared error of `x @ delta.T` against what is missing, plus a ridge that holds the
-    weights near where they are, over the entries that `keep` allows. The ridge is one number for all inputs: in units
-    of each input's own size, inputs that hardly vary would get weights so large that dropout tears the model apart.
-    Its unit is the squared mean of the inputs' sizes, which a single large input moves little.
+    For every output it minimizes the error of `x @ delta.T` against the missing part, plus a ridge that holds the
+    weights near their values. The ridge is the same for all inputs: with a ridge in units of each input's own size,
+    inputs that hardly vary would get weights so large that dropout breaks the model. Its unit is the squared mean of
+    the sizes of the inputs, which a single large input hardly moves.
 
-    All outputs share one Gram matrix and differ in their support, so that a direct solver would factorize one matrix
-    for each of them; conjugate gradients with a diagonal preconditioner, projected on the support, need one product
-    with the Gram matrix an iteration for all together, whatever the density.
+    All outputs share one Gram matrix but have different masks, so that a direct solver would need one factorization an
+    output. Conjugate gradients, projected on the mask and with a diagonal preconditioner, need one product with the
+    Gram matrix an iteration for all outputs together, at any density.
 
     Args:
         gram: `x.T @ x`, `(in, in)`, floating.
@@ -31,27 +31,27 @@ def fit_masked(gram: Tensor, cross: Tensor, keep: Tensor) -> Tensor:
         `(out, in)`, zero where `keep` is.
     """
     gram = gram + ridge(gram) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    # An input that is always 0 has no say: 0 instead of a division by 0.
+    # An input that is always 0 gets no change, instead of a division by 0.
     precondition = keep * torch.where(gram.diagonal() > 0, 1 / gram.diagonal(), 0)
-    delta, left = torch.zeros_like(cross), cross * keep
-    step = left * precondition
-    size = (left * step).sum(1, keepdim=True)
+    delta, residual = torch.zeros_like(cross), cross * keep
+    step = residual * precondition
+    size = (residual * step).sum(1, keepdim=True)
     for _ in range(ITERATIONS):
         product = (step @ gram).mul_(keep)
         length = _ratio(size, (step * product).sum(1, keepdim=True))
         delta.addcmul_(step, length)
-        left.addcmul_(product, -length)
-        scaled = left * precondition
-        before, size = size, (left * scaled).sum(1, keepdim=True)
+        residual.addcmul_(product, -length)
+        scaled = residual * precondition
+        before, size = size, (residual * scaled).sum(1, keepdim=True)
         step = scaled.addcmul_(step, _ratio(size, before))
     return delta
 
 
 def ridge(gram: Tensor) -> Tensor:
-    """The ridge of a fit with this Gram matrix, a scalar."""
+    """Return the ridge for a Gram matrix, a scalar."""
     return RIDGE * gram.diagonal().sqrt().mean().square()
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """0 where an output has nothing left to fit."""
+    """Divide, with 0 for outputs that have no error left."""
     return torch.where(below > 0, above / below, 0)

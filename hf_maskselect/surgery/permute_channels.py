@@ -1,8 +1,8 @@
-"""Permuting hidden channels of transformer layers so that N:M keeps more magnitude, with the same function.
+"""Reordering of hidden channels, so that an N:M pattern keeps more magnitude while the function stays the same.
 
-A channel can move where only one layer makes it and only one reads it: the inner channels of a feed-forward block, and
-the value channels inside each attention head. The rows of the producer (and its bias) and the columns of the consumer
-move together, and every output is what it was, to rounding.
+A channel can move if exactly one layer produces it and exactly one reads it: the inner channels of a feed-forward
+block, and the value channels inside each attention head. The rows of the producer (and its bias) and the columns of
+the consumer move together, so that the outputs change by rounding only.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from .column_order import kept_magnitude, search_permutation
 
 @dataclass(frozen=True)
 class Coupling:
-    """Two linear layers of one block and the channels between them.
+    """Two linear layers, by their names in a block, and the channels between them.
 
-    producer, consumer: module names inside the block. parts: equal parts of the producer's rows, of which `moved` make
-    the channels; a gated block has two that are multiplied, a fused attention three, the last for the values. heads:
-    whether channels must stay inside their attention head.
+    The rows of the producer consist of equal `parts` (2 in a gated block, 3 in a fused attention), of which `moved`
+    produce the channels. With `heads`, channels must stay inside their attention head.
     """
 
     producer: str
@@ -56,13 +55,13 @@ COUPLINGS = {
 
 @dataclass(frozen=True)
 class PermutationReport:
-    """Kept magnitude of each consumer under N:M before and after, as shares of its whole magnitude."""
+    """Rows (name of a weight, kept magnitude before, after); magnitudes are shares of that of the whole matrix."""
 
     rows: tuple[tuple[str, float, float], ...]
 
     @property
     def mean_gain(self) -> float:
-        """Mean over matrices of what is kept more, relative to what was kept; 0.01 is one percent."""
+        """Mean relative gain in kept magnitude over the matrices; 0.01 is one percent."""
         return sum(after / before - 1 for _, before, after in self.rows) / max(len(self.rows), 1)
 
     def __str__(self) -> str:
@@ -81,18 +80,21 @@ def permute_channels(
 ) -> PermutationReport:
     """Reorder hidden channels in place so that `pattern` will keep at least as much magnitude in every matrix.
 
+    Call it on the dense model before training. A matrix that holds the pattern already keeps its order.
+
     Args:
         model: a BERT-family model of transformers.
         pattern: `"N:M"`.
-        names: parameters (`"...weight"`) that will be pruned; only matrices among them are looked at. All by default.
-        rounds, seed: of `search_permutation`; the result depends on nothing else.
+        names: parameters (`"...weight"`) that will be pruned; the others keep their order. Defaults to all.
+        rounds: largest number of rounds of the search.
+        seed: seed of the search; the result depends on nothing else.
 
     Raises:
-        ValueError: no N:M pattern, or a model whose channels are not known to be free to move.
+        ValueError: `pattern` is no N:M pattern, or the model has no channels that are known to be free to move.
     """
     groups = parse_pattern(pattern)
     if not isinstance(groups, NM):
-        raise ValueError(f"pattern={pattern!r} has no groups of columns, so there is nothing to permute: use 'N:M'")
+        raise ValueError(f"pattern={pattern!r} has no groups of columns to permute: use 'N:M'")
     rows = []
     with torch.no_grad():
         for coupling, producer, consumer, name in couplings_of(model, groups, names):
@@ -112,22 +114,21 @@ def permute_channels(
 def couplings_of(
     model: PreTrainedModel, groups: NM, names: Collection[str] | None = None
 ) -> list[tuple[Coupling, nn.Linear, nn.Linear, str]]:
-    """(coupling, producer, consumer, name of the consumer's weight) of every pair that can be permuted.
+    """List (coupling, producer, consumer, name of the consumer's weight) of every pair that can be permuted.
 
-    Left out are heads whose channels make no whole groups, and layers that are not plain `nn.Linear`: what wraps them,
-    such as an adapter, has weights of its own that would have to move, too.
+    Attention heads whose channels do not fill whole groups are left out. So are layers that are not plain `nn.Linear`:
+    a wrapper such as an adapter has weights of its own that would have to move, too.
 
     Raises:
-        ValueError: the family is not known, or no pair is left.
+        ValueError: the family of the model is not known, or no pair is left.
     """
     kind = model.config.model_type if isinstance(model, PreTrainedModel) else type(model).__name__
     if kind not in COUPLINGS:
         raise ValueError(
-            f"the channels of a {kind!r} model are not known to be free to move: leave permute_channels out, or use "
-            f"one of {', '.join(COUPLINGS)}"
+            f"the channels of a {kind!r} model are not known to be free to move: use one of {', '.join(COUPLINGS)}"
         )
     modules = dict(model.named_modules())
-    found = []
+    pairs = []
     for coupling in COUPLINGS[kind]:
         if coupling.heads and _head_size(model) % groups.m:
             continue
@@ -137,13 +138,13 @@ def couplings_of(
                 name = f"{consumer}.weight"
                 plain = type(producer) is type(modules[consumer]) is nn.Linear
                 if plain and (names is None or name in names):
-                    found.append((coupling, producer, modules[consumer], name))
-    if not found:
+                    pairs.append((coupling, producer, modules[consumer], name))
+    if not pairs:
         raise ValueError(
-            "none of the matrices to prune is a plain linear layer that reads channels free to move: leave "
-            "permute_channels out"
+            "none of the matrices to prune is a plain linear layer that reads channels free to move: do without "
+            "permute_channels"
         )
-    return found
+    return pairs
 
 
 def _head_size(model: PreTrainedModel) -> int:
@@ -151,7 +152,7 @@ def _head_size(model: PreTrainedModel) -> int:
 
 
 def _move(coupling: Coupling, producer: nn.Linear, consumer: nn.Linear, order: Tensor) -> None:
-    """Bring column `order[i]` of the consumer to place i, and the rows that make it with it."""
+    """Move column `order[i]` of the consumer to place `i`, and the rows that produce it."""
     consumer.weight.copy_(consumer.weight[:, order])
     for part in coupling.moved:
         size = producer.weight.shape[0] // coupling.parts

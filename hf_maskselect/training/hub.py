@@ -11,20 +11,13 @@ from huggingface_hub import EvalResult, ModelCard
 from transformers import PreTrainedModel, Trainer
 
 from ..config import PruningConfig
-from ..reporting.card import Scores, card_text, mean, shown_scores, write_card
+from ..reporting.card import Scores, card_text, mean, shown_scores, task_of, write_card
 from ..reporting.plots import plot
 from ..reporting.record import RunRecord, metrics_of
 from ..search.results import SEARCH_FILE, read_searches
 from ..storage.packed_file import PACKED_FILE
 from ..storage.state import STATE_FILE, PruningState
 
-_TASKS = {
-    "ForSequenceClassification": "text-classification",
-    "ForTokenClassification": "token-classification",
-    "ForQuestionAnswering": "question-answering",
-    "ForMaskedLM": "fill-mask",
-    "ForImageClassification": "image-classification",
-}
 TAGS = ("pruned", "sparse", "hf_maskselect")
 
 
@@ -64,7 +57,7 @@ def complete_card(
         plot(record, output)
     last = next((entry for entry in reversed(history) if metrics_of(entry, "eval_")), {})
     scores = scores or metrics_of(last, "eval_")  # not those of an earlier run in the same folder
-    task = next((task for ending, task in _TASKS.items() if model_class.endswith(ending)), None)
+    task = task_of(model_class)
     metadata = ModelCard.load(output / "README.md").data
     metadata.model_name = name.split("/")[-1]
     metadata.eval_results = metadata.eval_results or _eval_results(record, scores, task)

@@ -31,7 +31,6 @@ from ..search.results import Candidate
 from ..search.schedule import rungs_text, search_rungs
 from ..search.weight_files import RefitErrors
 from ..storage.models import named_class
-from ..surgery.permute_channels import couplings_of
 from ..utils.tables import text_table
 from .checks import check_batches, check_proposals, check_shapes
 from .plan import rewound_rate
@@ -155,8 +154,6 @@ def workload(config: PruningConfig, path: str | Path, train_rows: int) -> Worklo
     model, settings = _trained(told), config.resolved()
     weights = prunable_weights(model, settings.target_modules, settings.exclude_modules)
     check_shapes(config, weights, transposed_weights(model))
-    if config.permute_channels:
-        couplings_of(model, settings.pattern, weights)
     parameters, prunable = model.base_model.num_parameters(), sum(weight.numel() for weight in weights.values())
     return Workload(config, parameters, prunable, train_rows, teaches=settings.selection_metric == "teacher")
 

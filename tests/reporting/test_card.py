@@ -1,6 +1,8 @@
 """The card and the pictures of a run."""
 
+import dataclasses
 import json
+import math
 import re
 import shutil
 import sys
@@ -10,11 +12,24 @@ from tiny import make, make_rows, make_trainer
 
 from hf_maskselect.cli import main
 from hf_maskselect.reporting.card import card_text
-from hf_maskselect.reporting.plots import DENSITY, HISTORY, SEARCH, draw_density, draw_history, draw_search
-from hf_maskselect.reporting.record import RunRecord, metrics_of
+from hf_maskselect.reporting.plots import (
+    DENSITY,
+    HISTORY,
+    SEARCH,
+    draw_density,
+    draw_history,
+    draw_search,
+    history_panels,
+    plot,
+    search_pages,
+    search_pictures,
+)
+from hf_maskselect.reporting.record import RunRecord, best_first, metrics_of
+from hf_maskselect.search.results import Candidate, LevelSearch
 from hf_maskselect.utils.tables import markdown_table
 
 pytest.importorskip("matplotlib")
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 
@@ -66,6 +81,15 @@ def test_the_card_goes_on_with_the_modules_that_were_pruned(run, tmp_path):
 def test_scores_are_told_from_times_and_counts():
     results = {"eval_f1": 0.5, "eval_runtime": 3, "eval_samples": 9, "eval_loss": 1.0, "eval_sparsity": 0.9, "x": 1}
     assert metrics_of(results, "eval_") == {"f1": 0.5}
+
+
+def test_the_first_screen_of_the_card_holds_task_scores_size_and_loading(run):
+    record = RunRecord.load(run[0])
+    text = card_text(record, "someone/model", run[0], {}, {"accuracy": 0.75}, {"accuracy": 1.0})
+    first = "\n".join(text.splitlines()[:18])
+    assert "text classification" in first and f"| sparsity | 0.0000 | {record.report.sparsity:.4f} | - |" in first
+    assert "| accuracy | 1.0000 | 0.7500 | 75.0% |" in first and "| size in MB (sparse: packed) |" in first
+    assert 'from_pretrained("someone/model")' in first
 
 
 def test_the_card_says_what_the_files_hold(run):
@@ -140,6 +164,95 @@ def test_the_console_draws_what_there_is(run, tmp_path, capsys):
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5000
 
 
+def assert_bars(axes, candidates, rung):
+    """One row a candidate, with its name, its score and a bar from the score of the deterministic mask to its own."""
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    texts = [text.get_text() for text in axes.texts]
+    scores = {c.index: c.scores[rung] for c in candidates if len(c.scores) > rung}
+    assert texts == [f"{scores[c.index]:.4f}" if c.index in scores else "out" for c in candidates]
+    if rung == 0:
+        assert [name.removesuffix(" (deterministic)") for name in names] == [c.proposal for c in candidates]
+        assert [name.endswith(" (deterministic)") for name in names] == [c.index == 0 for c in candidates]
+    ends = [bar.get_x() + bar.get_width() for bar in axes.patches]
+    assert ends == pytest.approx([scores[c.index] for c in candidates if c.index in scores])
+    assert all(bar.get_x() == pytest.approx(scores[0]) for bar in axes.patches)
+
+
+def make_search(level, scores, steps=0):
+    """A level whose candidates have these scores; the best at the last rung is chosen."""
+    candidates = [
+        Candidate(i, f"proposal {i}", None, 0.9, "x", list(row), steps * len(row)) for i, row in enumerate(scores)
+    ]
+    longest = max(len(row) for row in scores)
+    min((c for c in candidates if len(c.scores) == longest), key=lambda c: c.scores[-1]).chosen = True
+    return LevelSearch(level, 0.5, 10 * level, candidates)
+
+
+def test_rungs_are_drawn_side_by_side():
+    search = make_search(0, [(0.7, 0.6), (0.5, 0.4), (0.9,), (math.nan,)], steps=4)
+    figure = Figure()
+    draw_search([search], figure)
+    first, second = figure.axes
+    ranked = best_first(search)
+    assert [c.index for c in ranked] == [1, 0, 2, 3]
+    assert [text.get_text() for text in first.texts] == ["0.5000", "0.7000", "0.9000", "diverged"]
+    assert_bars(second, ranked, rung=1)
+    chosen, deterministic = first.get_yticklabels()[:2]
+    assert chosen.get_fontweight() == "bold" and deterministic.get_fontweight() == "normal"
+    (legend,) = figure.legends
+    assert [text.get_text().split(" (")[0] for text in legend.get_texts()] == [
+        "chosen",
+        "deterministic",
+        "other candidates",
+    ]
+
+
+def test_many_levels_fill_several_pages_and_old_pages_go(run, tmp_path):
+    record = RunRecord.load(run[0])
+    searches = [make_search(level, [(0.5 + i / 100,) for i in range(12)]) for level in range(7)]
+    searches.append(make_search(7, [(0.5 + i / 1000,) for i in range(64)]))
+    pages = search_pages(dataclasses.replace(record, searches=searches))
+    assert [[search.level for search in page] for page in pages] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    figure = Figure()
+    draw_search(searches[-1:], figure)
+    (axes,) = figure.axes
+    assert len(axes.patches) == 20 and "20 of 64" in axes.get_title(loc="left")
+    plot(dataclasses.replace(record, searches=searches), tmp_path)
+    names = [path.name for path in search_pictures(tmp_path)]
+    assert names == [SEARCH, "pruning_search_2.png", "pruning_search_3.png"]
+    assert f"]({names[2]})" in card_text(record, "m", tmp_path)
+    plot(record, tmp_path)
+    assert [path.name for path in search_pictures(tmp_path)] == [SEARCH]
+
+
+def test_titles_lie_inside_the_picture(run):
+    record = RunRecord.load(run[0])
+    rungs = [make_search(0, [(0.7, 0.6, 0.5), (0.5, 0.4, 0.3), (0.9,)], steps=4)]
+    for draw in (
+        lambda figure: draw_density(record, figure),
+        lambda figure: draw_search(record.searches, figure),
+        lambda figure: draw_search(rungs, figure),
+        lambda figure: draw_history(record, figure),
+    ):
+        figure = Figure(layout="constrained", dpi=50)
+        FigureCanvasAgg(figure)
+        draw(figure)
+        figure.canvas.draw()
+        titles = [figure._suptitle, *(axes._left_title for axes in figure.axes)]
+        for box in (title.get_window_extent() for title in titles if title.get_text()):
+            assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
+
+
+def test_values_that_were_not_logged_have_no_panel(run):
+    record = RunRecord.load(run[0])
+    assert not history_panels(dataclasses.replace(record, history=[]))
+    scores = [{k: v for k, v in entry.items() if k != "loss"} for entry in record.history]
+    figure = Figure()
+    draw_history(dataclasses.replace(record, history=scores), figure)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["accuracy", "sparsity"]
+    assert not history_panels(dataclasses.replace(record, history=[{"train_runtime": 1.0, "step": 5}]))
+
+
 def test_pictures_show_the_numbers(run):
     record = RunRecord.load(run[0])
     figure = Figure()
@@ -147,11 +260,10 @@ def test_pictures_show_the_numbers(run):
     texts = {text.get_text() for text in figure.axes[0].texts}
     assert texts == {f"{100 * value:.1f}" for value in record.densities()[2].values()}
     figure = Figure()
-    draw_search(record, figure)
-    assert len(figure.axes) == 2
-    for axes, search in zip(figure.axes, record.searches, strict=True):
-        drawn = sorted(tuple(line.get_ydata()) for line in axes.lines)
-        assert drawn == sorted(tuple(candidate.scores) for candidate in search.candidates)
+    draw_search(record.searches, figure)
+    drawn = [(search, rung) for search in record.searches for rung in range(len(best_first(search)[0].scores))]
+    for axes, (search, rung) in zip(figure.axes, drawn, strict=True):
+        assert_bars(axes, best_first(search), rung)
     figure = Figure()
     draw_history(record, figure)
     assert [axes.get_ylabel() for axes in figure.axes] == ["training loss", "accuracy", "sparsity"]

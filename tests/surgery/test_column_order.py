@@ -5,7 +5,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from hf_maskselect.surgery.column_order import deals, kept_magnitude, search_permutation
+from hf_maskselect.surgery.column_order import kept_magnitude, partitions, search_permutation
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 2), (4, 8)])
@@ -44,10 +44,10 @@ def test_what_holds_the_pattern_or_has_no_choice_stays_as_it_is():
 
 
 def test_there_are_35_ways_to_deal_two_groups_of_four():
-    ways = deals(4)
+    ways = partitions(4)
     assert len(ways) == 35 and ways[0] == tuple(range(8))
     assert len({frozenset([frozenset(way[:4]), frozenset(way[4:])]) for way in ways}) == 35
-    assert len(deals(8)) == 65 and all(sorted(way) == list(range(16)) for way in deals(8))
+    assert len(partitions(8)) == 65 and all(sorted(way) == list(range(16)) for way in partitions(8))
 
 
 @pytest.mark.parametrize(("columns", "block"), [(30, None), (32, 6), (32, 12)])

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_maskselect.surgery import least_squares
-from hf_maskselect.surgery.least_squares import fit_masked, ridge
+from hf_maskselect.surgery.least_squares import ridge, solve_masked
 
 
 def problem(seed=0, rows=200, inputs=24, outputs=10):
@@ -20,7 +20,7 @@ def test_it_is_the_solution_of_every_output_alone(monkeypatch, seed):
     monkeypatch.setattr(least_squares, "ITERATIONS", 100)
     x, missing, keep = problem(seed)
     gram, cross = x.T @ x, missing.T @ x
-    delta = fit_masked(gram, cross, keep)
+    delta = solve_masked(gram, cross, keep)
     assert torch.equal(delta * (1 - keep), torch.zeros_like(delta))
     for row, kept in zip(range(len(keep)), keep.bool(), strict=True):
         system = gram[kept][:, kept] + ridge(gram) * torch.eye(int(kept.sum()), dtype=torch.float64)
@@ -30,9 +30,9 @@ def test_it_is_the_solution_of_every_output_alone(monkeypatch, seed):
 def test_few_iterations_are_close_to_many(monkeypatch):
     x, missing, keep = problem(rows=2000, inputs=64)
     gram, cross = x.T @ x, missing.T @ x
-    few = fit_masked(gram, cross, keep)
+    few = solve_masked(gram, cross, keep)
     monkeypatch.setattr(least_squares, "ITERATIONS", 200)
-    many = fit_masked(gram, cross, keep)
+    many = solve_masked(gram, cross, keep)
 
     def error(delta):
         return (missing - x @ delta.T).square().sum()
@@ -48,7 +48,7 @@ def test_inputs_that_hardly_vary_get_no_large_weights():
     missing += torch.randn(500, 8, generator=generator, dtype=torch.float64)
     x[:, 0] *= 1e-4
     x[:, 1] *= 100
-    delta = fit_masked(x.T @ x, missing.T @ x, torch.ones(8, 32, dtype=torch.float64))
+    delta = solve_masked(x.T @ x, missing.T @ x, torch.ones(8, 32, dtype=torch.float64))
     assert delta[:, 0].abs().max() < 0.1
     left = (missing - x @ delta.T)[:, :].var(0).mean() - 1
     assert left < 0.25 * (missing.var(0).mean() - 1)
@@ -58,8 +58,8 @@ def test_nothing_to_fit_changes_nothing():
     x, missing, keep = problem()
     x[:, 0] = 0  # an input that never varies
     keep[1] = 0  # an output that keeps nothing
-    delta = fit_masked(x.T @ x, missing.T @ x, keep)
+    delta = solve_masked(x.T @ x, missing.T @ x, keep)
     assert torch.isfinite(delta).all()
     assert not delta[:, 0].any() and not delta[1].any()
-    assert not fit_masked(x.T @ x, torch.zeros_like(delta), keep).any()
-    assert not fit_masked(torch.zeros(24, 24).double(), torch.zeros_like(delta), keep).any()
+    assert not solve_masked(x.T @ x, torch.zeros_like(delta), keep).any()
+    assert not solve_masked(torch.zeros(24, 24).double(), torch.zeros_like(delta), keep).any()

@@ -55,14 +55,14 @@ def test_the_dropped_share_is_told(monkeypatch):
 def test_masks_of_another_model_are_refused_before_anything_is_merged():
     wrapped, _, before = adapted()
     other = MaskSet.ones(prunable_weights(make("Roberta")))
-    with pytest.raises(ValueError, match="roberta.* is no weight of the model under the adapter"):
+    with pytest.raises(ValueError, match="roberta.* is no weight of the base model"):
         merge_adapter_with_masks(wrapped, other)
     assert torch.equal(wrapped.get_base_model().bert.encoder.layer[0].attention.self.query.weight, before[QUERY])
 
 
 def test_an_adapter_that_does_not_merge_is_refused():
     wrapped = peft.get_peft_model(make(), peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
-    with pytest.raises(ValueError, match="of type PROMPT_TUNING is no change of the weights"):
+    with pytest.raises(ValueError, match="of type PROMPT_TUNING does not change the weights"):
         merge_adapter_with_masks(wrapped)
 
 
@@ -97,7 +97,7 @@ def test_masks_of_another_shape_are_refused_before_anything_is_merged():
 def test_an_adapter_merged_in_place_hides_the_zeros_and_is_refused(given):
     wrapped, masks, _ = adapted()
     wrapped.merge_adapter()
-    with pytest.raises(ValueError, match=r"merged .* already.*unmerge_adapter\(\)"):
+    with pytest.raises(ValueError, match=r"merged already.*unmerge_adapter\(\)"):
         merge_adapter_with_masks(wrapped, masks if given else None)
     wrapped.unmerge_adapter()
     assert MaskSet.from_zeros(merge_adapter_with_masks(wrapped, masks)).digest() == masks.digest()

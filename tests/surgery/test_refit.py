@@ -15,7 +15,7 @@ from hf_maskselect import PruningTrainer
 from hf_maskselect.masking.maskset import MaskSet
 from hf_maskselect.masking.patterns import parse_pattern
 from hf_maskselect.masking.targets import prunable_weights
-from hf_maskselect.surgery.refit import fittable, refit
+from hf_maskselect.surgery.refit import refit, refittable
 
 
 def batch(count=96, length=8):
@@ -46,18 +46,18 @@ def test_every_family_is_fitted_and_stays_as_sparse(family):
     off, dead, rest = (model(**inputs).logits - dense).norm(), zeros(weights), weights_of(model)
     done = refit(model, weights, before, inputs)
     assert all(torch.equal(weight == 0, dead[name]) for name, weight in weights.items())
-    left = set(weights) - set(done.fitted)
+    left = set(weights) - set(done.refitted)
     if family == "Albert":  # its layers are used at every depth
-        assert not done.fitted and same(weights_of(model), rest)
+        assert not done.refitted and same(weights_of(model), rest)
         return
     # DeBERTa projects distances by the same matrices
     assert not left or (family == "DebertaV2" and all("query" in name or "key" in name for name in left))
-    assert all(done.fitted[name] < done.cut[name] for name in done.fitted)
+    assert all(done.refitted[name] < done.cut[name] for name in done.refitted)
     assert (model(**inputs).logits - dense).norm() < 0.8 * off
     changed = {name for name, tensor in weights_of(model).items() if not torch.equal(tensor, rest[name])}
-    layers = {name.removesuffix("weight") for name in done.fitted}
+    layers = {name.removesuffix("weight") for name in done.refitted}
     assert changed <= {f"{layer}{kind}" for layer in layers for kind in ("weight", "bias")}
-    assert set(done.fitted) <= changed
+    assert set(done.refitted) <= changed
 
 
 def test_nothing_cut_is_nothing_to_fit():
@@ -82,7 +82,7 @@ def test_what_others_can_make_good_is_made_good():
         output.weight[:, 1] = 0
     assert not torch.allclose(model(**inputs).logits, dense, atol=1e-2)
     done = refit(model, weights, before, inputs)
-    assert done.fitted["bert.encoder.layer.1.output.dense.weight"] < 1e-3
+    assert done.refitted["bert.encoder.layer.1.output.dense.weight"] < 1e-3
     assert torch.allclose(model(**inputs).logits, dense, atol=2e-2)
 
 
@@ -106,10 +106,10 @@ def test_frozen_parameters_stay():
     weights, before = cut(model)
     start = weights_of(model)
     done = refit(model, weights, before, batch())
-    assert set(done.fitted) == {name for name in weights if "layer.1" in name}
+    assert set(done.refitted) == {name for name in weights if "layer.1" in name}
     changed = {name for name, tensor in weights_of(model).items() if not torch.equal(tensor, start[name])}
-    assert changed == set(done.fitted)
-    assert all(done.fitted[name] < done.cut[name] for name in done.fitted)
+    assert changed == set(done.refitted)
+    assert all(done.refitted[name] < done.cut[name] for name in done.refitted)
 
 
 def test_transposed_layers_are_fitted_and_convolutions_are_left():
@@ -117,12 +117,12 @@ def test_transposed_layers_are_fitted_and_convolutions_are_left():
     dense = model(**batch()).logits
     weights, before = cut(model)
     off = (model(**batch()).logits - dense).norm()
-    assert set(refit(model, weights, before, batch()).fitted) == set(weights)
+    assert set(refit(model, weights, before, batch()).refitted) == set(weights)
     assert (model(**batch()).logits - dense).norm() < 0.8 * off
     net = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])).eval()
     weights, before = cut(net)
     start = weights_of(net)
-    assert not refit(net, weights, before, {"pixel_values": torch.randn(4, 3, 32, 32)}).fitted
+    assert not refit(net, weights, before, {"pixel_values": torch.randn(4, 3, 32, 32)}).refitted
     assert same(weights_of(net), start)
 
 
@@ -164,7 +164,7 @@ def test_the_aim_is_what_the_uncut_model_computes(kind):
     after = model(**inputs)
     seen.clear()
     done = refit(model, weights, before, inputs)
-    assert 0 < len(done.fitted) < len(weights) if kind in ("frozen", "mixed") else set(done.fitted) == set(weights)
+    assert 0 < len(done.refitted) < len(weights) if kind in ("frozen", "mixed") else set(done.refitted) == set(weights)
     whole = {n: o for n, o in seen.items() if len(o) == 2 * len(wanted[n])}  # not of the two rows that are tried first
     assert len(whole) >= len(between) - 2  # all but what lies behind the last matrix
     for name, output in whole.items():
@@ -198,12 +198,12 @@ def test_what_cannot_be_fitted_stays_as_cut():
     model.bert.embeddings.LayerNorm.bias.data[0] = float("inf")
     weights, before = cut(model)
     start = weights_of(model)
-    assert not refit(model, weights, before, batch()).fitted
+    assert not refit(model, weights, before, batch()).refitted
     assert same(weights_of(model), start)
     model = make().eval()
     weights, before = cut(model)
     start = weights_of(model)
-    assert not refit(model, weights, before, batch(4)).fitted
+    assert not refit(model, weights, before, batch(4)).refitted
     assert same(weights_of(model), start)
 
 
@@ -212,7 +212,7 @@ def test_tied_matrices_stay_as_cut():
     model = make().eval()
     first, second = (model.bert.encoder.layer[i].attention.self for i in range(2))
     second.query.weight = first.query.weight
-    fits = fittable(model, prunable_weights(model), batch())
+    fits = refittable(model, prunable_weights(model), batch())
     assert len(fits) == 10 and not any("query" in name for name in fits)
 
 
@@ -222,7 +222,7 @@ def test_multiple_choice_is_fitted():
     dense = model(**inputs).logits
     weights, before = cut(model)
     off = (model(**inputs).logits - dense).norm()
-    assert set(refit(model, weights, before, inputs).fitted) == set(weights)
+    assert set(refit(model, weights, before, inputs).refitted) == set(weights)
     assert (model(**inputs).logits - dense).norm() < 0.8 * off
 
 
@@ -237,7 +237,7 @@ def test_patterns_are_kept(pattern):
         for name, weight in weights.items():
             weight.mul_(masks[name])
     dead = zeros(weights)
-    assert refit(model, weights, before, batch()).fitted
+    assert refit(model, weights, before, batch()).refitted
     assert all(torch.equal(weight == 0, dead[name]) for name, weight in weights.items())
 
 

@@ -42,7 +42,6 @@ NM = {"pattern": "2:4", "sparsity": None, "num_levels": None}
         (fsdp(), {"method": "random"}, "num_candidates=4 .* set it to 1, or use DistributedDataParallel"),
         (fsdp(), {"method": "taylor"}, "refit_rows=256 needs whole matrices: set it to 0, or use DistributedData"),
         (fsdp(), {"level_eval_steps": 2}, "level_eval_steps"),
-        (fsdp(), {**NM, "permute_channels": True}, "hf_maskselect.permute_channels"),
         (fsdp(), {"method": "gumbel", "num_levels": None}, "'pdp' with an N:M pattern"),
         (fsdp(), PDP, "whole matrices"),
         (

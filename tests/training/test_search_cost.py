@@ -157,7 +157,6 @@ def test_arguments_that_no_run_would_take_are_bad_usage(tmp_path, capsys, argume
     [
         (["--pattern", "2:5"], "columns are no multiple of 5"),
         (["--target_modules", "nothing"], "no weight to prune"),
-        (["--pattern", "2:4", "--permute_channels", "--target_modules", "query"], "leave permute_channels out"),
     ],
 )
 def test_what_the_model_does_not_go_with_is_said(tmp_path, capsys, arguments, expected):
