@@ -46,7 +46,7 @@ def main() -> None:
     set_seed(config.seed)
     trainer, bench = bench_of(prepare(data, model, config), model, config, options.dense)
     stats = bench.gradient_stats({"product"}, 0)
-    before_cut = {name: weight.detach().clone() for name, weight in trainer._method.weights.items()}
+    before_cut = {name: weight.detach().clone() for name, weight in trainer.run.method.weights.items()}
     tried = [(centre, power) for centre in CENTRES for power in (None, *(p for p in EXPONENTS for _ in range(DRAWS)))]
     cuts, centres, rows = [], {}, []
     for index, (centre, power) in enumerate(tried):
@@ -59,7 +59,7 @@ def main() -> None:
         for (centre, power), masks in zip(tqdm(tried, unit="mask"), cuts, strict=True):
             centres.setdefault(centre, masks)
             bench.restore()
-            trainer._method.set_masks(masks)
+            trainer.run.method.set_masks(masks)
             bench.refit(before_cut, 0)
             found = [bench.measure(part) for part in (0, 1)]
             rows.append(

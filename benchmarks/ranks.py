@@ -73,9 +73,9 @@ def child(args) -> None:
         trainer.create_optimizer()
         trainer.create_scheduler(trainer.args.max_steps)
         c10d.all_gather = counted
-        trainer._search.choose(0, trainer._plan, 0)
+        trainer.run.search.choose(0, trainer.run.plan, 0)
         c10d.all_gather = gather
-    done = trainer._search.history[0]
+    done = trainer.run.search.history[0]
     if rank == 0:
         told = {"seconds": done.seconds, "equivalents": done.step_equivalents, "sent": sum(sent)}
         told["chosen"] = next(c.digest for c in done.candidates if c.chosen)

@@ -99,10 +99,10 @@ def block(kind: type[Trainer], config: type[TrainingArguments], args, folder: st
     trainer, clock = kind(model=model, args=config(**shared, **fields), train_dataset=data), Clock()
     trainer.add_callback(clock)
     masked = isinstance(trainer, PruningTrainer)
-    hooks = [HookTimer(trainer._method, name) for name in HOOKS] if masked else []
+    hooks = [HookTimer(trainer.run.method, name) for name in HOOKS] if masked else []
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.train()
-    zeros = trainer._method.masks.sparsity() if masked else 0.0
+    zeros = trainer.run.method.masks.sparsity() if masked else 0.0
     return Block(clock.steps(args.skip), [statistics.median(hook.spent[args.skip :]) for hook in hooks], zeros)
 
 

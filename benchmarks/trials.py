@@ -75,7 +75,7 @@ class Scribe(TrialBench):
     """
 
     def __init__(self, trainer: PruningTrainer, parts: list[Dataset], metric: str) -> None:
-        super().__init__(trainer, trainer._method, parts[0])
+        super().__init__(trainer, trainer.run.method, parts[0])
         self._parts, self._metric = parts, metric
         self._teachers = [self._logits(trainer.teacher, part) for part in parts]
         self._labels = [torch.tensor(part["label"]) for part in parts]
@@ -121,8 +121,8 @@ class Scribe(TrialBench):
 
 def input_norms(trainer: PruningTrainer, samples: int = 64) -> dict[str, torch.Tensor]:
     """Weight name -> root of the sum of squares of what enters each of its columns, over train rows, padding too."""
-    names = {id(weight): name for name, weight in trainer._method.weights.items()}
-    norms = {name: weight.new_zeros(weight.shape[1]) for name, weight in trainer._method.weights.items()}
+    names = {id(weight): name for name, weight in trainer.run.method.weights.items()}
+    norms = {name: weight.new_zeros(weight.shape[1]) for name, weight in trainer.run.method.weights.items()}
 
     def collect(module, inputs) -> None:
         norms[names[id(module.weight)]] += inputs[0].detach().flatten(0, -2).square().sum(0)
@@ -132,7 +132,7 @@ def input_norms(trainer: PruningTrainer, samples: int = 64) -> dict[str, torch.T
     rows = range(min(8 * samples, len(trainer.train_dataset)))
     trainer.model.eval()
     with torch.no_grad():
-        for inputs in trainer._bench._loader(trainer.train_dataset, 8, rows):
+        for inputs in trainer.run.bench._loader(trainer.train_dataset, 8, rows):
             trainer.model(**trainer._prepare_inputs(inputs))
     for hook in hooks:
         hook.remove()
@@ -186,23 +186,23 @@ def bench_of(job: Job, model, config, dense: str) -> tuple[PruningTrainer, Scrib
         teacher=dense,
         **job.trainer_arguments,
     )
-    trainer._method.attach(trainer.model)
+    trainer.run.method.attach(trainer.model)
     return trainer, Scribe(trainer, parts, job.task.main_metric)
 
 
 def cut(trainer: PruningTrainer, proposal: Proposal, index: int, stats, criteria: dict[str, Criterion]) -> MaskSet:
     """The masks of a proposal at the trainer's sparsity, in one level from the weights and masks it has."""
-    args, method = trainer.args, trainer._method
+    args, settings, method = trainer.args, trainer.run.settings, trainer.run.method
     return propose(
         proposal,
         index,
         weights=method.weights,
         stats=stats,
         masks=method.masks,
-        sparsity=args.sparsity,
+        sparsity=settings.sparsity,
         level=0,
         seed=args.seed,
-        pattern=args.mask_pattern,
+        pattern=settings.pattern,
         criteria=criteria,
     )
 
@@ -220,14 +220,14 @@ def run(job: Job, model, config, options: argparse.Namespace, folder: Path) -> N
     stats = bench.gradient_stats({"square", "product"}, 0)
     norms = input_norms(trainer)
     criteria = {**CRITERIA, "activation": Criterion(lambda n, w, _: w.detach().abs().float() * norms[n], (), 5.0)}
-    before_cut = {name: weight.detach().clone() for name, weight in trainer._method.weights.items()}
+    before_cut = {name: weight.detach().clone() for name, weight in trainer.run.method.weights.items()}
     masks = [cut(trainer, proposal, index, stats, criteria) for index, proposal in enumerate(POOL)]
     with bench.untouched():
         for kind, trial, seed, index in tqdm(missing, desc=folder.name, unit="curve"):
             bench.seen = []
             bench.restore()
-            trainer._method.set_masks(masks[index])
-            if config.refit_rows:
+            trainer.run.method.set_masks(masks[index])
+            if trainer.run.settings.refit_rows:
                 bench.refit(before_cut, seed)
             bench.score()
             bench.trial(lambda index=index: masks[index], trial, seed, tqdm(disable=True))

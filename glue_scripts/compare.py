@@ -267,9 +267,10 @@ def affordable_steps(flags: Sequence[str]) -> int:
     data, model, config = parse_arguments(flags)
     job, total = prepare(data, model, config), config.max_steps
     soft_labels = not job.task.is_regression and config.distill_logits > 0
-    teaches = soft_labels and config.selection_metric in (None, "teacher")
+    settings = config.resolved()
+    teaches = soft_labels and settings.selection_metric in (None, "teacher")
     work = Workload(config, 1, 1, len(job.train) + len(job.selection), teaches)
-    for steps in range(total, len(config.levels) - 1, -1):
+    for steps in range(total, len(settings.levels) - 1, -1):
         config.max_steps = steps
         try:
             if steps + search_cost(work, 1).compute <= total:

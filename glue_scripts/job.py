@@ -64,7 +64,7 @@ def prepare(data: DataArguments, model: ModelArguments, config: PruningConfig) -
             splits[split] = splits[split].select(range(min(limit, len(splits[split]))))
     tokens = tokenize(splits, task, tokenizer, data.max_seq_length)
     train, selection = tokens["train"], None
-    if config.needs_selection_split or data.always_hold_out or data.evaluate_held_out:
+    if config.resolved().needs_selection_split or data.always_hold_out or data.evaluate_held_out:
         train, selection = hold_out(train, config.selection_fraction, config.seed, config.max_selection_samples)
         lengths = [len(ids) for ids in selection["input_ids"]]
         selection = selection.select(sorted(range(len(lengths)), key=lambda row: lengths[row]))  # little padding

@@ -43,11 +43,12 @@ def check_plan(job: Job, model: ModelArguments, config: PruningConfig) -> None:
     )
     with torch.device("meta"):
         skeleton = AutoModelForSequenceClassification.from_config(start)
-    for name, weight in prunable_weights(skeleton, config.target_modules, config.exclude_modules).items():
-        config.mask_pattern.check(name, weight.shape)
+    settings = config.resolved()
+    for name, weight in prunable_weights(skeleton, settings.target_modules, settings.exclude_modules).items():
+        settings.pattern.check(name, weight.shape)
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * len(job.train) / rows)
-    plan = config.plan(steps)
+    plan = settings.plan(steps)
     if config.lr_rewind:
         rewound_rate(config, plan)
 

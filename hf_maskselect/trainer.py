@@ -1,82 +1,78 @@
-"""`PruningTrainer`: the overrides of `Trainer`, each short, each calling `super()`."""
+"""`PruningTrainer`: a `Trainer` that prunes the model it fine-tunes. Overrides are short and call `super()`."""
 
 from __future__ import annotations
 
 import inspect
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.trainer_utils import HubStrategy
 
 from .config import PruningConfig
 from .distillation.losses import make_distiller
 from .fields.rules import SELECTION_LOSSES
 from .masking.dtensors import reshard
 from .masking.maskset import MaskSet
-from .masking.schedule import LevelPlan
 from .masking.scores import CRITERIA, Criterion, ScoreFn
-from .masking.targets import transposed_weights
-from .methods.gumbel import Gumbel
-from .methods.hard import HardMasks
-from .methods.pdp import Pdp
+from .masking.targets import prunable_weights
+from .methods.base import Method
+from .reporting.card import Scores
 from .search.bench import TrialBench
 from .search.journal import Journal
-from .search.level_best import LevelBest
 from .search.search import MaskSearch
+from .storage.models import own_names
+from .storage.pack import pack
 from .storage.state import PruningState
-from .surgery.permute_channels import couplings_of, permute_channels
-from .training.checkpoints import PrunedCheckpoints
-from .training.checks import (
-    check_adapter,
-    check_batches,
-    check_metric,
-    check_modules,
-    check_packs,
-    check_parameters,
-    check_proposals,
-    check_rows,
-    check_score_fn,
-    check_shapes,
-    check_start,
-)
-from .training.engines import check_devices, check_engine
+from .training.atomic_checkpoints import AtomicCheckpoints
+from .training.checkpoints import baked, describe, put_baked
+from .training.checks import check_arguments, check_engine, check_fsdp, check_model, check_proposals, check_rows
 from .training.held_out import selection_rows
+from .training.hub import complete_card, prepare_push, with_tags
 from .training.optimizers import check_renewable, first_rate, renewed
 from .training.plan import plan_text, rewound_rate
+from .training.run import PruningRun, make_method
 from .training.sigterm import CheckpointTogether
-from .training.used_fields import Used, check_used, run_fields, split_fields
-from .utils.processes import Ranks
-from .utils.seeds import key_seed
+from .utils.processes import Processes
 
 
-class PruningTrainer(PrunedCheckpoints):
-    """Fine-tunes and prunes in one `train()`; the model comes out with exactly the asked-for share of zeros.
+class PruningTrainer(AtomicCheckpoints, Trainer):
+    """Fine-tune and prune in one `train()`. The model ends with exactly the requested share of zeros.
 
     Takes every argument of `Trainer`, and:
 
     Args:
         args ([`PruningConfig`], *optional*): what to prune, how, and how to choose.
         teacher (`PreTrainedModel` or path, *optional*): dense model to distil from; it is frozen.
-        selection_dataset (`Dataset`, *optional*): what candidates (and each level's best weights) are chosen on. By
-            default a seeded `selection_fraction` is held out of `train_dataset`. Never pass the data you report on.
-        score_fn (`Callable`, *optional*): the mask-generation hook, `score_fn(name, weight, grad_stats) -> scores`:
-            name of the parameter, its `(out, in)` weight, and its [`WeightStats`] (fields None with
-            `criterion_batches=0`); returns finite scores of the same shape, larger = more important. It replaces the
-            criterion of `method="random"`, and every scope, pattern and the search work on top of it.
+        selection_dataset (`Dataset`, *optional*): the rows on which candidates (and each level's best weights) are
+            scored. By default a seeded `selection_fraction` is held out of `train_dataset`. Never pass the data you
+            report on.
+        score_fn (`Callable`, *optional*): the mask-generation hook, `score_fn(name, weight, grad_stats) -> scores`. It
+            gets the name of the parameter, its `(out, in)` weight, and its [`WeightStats`] (fields are None with
+            `criterion_batches=0`). It returns finite scores of the same shape; larger means more important. It
+            replaces the criterion of `method="random"`; every scope, every pattern and the search work on top of it.
+
+    Attributes:
+        run ([`PruningRun`]): what the current run prunes by: its plan, method and search.
 
     Raises:
-        ValueError: something does not fit together (checked here, before training starts).
+        ValueError: arguments do not fit together. Most of this is checked here, before training starts.
     """
 
-    loss_is_scaled_for_ga: bool | None = None  # `Trainer` of the oldest transformers that are supported has none
+    args: PruningConfig
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    run: PruningRun
+    loss_is_scaled_for_ga: bool | None = None  # `Trainer` of the oldest supported transformers has no such attribute
 
     def __init__(
         self,
@@ -97,112 +93,106 @@ class PruningTrainer(PrunedCheckpoints):
             raise ValueError(
                 f"args must be a PruningConfig, got {type(args).__name__}: it takes every TrainingArguments field"
             )
-        args.check_again()
-        check_devices(args)
-        check_packs(args, model)
-        check_batches(args)
-        check_score_fn(args, score_fn)
-        check_metric(args, kwargs.get("compute_metrics"))
-        self._split = split_fields(args, args.needs_selection_split and selection_dataset is None)
-        train_dataset, selection_dataset = selection_rows(args, train_dataset, selection_dataset)
+        check_arguments(args, model, score_fn, kwargs.get("compute_metrics"))
+        self._user_rows = train_dataset, selection_dataset
+        train_dataset, self.selection_dataset = selection_rows(args, train_dataset, selection_dataset)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        self._split_rows, self._score_fn = self.train_dataset, score_fn
         check_engine(args, self, score_fn)
-        check_adapter(self.model)
-        check_modules(args, self.model)
-        self._given_optimizer = self.optimizer
-        if self._given_optimizer is not None and args.searches and not args.compares_fitted:
-            check_renewable(self._given_optimizer, self.lr_scheduler)
+        check_model(args, self.model, self.find_weights(self.model))
+        self.given_optimizer = self.optimizer  # None where `Trainer` makes it
+        if self.given_optimizer is not None and args.resolved().searches and not args.resolved().scores_after_refit:
+            check_renewable(self.given_optimizer, self.lr_scheduler)
         if not self.loss_is_scaled_for_ga:  # else a subclass counts the labels itself
-            # BERT-family heads take **kwargs but ignore num_items_in_batch: believing them would scale the loss by the
+            # BERT-family heads take **kwargs but ignore num_items_in_batch. Believing them would scale the loss by the
             # accumulation steps and by the ranks (transformers#47688).
             self.model_accepts_loss_kwargs = False
-        weights = self._find_weights(self.model)
-        check_parameters(weights)
-        check_shapes(args, weights, transposed_weights(self.model))
-        if args.permute_channels:
-            couplings_of(self.model, args.mask_pattern, weights)
-        own = "compute_loss_func" if self.compute_loss_func is not None else "loss_is_scaled_for_ga=True"
         if teacher is not None and (self.compute_loss_func is not None or self.loss_is_scaled_for_ga):
-            raise ValueError(f"{own} and a teacher do not go together: its loss is scaled in another way")
-        self.selection_dataset = selection_dataset
+            own = "compute_loss_func" if self.compute_loss_func is not None else "loss_is_scaled_for_ga=True"
+            raise ValueError(
+                f"{own} does not go with a teacher, whose loss is scaled in another way: drop one of them"
+            )
         self._criteria = (
             CRITERIA if score_fn is None else {**CRITERIA, "score_fn": Criterion(score_fn, ("square", "product"), 5.0)}
         )
         check_proposals(args, self._criteria)
-        self._ranks = Ranks()
-        self._assemble(teacher)
+        self._processes = Processes()
+        self._begin(teacher)
         self.add_callback(_StepEvents(self))
         if args.enable_jit_checkpoint:
-            self.add_callback(CheckpointTogether(self.pop_callback(JITCheckpointCallback), self._ranks))
+            self.add_callback(CheckpointTogether(self.pop_callback(JITCheckpointCallback), self._processes))
 
-    # -- setting up --------------------------------------------------------------------------------------------------
+    # -- setting up a run ---------------------------------------------------------------------------------------------
 
-    def _assemble(self, teacher: PreTrainedModel | str | os.PathLike | None) -> None:
+    def _begin(self, teacher: PreTrainedModel | str | os.PathLike | None) -> None:
         """Make what a run consists of, by the arguments as they are now."""
-        args = self.args
+        args, settings = self.args, self.args.resolved()
         self._distiller = None if teacher is None else make_distiller(teacher, self.model, args)
         # A BERT teacher of a DistilBERT student: the pair's segment ids must reach the one and not the other.
         takes = set(inspect.signature(self.model.forward).parameters)
         wants = set() if self._distiller is None else set(self._distiller.teacher_arguments)
         self._teacher_only = {"token_type_ids"} & (wants - takes)
-        self.selection_metric = self._metric()
-        if self.selection_metric == "teacher" and not self._has_soft_labels:
+        has_soft_labels = self._distiller is not None and args.distill_logits > 0 and not self._distiller.is_regression
+        self.selection_metric = settings.selection_metric or ("teacher" if has_soft_labels else "loss")
+        if self.selection_metric == "teacher" and not has_soft_labels:
             raise ValueError(
                 "selection_metric='teacher' needs a teacher of a classification task and distill_logits > 0: "
                 "choose 'loss'"
             )
-        self._plan: LevelPlan | None = None
-        self._start = 0.0  # sparsity of the model the run began with
-        self._resumed = False  # whether that is known from a checkpoint
-        self._method = self.make_method()
-        self._bench = TrialBench(self, self._method, self.selection_dataset)
-        told = Journal(args.output_dir), self._ranks, not self._speaks
-        self._search = MaskSearch(args, self._bench, self._method, self._criteria, *told)
-        self._level_best = LevelBest(args.output_dir) if args.level_eval_steps else None
-        self._made_by = {**self._fields(), **self._split}
-
-    @property
-    def _has_soft_labels(self) -> bool:
-        return self._distiller is not None and self.args.distill_logits > 0 and not self._distiller.is_regression
-
-    def _metric(self) -> str:
-        """What masks are chosen by."""
-        return self.args.selection_metric or ("teacher" if self._has_soft_labels else "loss")
-
-    def _fields(self) -> Used:
-        return run_fields(self.args, self._distiller is not None, self._metric())
+        method = self.make_method()
+        bench = TrialBench(self, method, self.selection_dataset)
+        search = MaskSearch(
+            args,
+            bench,
+            method,
+            self._criteria,
+            journal=Journal(args.output_dir),
+            ranks=self._processes,
+            quiet=args.disable_tqdm or not self.is_world_process_zero(),
+        )
+        self.run = PruningRun(args, settings, method, bench, search, self._processes)
+        self._run_fields = _run_fields(args)
 
     def _hp_search_setup(self, trial) -> None:
         super()._hp_search_setup(trial)
-        if self.model_init is not None:  # a run of another model, by what a hyper-parameter search has set for it
-            self.args.check_again()
-            check_metric(self.args, self.compute_metrics)
-            if self._distiller is not None:
-                self._distiller.release()
-            self._assemble(self.teacher)
+        # `train` calls this before anything else that reads our arguments, which may have been set since the last run.
+        args, changed = self.args, self._run_fields != _run_fields(self.args)
+        if not changed and self.model_init is None:
+            return
+        check_arguments(args, self.model, self._score_fn, self.compute_metrics)
+        check_model(args, self.model, self.find_weights(self.model))
+        check_fsdp(args, self, self._score_fn)
+        check_proposals(args, self._criteria)
+        if changed:
+            self._split_again()
+            if self.given_optimizer is None and self.run.method.parameter_groups():  # they are of the last run
+                self.optimizer = None
+        teacher = self.teacher
+        if self._distiller is not None:
+            self._distiller.release()
+        self._begin(teacher)
 
-    def make_method(self) -> HardMasks:
-        """The method that keeps the masks in force; override it to train under another one."""
-        args, pattern = self.args, self.args.mask_pattern
-        common = self._find_weights, self._choose_masks
-        if args.method == "pdp":
-            return Pdp(*common, self.log, pattern, args.sparsity, args.pdp_tau, args.keep_zeros)
-        if args.method == "gumbel":
+    def _split_again(self) -> None:
+        train, selection = self._user_rows
+        if self.train_dataset is not self._split_rows:  # the user has assigned other rows
+            train = self.train_dataset
+        self._user_rows = train, selection
+        self.train_dataset, self.selection_dataset = selection_rows(self.args, train, selection)
+        self._split_rows = self.train_dataset
 
-            def seed_of(*keys: object) -> int:
-                return key_seed(args.seed, "gumbel", *keys)
+    def make_method(self) -> Method:
+        """Make the method that keeps the masks in force. Override it to train under another one."""
+        return make_method(self.args, self.find_weights, self.log)
 
-            return Gumbel(*common, self.log, pattern, args.sparsity, args.gumbel_options, seed_of, args.keep_zeros)
-        return HardMasks(*common, args.keep_zeros)
+    def find_weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The prunable weights of a model, by name."""
+        settings = self.args.resolved()
+        return prunable_weights(model, settings.target_modules, settings.exclude_modules)
 
     @property
     def teacher(self) -> PreTrainedModel | None:
         """The frozen model that is distilled from."""
         return None if self._distiller is None else self._distiller.teacher
-
-    @property
-    def _speaks(self) -> bool:
-        return self.is_world_process_zero() and not self.args.disable_tqdm
 
     def _say(self, text: str) -> None:
         if self.is_world_process_zero():
@@ -214,38 +204,25 @@ class PruningTrainer(PrunedCheckpoints):
             self._signature_columns = [*self._signature_columns, *self._teacher_only]
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        if self.args.permute_channels and not self._resumed:
-            self._permute()
-        self._method.attach(self.model)
+        self.run.method.attach(self.model)
         optimizer = super().create_optimizer(model)
-        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for group in self._method.parameter_groups():
-            if not known & {id(parameter) for parameter in group["params"]}:
+        present = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for group in self.run.method.parameter_groups():
+            if not present & {id(parameter) for parameter in group["params"]}:
                 optimizer.add_param_group(group)
         return optimizer
 
-    def _permute(self) -> None:
-        args = self.args
-        zeros = MaskSet.from_zeros(self.model, args.target_modules, args.exclude_modules).sparsity()
-        if zeros >= 1 / args.mask_pattern.m:  # it was pruned in groups before, which must stay together
-            self._say(f"Channels stay where they are: {zeros:.2%} of the weights are zero already")
-            return
-        report = permute_channels(self.model, args.pattern, self._find_weights(self.model), seed=args.seed)
-        self._method.detach()  # zeros have moved
-        self._say(f"Channels permuted, mean gain in kept magnitude {report.mean_gain:.2%}\n{report}")
-
     @property
-    def peak_rate(self) -> float:
-        """Learning rate of the run before its schedule; of a given optimizer the first above 0."""
-        made = self._given_optimizer is None and self.optimizer_cls_and_kwargs is None
-        if made or self.optimizer is None:
+    def peak_rate(self) -> float | None:
+        """Learning rate of the run before its schedule. Of the user's optimizer, the first above 0."""
+        if self.optimizer is None or (self.given_optimizer is None and self.optimizer_cls_and_kwargs is None):
             return self.args.learning_rate
         return first_rate(self.optimizer)
 
     def new_optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
-        """A fresh optimizer of the run's own class and parameter groups; the run's own is left alone."""
-        if self._given_optimizer is not None:
-            optimizer = renewed(self._given_optimizer)
+        """A fresh optimizer of the run's own class and parameter groups, for a trial."""
+        if self.given_optimizer is not None:
+            optimizer = renewed(self.given_optimizer)
         else:
             kept, self.optimizer = self.optimizer, None
             optimizer, self.optimizer = super().create_optimizer(), kept
@@ -253,54 +230,49 @@ class PruningTrainer(PrunedCheckpoints):
             group["lr"] *= learning_rate / self.peak_rate
         return optimizer
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader, resume_from_checkpoint: str | None):
-        if resume_from_checkpoint is not None and self.is_fsdp_enabled:  # which loads after the plan is made
-            self._start, self._resumed = PruningState.load(resume_from_checkpoint).start, True
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        self._method.begin(self._plan, self.optimizer)
-        self._resumed = False
-        return prepared
-
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        args = self.args
-        args.check_again()  # it may have been changed after this trainer was made
-        check_used(self._made_by, {**self._fields(), **split_fields(args, held_out=True)})
-        check_batches(args)
-        self._method.attach(self.model)  # FSDP has put other parameters in the place of those it found
-        masks = None if self._resumed else self._method.masks
-        self._start = self._start if masks is None else masks.sparsity()
-        self._plan = args.plan(num_training_steps, self._start)
-        if masks is not None:
-            check_start(args, masks, self._plan)
-        draws = masks is None or not self._reached(len(self._plan.levels) - 1)
-        check_rows(args, self.train_dataset, self.selection_dataset, draws)
-        if args.should_save:
-            self._search.clean(anew=self.state.global_step == 0)
-            if self._level_best and self.state.global_step == 0:
-                self._level_best.forget()  # of an earlier run in the same folder
-        rungs = [self._search.rungs(self._plan, level) for level in range(len(self._plan.levels))]
-        given = [made for made in (self._given_optimizer, self.lr_scheduler) if made is not None]
-        if self._given_optimizer is not None and any(steps for level in rungs for _, steps in level):
-            check_renewable(self._given_optimizer, self.lr_scheduler)
-        # Between trials a rank waits for the slowest: ddp_timeout for every hundred steps of one.
-        longest = max((steps for level in rungs for _, steps in level), default=0)
-        self._ranks.open(args.ddp_timeout * max(1, -(-longest // 100)))
-        self.accelerator.wait_for_everyone()
-        held_out = len(self.selection_dataset) if args.needs_selection_split else 0
-        peak = None if self.lr_scheduler is not None else self.peak_rate
-        self._say(plan_text(args, self._plan, rungs, peak, given, held_out, self._start))
-        if args.needs_selection_split and self.selection_metric not in SELECTION_LOSSES and not self._resumed:
-            self._bench.score()  # a metric that cannot be had is to be told now, not when the first search begins
-        if self.lr_scheduler is None and args.lr_rewind:
-            rate = rewound_rate(args, self._plan)
+        self.run.make_plan(self.model, num_training_steps)  # the schedule starts again at every level of the plan
+        if self.lr_scheduler is None and self.args.lr_rewind:
+            rate = rewound_rate(self.args, self.run.plan)
             self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, rate)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader, resume_from_checkpoint: str | None):
+        if resume_from_checkpoint is not None and self.is_fsdp_enabled:
+            self.run.expect(resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._announce(own_schedule=not self._created_lr_scheduler)
+        self.run.method.begin(self.run.plan, self.optimizer)
+        self.run.resumed = False
+        return prepared
+
+    def _announce(self, own_schedule: bool) -> None:
+        """Check what only shows once the plan is made, and print the plan."""
+        args, run = self.args, self.run
+        check_rows(args, self.train_dataset, self.selection_dataset, draws=run.resumed or not run.at_target)
+        if args.should_save:
+            run.clean(self.state.global_step)
+        rungs = run.rungs()
+        longest = max((steps for level in rungs for _, steps in level), default=0)
+        if self.given_optimizer is not None and longest:
+            check_renewable(self.given_optimizer, self.lr_scheduler)
+        # Between trials a rank waits for the slowest one: ddp_timeout for every hundred steps of a trial.
+        self._processes.open(args.ddp_timeout * max(1, -(-longest // 100)))
+        self.accelerator.wait_for_everyone()
+        held_out = len(self.selection_dataset) if run.settings.needs_selection_split else 0
+        own = [
+            made for made in (self.given_optimizer, self.lr_scheduler if own_schedule else None) if made is not None
+        ]
+        peak = None if own_schedule else self.peak_rate
+        self._say(plan_text(args, run.plan, rungs, peak, own, held_out, run.start))
+        if run.settings.needs_selection_split and self.selection_metric not in SELECTION_LOSSES and not run.resumed:
+            run.bench.score()  # a metric that fails must fail now, not when the first search begins
+
     # -- training ----------------------------------------------------------------------------------------------------
 
-    def own_inputs(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Those of the model, without what is for the teacher alone."""
+    def own_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of the model: the batch without what is only for the teacher."""
         return {name: value for name, value in inputs.items() if name not in self._teacher_only}
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
@@ -319,8 +291,12 @@ class PruningTrainer(PrunedCheckpoints):
             return self._distiller.soft_labels(inputs)
 
     def selection_loss(self, inputs: dict[str, torch.Tensor], soft_labels: torch.Tensor | None) -> torch.Tensor:
-        """What a trial is scored by on one batch, with the model in eval mode: mean over rows, lower is better.
-        Without soft labels it is the label loss."""
+        """The score of one batch, with the model in eval mode: a mean over rows, lower is better.
+
+        Args:
+            inputs: the batch.
+            soft_labels: the teacher's logits; None scores by the label loss.
+        """
         if soft_labels is None:
             items = self._get_num_items_in_batch([inputs], self.args.device)
             return self.compute_loss(self.model, inputs, num_items_in_batch=items)
@@ -328,103 +304,51 @@ class PruningTrainer(PrunedCheckpoints):
             return self._distiller.disagreement(inputs, self.model(**self.own_inputs(inputs)), soft_labels)
 
     def _clip_grad_norm(self, model):
-        self._method.before_clipping()
+        self.run.method.before_clipping()
         return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model, grad_norm=None):
         if grad_norm is None:  # clipping is off
-            self._method.before_clipping()
+            self.run.method.before_clipping()
         return super()._get_grad_norm(model, grad_norm)
 
-    def _choose_masks(self, level: int) -> MaskSet:
+    def choose_masks(self, level: int) -> MaskSet:
+        """Search the masks of `level`, log the result and print the table of candidates."""
         reshard(self.model)
-        if not self.args.emergent and self._reached(level):  # the model was that sparse before
-            return self._method.masks
-        if self._level_best and level > 0:
-            self._restore_level_best(level - 1)
-        chosen = self._search.choose(level, self._plan, self.state.global_step)
-        reshard(self.model)  # what is written next must be seen by the next forward pass
-        if self._level_best and self._search.adopted is not None and self.args.should_save:
-            self._level_best.consider(level, self._search.adopted, self.model)
-        if self.is_world_process_zero():
-            self._search.write()
-        done = self._search.history[-1]
-        if self.args.searches:
-            self._say(
-                f"Level {level + 1}: candidates for sparsity {done.sparsity:.4f} ({done.seconds:.0f} "
-                f"s)\n{done.table()}"
-            )
-        self.log(done.metrics())
-        return chosen
-
-    def _reached(self, level: int) -> bool:
-        """Whether the masks in force are as sparse as `level`, in the pattern; an emergent sparsity is reached once
-        masks are."""
-        masks = self._method.masks
-        if self.args.emergent:
-            return masks.kept < masks.total
-        return masks.reaches(self.args.mask_pattern, self._plan.levels[level])
-
-    def _score_level(self) -> None:
-        """Inside a level, at its marks and its end: keep the weights if the selection split likes them best."""
-        level = self._method.level
-        if self._level_best is None or level < 0:
-            return
-        first, last = self._plan.span(level)
-        done = self.state.global_step - first
-        if done % self.args.level_eval_steps == 0 or self.state.global_step == last:
-            score = self._ranks.first(self._bench.score())
-            best = self._level_best.consider(level, score, self.model) if self.args.should_save else False
-            self.log({"selection_score": score, "selection_best": float(best)})
-
-    def _restore_level_best(self, level: int) -> None:
-        self.accelerator.wait_for_everyone()
-        found = self._ranks.gather(self._level_best.restore(level, self.model))
-        if len(set(found)) > 1:
-            raise RuntimeError(
-                f"rank {found.index(False)} does not see the weights that rank {found.index(True)} kept in "
-                f"{self.args.output_dir}: put it on storage that all machines share, or set save_on_each_node=True"
-            )
-        self._method.on_optimizer_step()
+        masks, search = self.run.choose(level, self.state.global_step, self.model)
+        reshard(self.model)  # the next forward pass must see what is written next
+        if search is not None:
+            if self.is_world_process_zero():
+                self.run.search.write()
+            if self.run.settings.searches:
+                title = f"Level {level + 1}: candidates for sparsity {search.sparsity:.4f} ({search.seconds:.0f} s)"
+                self._say(f"{title}\n{search.table()}")
+            self.log(search.metrics())
+        return masks
 
     def _finalize_training(self, *args, **kwargs):
-        if self._level_best and self._method.level >= 0:
-            self._restore_level_best(self._method.level)
-            if self.args.should_save:
-                self._level_best.forget()
-        self._method.finalize()
-        self._warn_if_short()
-        if self.state.global_step >= self.state.max_steps:
-            self._search.forget()  # else it was stopped, and may go on
+        self.accelerator.wait_for_everyone()
+        self.run.finalize(self.state.global_step, self.model)
+        if self.is_world_process_zero():
+            self.run.warn_if_short(self.state.global_step)
         return super()._finalize_training(*args, **kwargs)
-
-    def _warn_if_short(self) -> None:
-        """Hard masks stay at their level where a run is stopped; soft ones are cut to their target."""
-        reached = self.args.emergent or self._reached(len(self._plan.levels) - 1)
-        if not reached and self.is_world_process_zero():
-            warnings.warn(
-                f"training ended after {self.state.global_step} of {self._plan.max_steps} steps at sparsity "
-                f"{self._method.masks.sparsity():.4f}, before the last level cut to the target "
-                f"{self.args.sparsity:g}: resume from a checkpoint (resume_from_checkpoint), or start a new run from "
-                "this model",
-                stacklevel=2,
-            )
 
     def search_summary(self) -> dict[str, float]:
         """`search_*` totals of the run so far, in optimizer-step equivalents and seconds."""
-        return self._search.summary(self._plan.max_steps if self._plan else 0)
+        return self.run.summary()
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         prepares = not self.is_in_train and not self.accelerator._models
-        with self._baked():
+        with baked(self.run.method):
             output = super().evaluation_loop(
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
             reshard(self.model)
-            sparsity = MaskSet.from_zeros(self.model, self.args.target_modules, self.args.exclude_modules).sparsity()
-        output.metrics[f"{metric_key_prefix}_sparsity"] = sparsity
+            settings = self.run.settings
+            zeros = MaskSet.from_zeros(self.model, settings.target_modules, settings.exclude_modules)
+        output.metrics[f"{metric_key_prefix}_sparsity"] = zeros.sparsity()
         if prepares:
             # An evaluation before training marks the raw model as prepared, and a later train() would run without DDP.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -433,33 +357,104 @@ class PruningTrainer(PrunedCheckpoints):
             self.accelerator.free_memory()
         return output
 
-    def _card_options(self) -> dict[str, object]:
-        options = super()._card_options()
-        if self.teacher is not None:  # a name on the Hub is told, of a folder only its own name
-            given = self.teacher.name_or_path
-            options["teacher"] = Path(given).name if Path(given).is_dir() else given or type(self.teacher).__name__
-        return options
-
     def _determine_best_metric(self, metrics, trial) -> bool:
-        # Early, denser models score best and must not win.
-        if not self._reached(len(self._plan.levels) - 1):
-            return False
-        return super()._determine_best_metric(metrics, trial)
+        # The denser models of early levels score best and must not win.
+        return self.run.at_target and super()._determine_best_metric(metrics, trial)
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+
+    def pruning_state(self) -> PruningState:
+        """The masks in force and where the run stands."""
+        return self.run.state(self.model, self.state.global_step)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        run = self.run
+        run.method.attach(self.model)
+        state, extra = self.pruning_state(), run.method.state_dict()
+        describe(self.model, state, run.settings)
+        if self.is_fsdp_enabled:  # `state_dict` was gathered from the trained weights
+            put_baked(run.method, state_dict)
+        with self._whole(self.args.output_dir if output_dir is None else output_dir) as folder:
+            with baked(run.method), own_names(self.model):
+                super()._save(folder, state_dict)
+            if self.args.should_save:
+                self._while_writing(folder, lambda: state.sealed(folder).save(folder, extra))
+                if self._checkpointing:
+                    run.write_to(folder)
+                elif self.args.pack_on_save:
+                    pack(folder, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        trainer_state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+        weights = self.find_weights(self.model)
+        self.run.check_resumes(resume_from_checkpoint, trainer_state.global_step, self.model, weights)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.run.resume(resume_from_checkpoint, self.model)
+
+    def _load_best_model(self) -> None:
+        best = PruningState.load(self.state.best_model_checkpoint)
+        best.check_saved(self.state.best_model_checkpoint)
+        super()._load_best_model()
+        self.run.method.set_masks(best.masks)
+
+    # -- the Hub -----------------------------------------------------------------------------------------------------
+
+    def create_model_card(
+        self,
+        *args,
+        model_name: str | None = None,
+        tags: str | list[str] | None = None,
+        scores: Scores | None = None,
+        dense_scores: Scores | None = None,
+        **kwargs,
+    ) -> None:
+        """Write `README.md` for the saved model in `output_dir`: the metadata of [`Trainer`], and our text.
+
+        Args:
+            *args, model_name, tags, **kwargs: as in [`Trainer.create_model_card`].
+            scores: metric -> value, or a list with one value a seed. Default: the last evaluation.
+            dense_scores: the same of the model before pruning.
+        """
+        super().create_model_card(*args, model_name=model_name, tags=with_tags(tags, self.args.method), **kwargs)
+        complete_card(self, Path(self.args.output_dir), self.teacher, model_name, scores, dense_scores)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._checkpointing and self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+            if busy and not self.args.hub_always_push:
+                return
+            self._finish_current_push()  # an upload in flight still reads `output_dir`
+            prepare_push(checkpoint_folder, self.args.output_dir)
+            super().create_model_card(tags=with_tags(None, self.args.method))
+            complete_card(self, Path(checkpoint_folder), self.teacher)
+        super()._push_from_checkpoint(checkpoint_folder)
 
 
 class _StepEvents(TrainerCallback):
-    """Tells the trainer's method of every optimizer step. Stateless: nothing of ours lives in callback state."""
+    """Follow every optimizer step of a trainer. It holds no state, so that a checkpoint needs none of it."""
 
     def __init__(self, trainer: PruningTrainer) -> None:
         self._trainer = trainer
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        self._trainer._method.on_step_begin(state.global_step)
+        method = self._trainer.run.method
+        level = method.level_due(state.global_step)
+        if level is not None:  # the only place where masks change
+            method.prepare_level()
+            method.start_level(level, self._trainer.choose_masks(level))
+        method.on_step_begin(state.global_step)
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
-        self._trainer._method.on_optimizer_step()
+        self._trainer.run.method.on_optimizer_step()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        due = control.should_log
-        self._trainer._score_level()
-        control.should_log = due  # logging a score counts as this step's log, and its loss would be lost
+        scores = self._trainer.run.score_level(state.global_step, self._trainer.model)
+        if scores:
+            due = control.should_log
+            self._trainer.log(scores)
+            control.should_log = due  # `log` clears it, and the loss of this step would be lost
+
+
+def _run_fields(args: PruningConfig) -> dict[str, object]:
+    """The arguments that the parts of a run and the held-out rows are made from."""
+    return {**args.pruning_fields(), "seed": args.seed, "output_dir": args.output_dir}

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
@@ -25,29 +26,32 @@ def parse(tmp_path, text):
 
 def test_the_defaults_are_those_of_the_docstring(make):
     config = make()
+    settings = config.resolved()
     assert isinstance(config, TrainingArguments)
-    assert (config.method, config.sparsity, config.pattern) == ("random", 0.9375, "unstructured")
-    assert (config.criterion, config.scope, config.num_candidates) == ("taylor", "balanced", 4)
-    assert config.num_levels == len(config.levels) == 4 and config.levels[-1] == config.sparsity
-    assert config.searches and config.needs_selection_split
+    assert (settings.method, settings.sparsity, settings.pattern) == ("random", 0.9375, Unstructured("balanced"))
+    assert (settings.criterion, settings.scope, settings.num_candidates) == ("taylor", "balanced", 4)
+    assert len(settings.levels) == 4 and settings.levels[-1] == settings.sparsity
+    assert (settings.refit_rows, settings.frozen_steps, settings.gumbel) == (256, 0, None)
+    assert settings.searches and settings.needs_selection_split and not settings.soft and not settings.emergent
     with pytest.raises(ValueError, match="load_best_model_at_end"):  # the checks of TrainingArguments still run
         make(load_best_model_at_end=True, save_strategy="steps", eval_strategy="no")
 
 
 @pytest.mark.parametrize("method", ["magnitude", "fisher", "taylor"])
 def test_a_deterministic_method_is_its_criterion_and_chooses_nothing(make, method):
-    config = make(method=method)
-    assert (config.criterion, config.num_candidates) == (method, 1)
-    assert config.scope == ("layer" if method == "magnitude" else "balanced")
-    assert not config.searches and not config.needs_selection_split
-    assert make(method=method, level_eval_steps=5).needs_selection_split
+    settings = make(method=method).resolved()
+    assert (settings.criterion, settings.num_candidates) == (method, 1)
+    assert settings.scope == ("layer" if method == "magnitude" else "balanced")
+    assert not settings.searches and not settings.needs_selection_split
+    assert make(method=method, level_eval_steps=5).resolved().needs_selection_split
 
 
 def test_the_papers_proposals_bring_the_papers_criterion_and_scope(make):
     config = make(proposals="paper")
-    assert (config.proposals, config.criterion, config.scope) == (["paper"], "magnitude", "layer")
+    settings = config.resolved()
+    assert (settings.proposals, settings.criterion, settings.scope) == (("paper",), "magnitude", "layer")
     assert config.sampling_ratios == [5e-5, 1e-4, 8e-5, 3e-4]
-    assert make(proposals="paper", criterion="fisher").criterion == "fisher"
+    assert make(proposals="paper", criterion="fisher").resolved().criterion == "fisher"
 
 
 TRAINS = [
@@ -65,61 +69,111 @@ TRAINS = [
 
 
 @pytest.mark.parametrize("fields", TRAINS, ids=str)
-def test_masks_are_compared_as_they_are_fitted_where_they_are_fitted(make, fields):
+def test_masks_are_scored_after_their_refit_where_they_have_one(make, fields):
     config = make()
-    assert config.compares_fitted and make(pattern="2:4").compares_fitted and make(trial_steps=0).compares_fitted
-    assert not make(**fields).compares_fitted
-    assert not dataclasses.replace(config, trial_steps=3).compares_fitted
+    assert all(c.resolved().scores_after_refit for c in (config, make(pattern="2:4"), make(trial_steps=0)))
+    assert not make(**fields).resolved().scores_after_refit
+    assert not dataclasses.replace(config, trial_steps=3).resolved().scores_after_refit
     config.refit_rows = 0  # as a hyper-parameter search sets fields
-    assert not config.compares_fitted
-
-
-FIELDS = [{}, {"pattern": "2:4"}, {"proposals": "paper"}, {"method": "pdp"}, {"method": "pdp", "pattern": "channel"}]
-FIELDS += [{"method": "gumbel"}, {"method": "gumbel", "gumbel_untrained": True}, {"method": "taylor", "num_levels": 2}]
-FIELDS += [{"trial_steps": 0}, {"levels": [0.5, 0.9], "sparsity": 0.9}, {"target_modules": "query"}]
-
-
-@pytest.mark.parametrize("fields", FIELDS, ids=str)
-def test_what_was_resolved_passes_the_checks_again(make, fields):
-    config = make(**fields)
-    resolved = config.to_dict()
-    config.check_again()
-    copy.deepcopy(config).check_again()
-    dataclasses.replace(config).check_again()
-    assert config.to_dict() == resolved and not [name for name in resolved if name.startswith("_")]
+    assert not config.resolved().scores_after_refit
 
 
 def test_a_given_scope_and_floor_reach_the_pattern(make):
-    config = make(method="magnitude", scope="global", layer_floor=0.25)
-    assert config.mask_pattern == Unstructured("global", 0.25)
+    settings = make(method="magnitude", scope="global", layer_floor=0.25).resolved()
+    assert settings.pattern == Unstructured("global", 0.25)
 
 
 def test_an_nm_pattern_implies_sparsity_scope_and_one_level(make):
-    config = make(pattern="2:4")
-    assert (config.sparsity, config.scope, config.levels) == (0.5, "layer", [0.5])
-    assert config.mask_pattern == NM(2, 4)
-    assert make(pattern="1:4", num_levels=9).levels == [0.25, 0.5, 0.75]  # groups lose whole weights
-    assert make(pattern="2:4", levels=[0.25, 0.5], sparsity=0.5).num_levels == 2
+    settings = make(pattern="2:4").resolved()
+    assert (settings.sparsity, settings.scope, settings.levels) == (0.5, "layer", (0.5,))
+    assert settings.pattern == NM(2, 4)
+    assert make(pattern="1:4", num_levels=9).resolved().levels == (0.25, 0.5, 0.75)  # groups lose whole weights
+    assert make(pattern="2:4", levels=[0.25, 0.5], sparsity=0.5).resolved().levels == (0.25, 0.5)
 
 
 @pytest.mark.parametrize("pattern", ["3:7", "1:3", "5:32", "4:9", "2:49"])
 def test_any_nm_pattern_accepts_its_own_levels(make, pattern):
     n, m = map(int, pattern.split(":"))
     for count in (None, 3):
-        config = make(pattern=pattern, num_levels=count)
-        assert config.sparsity == pytest.approx(1 - n / m)
-        for level in config.levels:
+        settings = make(pattern=pattern, num_levels=count).resolved()
+        assert settings.sparsity == pytest.approx(1 - n / m)
+        for level in settings.levels:
             assert level * m == pytest.approx(round(level * m))
 
 
 def test_own_levels_decide_their_number(make):
-    assert make(levels=[0.5, 0.9], sparsity=0.9).num_levels == 2
-    assert make(num_levels=7, sparsity=0.99).num_levels == 7
+    assert len(make(levels=[0.5, 0.9], sparsity=0.9).resolved().levels) == 2
+    assert len(make(num_levels=7, sparsity=0.99).resolved().levels) == 7
 
 
 @pytest.mark.parametrize("field", ["proposals", "target_modules", "exclude_modules"])
 def test_one_string_is_a_list_of_one(make, field):
-    assert getattr(make(**{field: "fisher:layer"}), field) == ["fisher:layer"]
+    config = make(**{field: "fisher:layer"})
+    assert getattr(config, field) == "fisher:layer" and getattr(config.resolved(), field) == ("fisher:layer",)
+
+
+def test_a_metric_may_have_the_prefix_of_evaluations(make):
+    config = make(selection_metric="eval_loss")
+    assert (config.selection_metric, config.resolved().selection_metric) == ("eval_loss", "loss")
+
+
+# -- what was given stays ---------------------------------------------------------------------------------------------
+
+FIELDS = [{}, {"pattern": "2:4"}, {"proposals": "paper"}, {"method": "pdp"}, {"method": "pdp", "pattern": "channel"}]
+FIELDS += [{"method": "gumbel"}, {"method": "gumbel", "gumbel_untrained": True}, {"method": "taylor", "num_levels": 2}]
+FIELDS += [{"trial_steps": 0}, {"levels": [0.5, 0.9], "sparsity": 0.9}, {"target_modules": "query"}]
+FIELDS += [{"selection_metric": "eval_loss"}]
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_no_field_is_written(make, fields):
+    config = make(**fields)
+    before = config.to_dict()
+    config.resolved()
+    own = [f for f in dataclasses.fields(PruningConfig) if f.name in config.pruning_fields()]
+    defaults = {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in own}
+    assert config.pruning_fields() == {**defaults, **fields} and config.to_dict() == before
+    assert not [name for name in before if name.startswith("_")]
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_copies_give_what_a_fresh_configuration_gives(make, fields):
+    config = make(**fields)
+    copies = [copy.deepcopy(config), dataclasses.replace(config), PruningConfig(**config.to_dict())]
+    for other in copies:
+        assert other.to_dict() == config.to_dict() and other.resolved() == config.resolved()
+
+
+CHANGES = [{"method": "magnitude"}, {"method": "pdp"}, {"pattern": "2:4"}, {"sparsity": 0.5}, {"num_levels": 2}]
+CHANGES += [{"method": "gumbel", "gumbel_untrained": True}, {"proposals": ["paper"]}, {"criterion": "magnitude"}]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_a_changed_field_gives_what_a_fresh_configuration_gives(make, changes):
+    fresh, config = make(**changes), make()
+    assert dataclasses.replace(config, **changes).resolved() == fresh.resolved()
+    assert PruningConfig(**{**config.to_dict(), **changes}).resolved() == fresh.resolved()
+    for name, value in changes.items():  # as a hyper-parameter search sets fields
+        setattr(config, name, value)
+    assert config.resolved() == fresh.resolved() and config.to_dict() == fresh.to_dict()
+
+
+def test_a_field_that_is_set_is_checked_when_it_is_read(make):
+    config = make()
+    config.levels = [0.25, 0.5]
+    with pytest.raises(ValueError, match="end at 0.5 but sparsity=0.9375"):
+        config.resolved()
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_a_record_has_the_resolved_values(make, fields):
+    config = make(**fields)
+    settings, record = config.resolved(), config.resolved().record()
+    assert record.keys() <= config.to_dict().keys() and record == json.loads(json.dumps(record))
+    assert (record["num_levels"], record["scope"]) == (len(settings.levels), settings.scope)
+    placeholders = {"sparsity", "levels"} if settings.emergent else set()
+    again = {name: value for name, value in record.items() if name not in placeholders}
+    assert dataclasses.replace(config, **again).resolved() == settings
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -160,7 +214,7 @@ REFUSED = [
     ({"trial_steps": 0, "selection": "survivors"}, "trial_steps=0", "selection='halving'"),
     ({"trial_learning_rate": 1e-4, "trial_steps": 0}, "=0.0001.*trial_steps=0", "leave trial_steps unset"),
     ({"trial_batch_size": 8, "trial_steps": 0}, "=8.*trial_steps=0", "leave trial_steps unset"),
-    ({"last_level_weight": None}, "=None", "positive number"),
+    ({"last_level_weight": None}, "=None", "finite number"),
     ({"trial_learning_rate": -1e-3}, "=-0.001", "positive"),
     ({"last_level_weight": 0}, "=0", "positive"),
     ({"level_eval_steps": -1}, "=-1", "at least 0"),
@@ -201,8 +255,7 @@ def test_bad_fields_are_refused_by_name_value_and_remedy(make, fields, value, re
 )
 def test_values_at_the_edge_are_taken_as_given(make, fields):
     config = make(**fields)
-    given = {name: [value] if name == "proposals" else value for name, value in fields.items()}
-    assert {name: getattr(config, name) for name in fields} == given
+    assert {name: getattr(config, name) for name in fields} == fields
 
 
 # -- command line and copies ------------------------------------------------------------------------------------------
@@ -221,6 +274,7 @@ def test_the_command_line_gives_what_the_constructor_gives(tmp_path, make):
         sampling_ratios=[1e-4, 2e-3],
         target_modules=["query", "key"],
         exclude_modules=["value"],
+        sparsity=0.9375,
         lr_rewind=False,
         num_candidates=3,
         trial_steps=7,
@@ -228,23 +282,13 @@ def test_the_command_line_gives_what_the_constructor_gives(tmp_path, make):
     )
     own = {f.name for f in dataclasses.fields(PruningConfig)} - {f.name for f in dataclasses.fields(TrainingArguments)}
     assert {name: getattr(parsed, name) for name in own} == {name: getattr(built, name) for name in own}
-    assert (parsed.levels, parsed.lr_rewind, parsed.scope) == ([0.5, 0.9375], False, "balanced")
+    assert (parsed.levels, parsed.lr_rewind, parsed.resolved().scope) == ([0.5, 0.9375], False, "balanced")
 
 
 def test_an_empty_command_line_gives_the_defaults(tmp_path, make):
     parsed, default = parse(tmp_path, ""), make()
     assert {f.name for f in dataclasses.fields(PruningConfig)} <= vars(parsed).keys()
-    for name in (
-        "method",
-        "sparsity",
-        "levels",
-        "proposals",
-        "criterion",
-        "scope",
-        "num_candidates",
-        "target_modules",
-    ):
-        assert getattr(parsed, name) == getattr(default, name), name
+    assert parsed.pruning_fields() == default.pruning_fields() and parsed.resolved() == default.resolved()
 
 
 def test_the_command_line_refuses_unknown_methods(tmp_path, capsys):
@@ -268,8 +312,7 @@ def test_a_copy_with_one_field_changed_keeps_the_others(make, fields):
     config = make(**fields)
     copy = dataclasses.replace(config, learning_rate=1e-3)
     assert copy.learning_rate == 1e-3 != config.learning_rate
-    for name in ("method", "sparsity", "pattern", "levels", "num_levels", "criterion", "scope", "num_candidates"):
-        assert getattr(copy, name) == getattr(config, name), name
+    assert copy.pruning_fields() == config.pruning_fields() and copy.resolved() == config.resolved()
     with pytest.raises(ValueError, match="sparsity|levels"):
         dataclasses.replace(config, sparsity=2.0)
 

@@ -12,7 +12,7 @@ from hf_maskselect import MaskSet, PruningTrainer
 from hf_maskselect.masking.patterns import kept_count
 from hf_maskselect.masking.ranking import top_k_masks
 from hf_maskselect.masking.scores import CRITERIA, Criterion
-from hf_maskselect.methods.hard import HardMasks
+from hf_maskselect.methods.hard import HardMethod
 
 EXAMPLES = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(), re.S)
 
@@ -28,7 +28,7 @@ def test_a_new_score_works_with_scopes_and_search(tmp_path):
     finally:
         del CRITERIA["signed_taylor"]
     assert MaskSet.from_zeros(trainer.model).sparsity() == 0.75
-    assert "signed_taylor:global" in [c.proposal for c in trainer._search.history[0].candidates]
+    assert "signed_taylor:global" in [c.proposal for c in trainer.run.search.history[0].candidates]
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.75])
@@ -43,7 +43,7 @@ def test_a_new_pattern_is_one_class(sparsity):
 
 
 def test_a_new_method_is_one_class(tmp_path):
-    names = {"HardMasks": HardMasks, "PruningTrainer": PruningTrainer}
+    names = {"HardMethod": HardMethod, "PruningTrainer": PruningTrainer}
     exec(EXAMPLES[2], names)
     model = make()
     before = weights_of(model)

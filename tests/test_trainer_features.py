@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 from torch.testing import assert_close
 from transformers import Trainer
 
-from hf_maskselect import PruningTrainer, export_semi_structured, load_semi_structured, verify
+from hf_maskselect import MaskSet, PruningTrainer, export_semi_structured, load_semi_structured, verify
 from hf_maskselect.search.results import SEARCH_FILE
 
 SEARCHES = [
@@ -48,7 +48,7 @@ class ScaledPlain(ScaledLoss, Trainer):
 
 
 def scores_of(trainer):
-    return [score for search in trainer._search.history for c in search.candidates for score in c.scores]
+    return [score for search in trainer.run.search.history for c in search.candidates for score in c.scores]
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_every_run_of_a_model_init_begins_anew(tmp_path):
         trainer.train()
         found = trainer.search_summary()
         runs.append((weights_of(trainer.model), found["search_step_equivalents"], found["search_cost_ratio"]))
-        assert len(json.loads((tmp_path / SEARCH_FILE).read_text())) == len(trainer._search.history) == 2
+        assert len(json.loads((tmp_path / SEARCH_FILE).read_text())) == len(trainer.run.search.history) == 2
     assert same(runs[0][0], runs[1][0]) and runs[0][1:] == runs[1][1:]
 
 
@@ -236,22 +236,42 @@ def test_what_is_set_later_counts_for_a_model_init(tmp_path, method, later):
     before = weights_of(asked.model)
     set_later(asked, later)
     asked.train()
-    assert "seed" in later or same(weights_of(asked.model), weights_of(told.model))  # the split is of the first seed
+    assert same(weights_of(asked.model), weights_of(told.model))
     assert not same(weights_of(asked.model), before)
 
 
-REFUSED = [(method, later) for method, later in LATER if "seed" not in later and "distill_hidden" not in later]
-REFUSED += [(METHODS[0], {"keep_zeros": False}), (METHODS[1], {"selection": "survivors"})]
-REFUSED += [(METHODS[1], {"selection_fraction": 0.3}), (METHODS[1], {"max_selection_samples": 4})]
+USED = [*((method, later) for method, later in LATER if "seed" not in later), (METHODS[0], {"keep_zeros": False})]
+USED += [(METHODS[1], {"selection": "survivors"}), (METHODS[1], {"num_candidates": 1})]
+USED += [(METHODS[1], {"selection_fraction": 0.3}), (METHODS[1], {"max_selection_samples": 4})]
 
 
-@pytest.mark.parametrize(("method", "later"), [*REFUSED, (METHODS[1], {"distill_hidden": 0.0})], ids=str)
-def test_what_a_trainer_has_used_is_not_changed_in_silence(tmp_path, method, later):
-    trainer = make_trainer(tmp_path, keywords={"teacher": make(seed=3)}, **method)
-    set_later(trainer, later)
-    (name,) = later
-    with pytest.raises(ValueError, match=f"{name}=.* when the PruningTrainer was made.*make a new PruningTrainer"):
-        trainer.train()
+@pytest.mark.parametrize(("method", "later"), USED, ids=str)
+def test_a_run_reads_the_fields_afresh(tmp_path, method, later):
+    keywords = {"teacher": make(seed=3)}
+    told = make_trainer(tmp_path / "told", keywords=keywords, **{**method, **later})
+    told.train()
+    asked = make_trainer(tmp_path / "asked", keywords=keywords, **method)
+    set_later(asked, later)
+    asked.train()
+    assert same(weights_of(asked.model), weights_of(told.model))
+    assert len(asked.train_dataset) == len(told.train_dataset)
+
+
+def test_a_second_run_of_one_model_reads_the_fields_afresh(tmp_path):
+    """It goes on from the pruned model, with another method and target."""
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    zeros = MaskSet.from_zeros(trainer.model)
+    set_later(trainer, {"method": "gumbel", "num_levels": None, "frozen_steps": 2, "sparsity": 0.9})
+    trainer.train()
+    assert trainer.pruning_state().masks.overlap(zeros) == 1
+    set_later(trainer, {"sparsity": 0.95, "gumbel_learning_rate": 0.1})
+    trainer.train()
+    trainer.save_model()
+    assert verify(tmp_path).masks.sparsity() == pytest.approx(0.95, abs=1e-4)
+    logits = trainer.run.method.parameter_groups()[0]["params"]
+    assert sum(group["params"][0] is logits[0] for group in trainer.optimizer.param_groups) == 1
+    assert len(trainer.optimizer.param_groups) == 4
 
 
 COUNTS = [
@@ -298,11 +318,14 @@ def test_runs_of_a_model_init_do_not_depend_on_their_order(tmp_path):
     assert same(found[0], found[2]) and not same(found[0], found[1])
 
 
-def test_rows_to_choose_on_are_asked_for_where_none_were_held_out(tmp_path):
+def test_rows_are_held_out_once_a_run_chooses(tmp_path):
     trainer = make_trainer(tmp_path, method="random", num_candidates=1)
     trainer.args.num_candidates = 3
-    with pytest.raises(ValueError, match="num_candidates=3 .* rows to choose on.*pass selection_dataset"):
-        trainer.train()
+    trainer.train()
+    assert scores_of(trainer) and (len(trainer.train_dataset), len(trainer.selection_dataset)) == (86, 10)
+    trainer.args.num_candidates = 1
+    trainer.train()
+    assert len(trainer.train_dataset) == 96 and trainer.selection_dataset is None
     keywords = {"selection_dataset": make_rows(16, seed=5)}
     trainer = make_trainer(tmp_path, method="random", num_candidates=1, keywords=keywords)
     trainer.args.num_candidates, trainer.args.selection_fraction = 3, 0.5
@@ -312,9 +335,9 @@ def test_rows_to_choose_on_are_asked_for_where_none_were_held_out(tmp_path):
 
 def test_scores_follow_another_evaluation_batch_size(tmp_path):
     trainer = make_trainer(tmp_path, keywords={"teacher": make(seed=3)}, **SEARCHES[0])
-    before = trainer._bench.score()
+    before = trainer.run.bench.score()
     trainer.args.per_device_eval_batch_size = 3
-    assert trainer._bench.score() == pytest.approx(before, rel=1e-5)
+    assert trainer.run.bench.score() == pytest.approx(before, rel=1e-5)
 
 
 # -- saving -----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""What the trainer asks of a pruning method."""
+"""The interface between the trainer and a pruning method."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -9,40 +10,84 @@ from torch import Tensor, nn
 
 from ..masking.maskset import MaskSet
 from ..masking.schedule import LevelPlan
+from ..masking.sharded import Shards
 
 
 class Method(Protocol):
-    """A method is attached to the unwrapped model and told of every optimizer step; all state is keyed by step and
-    seed."""
+    """A pruning method: it keeps masks in force while the unwrapped model trains.
 
-    masks: MaskSet
+    The caller chooses the masks. Before every optimizer step it asks `level_due`. Where a level is due it calls
+    `prepare_level`, chooses the masks, and passes them to `start_level`. Then it calls `on_step_begin`, and later in
+    the same step `before_clipping` and `on_optimizer_step`. What a method does depends on nothing but the step and its
+    seed, so a resumed run continues as if it had never stopped.
+
+    Attributes:
+        weights: the prunable parameters by name; empty before `attach`.
+        level: the index of the level in force; -1 before the first.
+        shards: the processes that hold the rows of the weights; None where each holds all of them.
+    """
+
+    weights: Mapping[str, nn.Parameter]
+    level: int
+    shards: Shards | None
+
+    @property
+    def masks(self) -> MaskSet:
+        """The hard masks in force, or those that the soft masks would become now. All rows, on every process."""
 
     def attach(self, model: nn.Module) -> None:
-        """Bind to the model's parameters by name. Idempotent: `create_optimizer` may run more than once."""
+        """Find the model's prunable parameters. It may be called again with the same model, which changes nothing."""
+
+    def detach(self) -> None:
+        """Forget the model, so that the next `attach` reads its zeros again."""
 
     def parameter_groups(self) -> list[dict]:
-        """Optimizer groups of what is trained beside the model's own parameters; asked for after `attach`."""
+        """Optimizer groups of the parameters that the method adds to the model's own. Call `attach` first."""
 
     def begin(self, plan: LevelPlan, optimizer: torch.optim.Optimizer) -> None:
-        """Training starts (or goes on, after `load_state_dict`) with this plan and optimizer."""
+        """Start to train by `plan`, or continue after `load_state_dict`."""
+
+    def level_due(self, step: int) -> int | None:
+        """The level whose masks must be chosen before optimizer step `step` (from 0); None if the level stays."""
+
+    def prepare_level(self) -> None:
+        """Bring the weights into the state in which the masks of a due level are chosen."""
+
+    def start_level(self, level: int, masks: MaskSet) -> None:
+        """Put the masks of `level` in force and clear the optimizer moments of the weights that they prune."""
+
+    def set_masks(self, masks: MaskSet) -> None:
+        """Put masks in force and set the pruned weights to zero; the level stays.
+
+        Raises:
+            ValueError: the masks have other names or shapes than the weights.
+        """
+
+    def candidate(self, ratio: float | None, seed: int) -> MaskSet | None:
+        """Masks at the target sparsity from what the method has learned; None where a criterion makes the masks.
+
+        Args:
+            ratio: the sampling ratio of a random candidate; None for the deterministic masks.
+            seed: the seed of a random candidate.
+        """
 
     def on_step_begin(self, step: int) -> None:
-        """Before optimizer step `step` (from 0) sees its first micro-batch: advance the sparsity here."""
+        """Run before the first micro-batch of optimizer step `step`."""
 
     def before_clipping(self) -> None:
-        """After the last backward of a step, before gradients are clipped."""
+        """Run after the last backward pass of a step, before the gradients are clipped."""
 
     def on_optimizer_step(self) -> None:
-        """Right after the optimizer changed the weights."""
+        """Run right after the optimizer has changed the weights."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint needs beyond the model's own weights and the masks."""
+        """The tensors that a checkpoint needs besides the model's weights and the masks."""
 
     def load_state_dict(self, masks: MaskSet, state: dict[str, Tensor], step: int) -> None:
-        """The inverse, for a checkpoint written after `step` optimizer steps."""
+        """Restore the masks and the `state_dict` of a checkpoint written after `step` optimizer steps."""
 
     def baked_state_dict(self) -> dict[str, Tensor] | None:
-        """Plain-key, exactly sparse weights to save, or None where the model itself already is that."""
+        """Exactly sparse weights to save, under the model's names; None if the model holds them already."""
 
     def finalize(self) -> None:
-        """Training is over: leave the model plain and exactly sparse."""
+        """End the training: leave the model plain and exactly sparse."""

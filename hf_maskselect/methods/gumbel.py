@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from ..masking.maskset import MaskSet, diverged
 from ..masking.patterns import NM, Unstructured, allocate, kept_count
 from .gumbel_sample import budget_shift, perturbed, sample
-from .hard import Choose, FindWeights
-from .soft import SoftMasks
+from .hard import FindWeights
+from .soft import SoftMethod
 
 _LOGITS, _SCALE, _SHIFT = "logits.", "scale.", "shift."  # prefixes in a checkpoint
 
@@ -51,7 +51,7 @@ _LEAST = -4.0  # the standardized log-magnitude of a weight that is zero and may
 _SAME = 1e-3  # standard deviations of log-magnitude below this are rounding: all weights are of one size
 
 
-class Gumbel(SoftMasks):
+class Gumbel(SoftMethod):
     """Learned masks over frozen weights.
 
     Args:
@@ -64,7 +64,6 @@ class Gumbel(SoftMasks):
     def __init__(
         self,
         find_weights: FindWeights,
-        choose: Choose,
         report: Callable[[Mapping[str, float]], None],
         pattern: Unstructured | NM,
         sparsity: float,
@@ -72,7 +71,7 @@ class Gumbel(SoftMasks):
         seed_of: Callable[[int], int],
         keep_zeros: bool = True,
     ) -> None:
-        super().__init__(find_weights, choose, report, keep_zeros)
+        super().__init__(find_weights, report, keep_zeros)
         self._pattern, self._sparsity, self._options, self._seed_of = pattern, sparsity, options, seed_of
         self._logits: dict[str, nn.Parameter] = {}
         self._scales: dict[str, nn.Parameter] = {}

@@ -14,27 +14,24 @@ from ..masking.maskset import MaskSet
 from ..masking.schedule import LevelPlan
 from ..masking.sharded import Shards
 
-# level -> masks of the level
-Choose = Callable[[int], MaskSet]
 FindWeights = Callable[[nn.Module], dict[str, nn.Parameter]]
 
 
-class HardMasks:
-    """Keeps dead weights at exactly zero while the model trains, without touching its modules.
+class HardMethod:
+    """Keeps pruned weights at exactly zero while the model trains, without touching its modules.
 
-    Dead gradients are zeroed before clipping and dead weights after every step. At a level's first step `choose` is
-    asked for the next masks. The masks are held once, in the weights' own dtype (multiplying by a boolean mask is 6x
-    slower), and not at all before the first cut. Weights that FSDP2 has sharded have masks that are sharded alike.
+    The gradients of pruned weights are set to zero before clipping, and the pruned weights after every step. The masks
+    are held once, in the weights' own dtype (multiplying by a boolean mask is 6x slower), and not at all before the
+    first cut. Weights that FSDP2 has sharded have masks that are sharded alike.
 
     Args:
         find_weights: model -> its prunable weights.
-        choose: level -> its masks.
         keep_zeros: whether weights that are zero in the model to begin with are pruned ones; those of a frozen weight,
             which nothing could bring back, are in any case.
     """
 
-    def __init__(self, find_weights: FindWeights, choose: Choose, keep_zeros: bool = True) -> None:
-        self._find_weights, self._choose, self._keep_zeros = find_weights, choose, keep_zeros
+    def __init__(self, find_weights: FindWeights, keep_zeros: bool = True) -> None:
+        self._find_weights, self._keep_zeros = find_weights, keep_zeros
         self.weights: dict[str, nn.Parameter] = {}
         self.shards: Shards | None = None
         self._keep: dict[str, Tensor] = {}  # empty: everything is kept
@@ -93,13 +90,23 @@ class HardMasks:
             for weight in self.weights.values():
                 weight.add_(0.0)  # -0.0 becomes 0.0 and stays so: equal numbers, but only one of them compresses
 
-    def on_step_begin(self, step: int) -> None:
+    def level_due(self, step: int) -> int | None:
         level = self.plan.level_at(step)
-        if level == self.level:
-            return
-        self.set_masks(self._choose(level))
+        return None if level == self.level else level
+
+    def prepare_level(self) -> None:
+        pass
+
+    def start_level(self, level: int, masks: MaskSet) -> None:
+        self.set_masks(masks)
         self.level = level
         self._clear_dead_moments()
+
+    def candidate(self, ratio: float | None, seed: int) -> MaskSet | None:
+        return None
+
+    def on_step_begin(self, step: int) -> None:
+        pass
 
     @torch.no_grad()
     def before_clipping(self) -> None:

@@ -20,14 +20,14 @@ from ..masking.ranking import top_k_masks
 from ..masking.scores import CRITERIA
 from ..masking.votes import number_of_draws, rank_by_votes_
 from .boundary import Boundary
-from .hard import Choose, FindWeights
+from .hard import FindWeights
 from .pdp_mask import group_boundaries, row_squares, soft_gradient_, soft_row_gradient_, soft_row_weight, soft_weight
-from .soft import SoftMasks
+from .soft import SoftMethod
 
 _ZEROS = "zeros."  # prefix of the fixed counts in a checkpoint
 
 
-class Pdp(SoftMasks):
+class Pdp(SoftMethod):
     """Soft masks without parameters.
 
     Args:
@@ -41,14 +41,13 @@ class Pdp(SoftMasks):
     def __init__(
         self,
         find_weights: FindWeights,
-        choose: Choose,
         report: Callable[[Mapping[str, float]], None],
         pattern: Unstructured | NM | Channel,
         sparsity: float,
         tau: float,
         keep_zeros: bool = True,
     ) -> None:
-        super().__init__(find_weights, choose, report, keep_zeros)
+        super().__init__(find_weights, report, keep_zeros)
         self._pattern, self._sparsity, self._tau = pattern, sparsity, tau
         # What each matrix will lose, in weights (in rows for channels); fixed when the soft phase begins.
         self._zeros: dict[str, int] = {}

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from ..masking.dtensors import exchange, like, of_parts, part, squared_norm, whole
 from ..masking.maskset import MaskSet, pack_bits, unpack_bits
 from ..masking.schedule import LevelPlan
-from .hard import Choose, FindWeights, HardMasks
+from .hard import FindWeights, HardMethod
 
 _ALIVE = "alive."  # prefix of the masks in force below the soft ones, packed: the zeros that the run began with
 _DENSE = "dense."  # prefix of the trained weights in a checkpoint, whose model file holds the baked ones
 
 
-class SoftMasks(HardMasks):
+class SoftMethod(HardMethod):
     """Trains under effective weights until the plan's level begins, and under that level's hard mask from there on.
 
     For the length of one optimizer step the modules hold the effective weights, so whatever reads a weight (autocast,
@@ -34,11 +34,10 @@ class SoftMasks(HardMasks):
     def __init__(
         self,
         find_weights: FindWeights,
-        choose: Choose,
         report: Callable[[Mapping[str, float]], None],
         keep_zeros: bool = True,
     ) -> None:
-        super().__init__(find_weights, choose, keep_zeros)
+        super().__init__(find_weights, keep_zeros)
         self._report = report
         self._trained: dict[str, Tensor] = {}  # what waits while the effective weights are in its place
         self._step = -1  # the last step begun
@@ -104,12 +103,14 @@ class SoftMasks(HardMasks):
         """Whether soft masks are in force."""
         return not self._hardened and self.plan is not None and self.plan.ramp_at(self._step) > 0
 
+    def prepare_level(self) -> None:
+        self.put_back()
+        if not self._hardened:
+            self._harden(self.candidate(None, 0))
+
     def on_step_begin(self, step: int) -> None:
         self.put_back()
-        if self.plan.level_at(step) >= 0:
-            if not self._hardened:
-                self._harden(self.candidate(None, 0))
-            super().on_step_begin(step)
+        if self._hardened:
             return
         self._step = step
         if self.soft:

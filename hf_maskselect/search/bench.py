@@ -22,7 +22,7 @@ from transformers.utils import is_datasets_available
 from ..fields.rules import SELECTION_LOSSES
 from ..masking.maskset import MaskSet
 from ..masking.scores import GradientStats
-from ..methods.hard import HardMasks
+from ..methods.base import Method
 from ..surgery.refit import Refit, fittable, refit
 from ..utils.seeds import key_seed
 from .fingerprint import digest_of, plain_batch, relevant
@@ -97,10 +97,10 @@ class TrialBench:
         selection_dataset: what candidates are scored on; None when nothing is chosen.
     """
 
-    def __init__(self, trainer: Trainer, method: HardMasks, selection_dataset) -> None:
+    def __init__(self, trainer: Trainer, method: Method, selection_dataset) -> None:
         self._trainer, self._method, self._selection = trainer, method, selection_dataset
-        args = trainer.args
-        borrows = args.needs_selection_split or args.criterion != "magnitude" or args.refit_rows
+        self.settings = settings = trainer.args.resolved()
+        borrows = settings.needs_selection_split or settings.criterion != "magnitude" or settings.refit_rows
         # The selection split must look the same whenever it is scored: a collator may draw.
         self._collator = _copy_of(trainer.data_collator, trainer.model) if borrows else None
         self._soft_labels: list[torch.Tensor] = []  # of the batches of the selection split
@@ -152,12 +152,12 @@ class TrialBench:
     def fingerprint(self, level: int) -> str:
         """SHA-256 of all that the scores of a search depend on: weights, teacher, arguments, sizes of the data."""
         trainer = self._trainer
-        told = relevant(trainer.args.to_dict())
+        told = relevant({**trainer.args.to_dict(), **self.settings.record()})
         told |= {"level": level, "metric": trainer.selection_metric}
         told |= {"rows": [len(trainer.train_dataset), len(self._selection)]}
         told |= {"step": [trainer._train_batch_size, self.rows_per_step()]}
-        if trainer._given_optimizer is not None:
-            told["optimizer"] = str(trainer._given_optimizer)
+        if trainer.given_optimizer is not None:
+            told["optimizer"] = str(trainer.given_optimizer)
         elif trainer.optimizer_cls_and_kwargs is not None:
             made, given = trainer.optimizer_cls_and_kwargs
             plain = {k: v for k, v in given.items() if isinstance(v, int | float | str | tuple)}  # an address changes
@@ -239,7 +239,7 @@ class TrialBench:
         tokens. To be called inside `random_state`."""
         trainer, args = self._trainer, self._trainer.args
         order = torch.Generator().manual_seed(key_seed(args.seed, "refit", level))
-        rows = torch.randperm(len(trainer.train_dataset), generator=order)[: args.refit_rows].tolist()
+        rows = torch.randperm(len(trainer.train_dataset), generator=order)[: self.settings.refit_rows].tolist()
         set_seed(key_seed(args.seed, "refit", level) % 2**32)  # for a collator that draws
         (inputs,) = self._loader(trainer.train_dataset, len(rows), rows)
         if "input_ids" in inputs and inputs["input_ids"].numel() > MOST_POSITIONS:
@@ -294,7 +294,7 @@ class TrialBench:
         if load_start is not None:
             self.put(load_start())
         method.set_masks(load_masks())  # a loader, so that nobody keeps the boolean masks while the trial runs
-        if args.refit_rows and load_start is None:
+        if self.settings.refit_rows and load_start is None:
             self.fit = self.refit(self._saved, level)
         if not steps:
             progress.update()

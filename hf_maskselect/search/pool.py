@@ -12,14 +12,18 @@ from ..masking.scores import Criterion
 
 def candidate_pool(config: PruningConfig, criteria: Mapping[str, Criterion]) -> list[Proposal]:
     """The proposals of every level; those of a soft method are its own mask and random neighbours."""
-    if config.soft:
-        others = itertools.islice(itertools.cycle(config.sampling_ratios), config.num_candidates - 1)
-        return [Proposal(config.method, config.scope), *(Proposal(config.method, config.scope, r) for r in others)]
+    settings = config.resolved()
+    if settings.soft:
+        others = itertools.islice(itertools.cycle(config.sampling_ratios), settings.num_candidates - 1)
+        return [
+            Proposal(settings.method, settings.scope),
+            *(Proposal(settings.method, settings.scope, r) for r in others),
+        ]
     return proposal_pool(
-        config.proposals,
-        "score_fn" if "score_fn" in criteria else config.criterion,
-        config.scope,
-        config.num_candidates,
+        settings.proposals,
+        "score_fn" if "score_fn" in criteria else settings.criterion,
+        settings.scope,
+        settings.num_candidates,
         config.sampling_ratios,
         criteria,
         layer_only=config.pattern != "unstructured",
@@ -28,4 +32,4 @@ def candidate_pool(config: PruningConfig, criteria: Mapping[str, Criterion]) -> 
 
 def statistics_needed(config: PruningConfig, criteria: Mapping[str, Criterion]) -> set[str]:
     """Which gradient statistics the pool reads."""
-    return set() if config.soft else gradient_needs(candidate_pool(config, criteria), criteria)
+    return set() if config.resolved().soft else gradient_needs(candidate_pool(config, criteria), criteria)

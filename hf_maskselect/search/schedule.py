@@ -47,18 +47,19 @@ def search_rungs(
     epoch: its length in trial steps. fits: whether any matrix can be fitted; if none can, masks that are not trained
     could hardly be told apart, and are unless `trial_steps` is 0.
     """
-    if not config.searches:
+    settings = config.resolved()
+    if not settings.searches:
         return []
-    if config.compares_fitted and (fits or config.trial_steps == 0):
-        return [(config.num_candidates, 0)]
+    if settings.scores_after_refit and (fits or config.trial_steps == 0):
+        return [(settings.num_candidates, 0)]
     if config.selection == "early":
-        return [(config.num_candidates, config.trial_steps or min(epoch, plan.length(level)))]
+        return [(settings.num_candidates, config.trial_steps or min(epoch, plan.length(level)))]
     if config.selection == "survivors":
         length = plan.length(level)
         first = config.trial_steps or max(-(-length // 8), min(SHORTEST_TRIAL, -(-length // 2)))
-        return survivor_rungs(config.num_candidates, first, max(length // 2, first))
+        return survivor_rungs(settings.num_candidates, first, max(length // 2, first))
     first = config.trial_steps or -(-plan.length(level) // 3)
-    return halving_rungs(config.num_candidates, first, max(plan.length(level), first))
+    return halving_rungs(settings.num_candidates, first, max(plan.length(level), first))
 
 
 def rungs_text(rungs: Sequence[tuple[int, int]]) -> str:

@@ -24,10 +24,10 @@ from ..masking.maskset import MaskSet
 from ..masking.proposals import Proposal, propose
 from ..masking.schedule import LevelPlan
 from ..masking.scores import Criterion, GradientStats, StoredStats
-from ..methods.hard import HardMasks
+from ..methods.base import Method
 from ..surgery.refit import Refit
 from ..utils.files import replacing
-from ..utils.processes import Ranks, deal, deal_to_holders
+from ..utils.processes import Processes, deal, deal_to_holders
 from ..utils.seeds import key_seed
 from .bench import EARLY_EVALUATIONS, Trial, TrialBench
 from .best_fit import BestFit, errors_of
@@ -57,12 +57,13 @@ class MaskSearch:
         self,
         config: PruningConfig,
         bench: TrialBench,
-        method: HardMasks,
+        method: Method,
         criteria: dict[str, Criterion],
         journal: Journal,
-        ranks: Ranks,
+        ranks: Processes,
         quiet: bool,
     ) -> None:
+        self.settings = config.resolved()
         self._config, self._bench, self._method, self._criteria = config, bench, method, criteria
         self._journal, self._ranks, self._quiet = journal, ranks, quiet
         self._survivors = Survivors(config.output_dir) if config.selection == "survivors" else None
@@ -83,10 +84,10 @@ class MaskSearch:
 
     def rungs(self, plan: LevelPlan, level: int) -> list[tuple[int, int]]:
         """`search_rungs` of this run."""
-        if not self._config.searches:
+        if not self.settings.searches:
             return []
         if self._fits is None:
-            self._fits = self._config.compares_fitted and self._bench.steps_of_refit(level) > 0
+            self._fits = self.settings.scores_after_refit and self._bench.steps_of_refit(level) > 0
         return search_rungs(self._config, plan, level, self._bench.steps_per_epoch(), self._fits)
 
     def choose(self, level: int, plan: LevelPlan, step: int) -> MaskSet:
@@ -110,7 +111,7 @@ class MaskSearch:
             self._together(lambda: self._hold([chosen], done))
             masks = self._load(chosen)
             adopts = chosen.steps > 0 and self._config.selection == "survivors"
-            if not (adopts and self._adopt(chosen)) and self._config.refit_rows:
+            if not (adopts and self._adopt(chosen)) and self.settings.refit_rows:
                 self._cut(chosen, masks, done)
         self._ranks.agree(masks.digests, f"the masks of level {level + 1}")
         done.seconds = round(time.monotonic() - start, 2)
@@ -225,7 +226,7 @@ class MaskSearch:
     ) -> MaskSet:
         """A candidate's masks, from the model as it was when the search began; before: the masks in force then."""
         config, method, proposal = self._config, self._method, self._pool[index]
-        if config.soft:
+        if self.settings.soft:
             return method.candidate(proposal.ratio, key_seed(config.seed, "votes", search.level, index))
         return propose(
             proposal,
@@ -236,7 +237,7 @@ class MaskSearch:
             sparsity=search.sparsity,
             level=search.level,
             seed=config.seed,
-            pattern=config.mask_pattern,
+            pattern=self.settings.pattern,
             criteria=self._criteria,
         )
 
@@ -265,7 +266,7 @@ class MaskSearch:
         early = config.selection == "early"
         rate = config.trial_learning_rate or bench.peak_rate * (4 if early else 1)
         rungs = self.rungs(plan, search.level)
-        steps_of_fit = bench.steps_of_refit(search.level) if config.refit_rows else 0.0
+        steps_of_fit = bench.steps_of_refit(search.level) if self.settings.refit_rows else 0.0
         # Duplicates have left the pool, so a rung may have fewer candidates than planned.
         work = sum(min(count, len(racing)) * max(steps, 1) for count, steps in rungs)
         bar = tqdm(

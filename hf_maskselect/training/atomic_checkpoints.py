@@ -1,4 +1,4 @@
-"""Folders that are saved whole or not at all."""
+"""Saved folders that are complete or not there at all."""
 
 from __future__ import annotations
 
@@ -25,26 +25,31 @@ _WEIGHTS = re.compile(
 STAGING = "_saving"  # uploads to the Hub leave out what begins with an underscore
 
 
-class WholeCheckpoints(Trainer):
-    """A `Trainer` that may be killed at any time: a checkpoint is written aside by all ranks, brought to the disk and
-    given its name in one rename, so that every `checkpoint-*` there is can be resumed from."""
+class AtomicCheckpoints(Trainer):
+    """A `Trainer` that may be killed at any time and leaves no half-written checkpoint.
 
-    _checkpointing = False
-    _second: ThreadPoolExecutor | None = None  # the thread beside a checkpoint's writing
-    _beside: Future | None = None  # what it does
+    All ranks write a checkpoint into a staging folder. It is synced to disk and then renamed, so that a run can be
+    resumed from every `checkpoint-*` folder that exists.
+    """
+
+    _checkpointing = False  # whether a checkpoint is being written
+    _thread: ThreadPoolExecutor | None = None  # works while the optimizer state is written
+    _work: Future | None = None  # the work of that thread
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(
-                    f"{self.args.output_dir} holds no whole checkpoint to resume from: start without "
+                    f"{self.args.output_dir} has no complete checkpoint to resume from: start without "
                     "resume_from_checkpoint, or name the folder"
                 )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        if self.state.global_step < self.state.max_steps:  # resumed after the last step, `Trainer` would add one
+        if (
+            self.state.global_step < self.state.max_steps
+        ):  # `Trainer` would train one step more after a resume from the last step
             super()._run_epoch(*args, **kwargs)
 
     def _get_output_dir(self, trial) -> str:
@@ -56,17 +61,17 @@ class WholeCheckpoints(Trainer):
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         written, final = folder / STAGING / name, folder / name
         if self.args.should_save:
-            shutil.rmtree(folder / STAGING, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(folder / STAGING, ignore_errors=True)  # left by a run that was killed
         self.accelerator.wait_for_everyone()
         self._checkpointing = True
         try:
-            with ThreadPoolExecutor(1) as self._second:
+            with ThreadPoolExecutor(1) as self._thread:
                 super()._save_checkpoint(model, trial)
-            if self._beside is not None:
-                self._beside.result()  # raises what it raised, and the folder gets no name
+            if self._work is not None:
+                self._work.result()  # raises the error of the thread, before the folder gets its name
         finally:
-            self._checkpointing, self._second, self._beside = False, None, None
-        if self.state.best_global_step:  # `Trainer` looked for it where this one was written
+            self._checkpointing, self._thread, self._work = False, None, None
+        if self.state.best_global_step:  # `Trainer` looked for it in the staging folder
             best = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
             if best == final or best.is_dir():
                 self.state.best_model_checkpoint = str(best)
@@ -74,7 +79,7 @@ class WholeCheckpoints(Trainer):
         if self.args.should_save:
             self.state.save_to_json(written / TRAINER_STATE_NAME)
             sync_folder(written)
-            if final.exists():  # saved at this step before, perhaps half-way by another hand
+            if final.exists():  # of an earlier run that was saved at this step
                 shutil.rmtree(final)
             os.rename(written, final)
             sync(folder)
@@ -87,22 +92,27 @@ class WholeCheckpoints(Trainer):
             rotate_checkpoints(str(folder), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._checkpointing:  # else the folder has not got its name yet
+        if not self._checkpointing:  # else the folder does not have its name yet
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _while_writing(self, folder: str, work: Callable[[], None]) -> None:
-        """Do `work`, which is about the model just saved in `folder`: at once, or beside the writing of a checkpoint's
-        optimizer, which is twice as large, and bring the weights to the disk there, too."""
-        if self._second is None:
+        """Do `work` on the model that was just saved in `folder`, and sync its weights to disk.
+
+        While a checkpoint is written this happens in a thread, beside the writing of the optimizer state, which is
+        twice as large as the model.
+        """
+        if self._thread is None:
             work()
             return
         weights = [path for path in Path(folder).iterdir() if _WEIGHTS.fullmatch(path.name)]
-        self._beside = self._second.submit(lambda: (work(), *map(sync, weights)))
+        self._work = self._thread.submit(lambda: (work(), *map(sync, weights)))
 
     @contextmanager
     def _whole(self, folder: str) -> Iterator[str]:
-        """Where to write a model meant for `folder`: aside, each file then takes its place in one rename. A checkpoint
-        is aside already."""
+        """Yield the folder to write a model into; on leaving, its files replace those of `folder` by renames.
+
+        Inside a checkpoint it is `folder` itself, which is a staging folder already.
+        """
         if self._checkpointing or not self.args.should_save:
             yield folder
             return
@@ -112,18 +122,18 @@ class WholeCheckpoints(Trainer):
         sync_folder(written)
         new = {file.name for file in written.iterdir()}
         for name in new:
-            if (final / name).is_dir():  # a rename does not replace these
+            if (final / name).is_dir():  # a rename cannot replace a folder
                 shutil.rmtree(final / name)
             os.replace(written / name, final / name)
         for file in final.iterdir():
-            if _WEIGHTS.fullmatch(file.name) and file.name not in new:  # of an earlier model
+            if _WEIGHTS.fullmatch(file.name) and file.name not in new:  # weights of an earlier model
                 file.unlink()
         written.rmdir()
         sync(final)
 
 
 def sync_folder(folder: Path) -> None:
-    """`sync` every file in a folder, and its names."""
+    """Sync every file of a folder and its directory entries to disk."""
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)

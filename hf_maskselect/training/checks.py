@@ -1,4 +1,7 @@
-"""What `PruningConfig` does not go with among the trainer's other arguments: refused before the run begins."""
+"""Checks before a run begins: the arguments, the model and the devices must go together.
+
+Every check raises a `ValueError` that names what is wrong and how to mend it.
+"""
 
 from __future__ import annotations
 
@@ -6,36 +9,58 @@ from collections.abc import Mapping
 
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.distributed.fsdp import CPUOffloadPolicy
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import is_peft_available
 
 from ..config import PruningConfig
 from ..fields.rules import SELECTION_LOSSES
+from ..masking.dtensors import is_cut
 from ..masking.maskset import MaskSet
 from ..masking.patterns import NM, Channel, Unstructured
 from ..masking.schedule import LevelPlan
 from ..masking.scores import Criterion, ScoreFn
+from ..masking.targets import transposed_weights
 from ..search.pool import candidate_pool
 from ..storage.models import pruned_modules_of
 
 
+def check_arguments(args: PruningConfig, model, score_fn: ScoreFn | None, compute_metrics) -> None:
+    """Check the arguments of a trainer against each other. Runs before the trainer is set up."""
+    check_devices(args)
+    check_packs(args, model)
+    check_batches(args)
+    check_score_fn(args, score_fn)
+    check_metric(args, compute_metrics)
+
+
+def check_model(args: PruningConfig, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Check the arguments against a model and its prunable weights."""
+    check_adapter(model)
+    check_modules(args, model)
+    check_parameters(weights)
+    check_shapes(args, weights, transposed_weights(model))
+
+
 def check_rows(args: PruningConfig, train, selection, draws: bool) -> None:
-    """The rows that a run draws from must be there when it begins; draws: whether it is to make masks."""
-    if draws and train is None and (args.searches or args.criterion != "magnitude" or args.refit_rows):
+    """Check that there are rows to draw from and to choose on. `draws`: whether the run will make masks."""
+    settings = args.resolved()
+    draws = draws and (settings.searches or settings.criterion != "magnitude" or settings.refit_rows > 0)
+    if draws and train is None:
         raise ValueError(
             "there is no train_dataset, and trials, gradient samples and refits draw their rows from it, whatever "
             "get_train_dataloader gives: pass it, or use method='magnitude' with refit_rows=0"
         )
-    if selection is None and args.needs_selection_split:
+    if selection is None and settings.needs_selection_split:
         raise ValueError(
-            f"num_candidates={args.num_candidates} and level_eval_steps={args.level_eval_steps} need rows to choose "
-            "on, and none were held out when the PruningTrainer was made: make a new one, or pass selection_dataset"
+            f"num_candidates={settings.num_candidates} and level_eval_steps={args.level_eval_steps} need rows to "
+            "choose on, and there is no train_dataset to hold them out of: pass it, or pass selection_dataset"
         )
 
 
 def check_batches(args: PruningConfig) -> None:
-    """What trials, which one device runs alone, do not go with."""
-    if args.searches and args.train_sampling_strategy == "batch_rebalance":
+    """Check the batch options against trials, each of which runs on one device alone."""
+    if args.resolved().searches and args.train_sampling_strategy == "batch_rebalance":
         raise ValueError(
             "train_sampling_strategy='batch_rebalance' makes batches for several devices, but a trial runs on "
             "one: use 'group_by_length'"
@@ -43,13 +68,13 @@ def check_batches(args: PruningConfig) -> None:
     rows, micro = args.trial_batch_size, args.per_device_train_batch_size
     if rows is not None and rows > micro and rows % micro:
         raise ValueError(
-            f"trial_batch_size={rows} is no multiple of per_device_train_batch_size={micro}, in pieces of which a "
-            f"device runs it: choose {rows // micro * micro} or {-(-rows // micro) * micro}"
+            f"trial_batch_size={rows} is no multiple of per_device_train_batch_size={micro}, the size of the "
+            f"pieces that a device computes at once: choose {rows // micro * micro} or {-(-rows // micro) * micro}"
         )
 
 
 def check_score_fn(args: PruningConfig, score_fn: ScoreFn | None) -> None:
-    """A user's scores are those of a random mask."""
+    """Check that the method uses a `score_fn`."""
     if score_fn is not None and args.method != "random":
         raise ValueError(
             f"score_fn has no meaning with method={args.method!r}: use method='random' (num_candidates=1 for one mask)"
@@ -57,23 +82,26 @@ def check_score_fn(args: PruningConfig, score_fn: ScoreFn | None) -> None:
 
 
 def check_metric(args: PruningConfig, compute_metrics) -> None:
-    """What masks are chosen by must be there to be computed."""
-    metric = args.selection_metric
+    """Check that the selection metric can be computed."""
+    settings = args.resolved()
+    metric = settings.selection_metric
     by_metric = metric is not None and metric not in SELECTION_LOSSES
-    if args.needs_selection_split and by_metric and compute_metrics is None:
+    if settings.needs_selection_split and by_metric and compute_metrics is None:
         raise ValueError(f"selection_metric={metric!r} needs compute_metrics: pass it, or choose 'loss'")
-    if args.needs_selection_split and by_metric and (args.batch_eval_metrics or args.include_for_metrics):
+    if settings.needs_selection_split and by_metric and (args.batch_eval_metrics or args.include_for_metrics):
         field = "batch_eval_metrics" if args.batch_eval_metrics else "include_for_metrics"
         raise ValueError(
-            f"selection_metric={metric!r} does not go with {field}: for a trial compute_metrics gets predictions and "
-            "labels of the whole selection split and nothing else; choose 'loss'"
+            f"selection_metric={metric!r} does not go with {field}: in a trial compute_metrics gets the "
+            "predictions and labels of all held-out rows and nothing else: choose 'loss'"
         )
 
 
 def check_proposals(args: PruningConfig, criteria: Mapping[str, Criterion]) -> None:
-    """Refuse proposals that are unknown or too few, or that read gradients where no samples of them are taken. A
-    score_fn reads what there is."""
-    for proposal in [] if args.soft else candidate_pool(args, criteria):
+    """Check that every proposal is known and that the gradients it reads are sampled.
+
+    A `score_fn` must do with the statistics that there are.
+    """
+    for proposal in [] if args.resolved().soft else candidate_pool(args, criteria):
         if args.criterion_batches == 0 and proposal.criterion != "score_fn" and criteria[proposal.criterion].needs:
             raise ValueError(
                 f"criterion_batches=0 but proposal '{proposal}' needs gradients: set it to 64 or more, or "
@@ -82,33 +110,34 @@ def check_proposals(args: PruningConfig, criteria: Mapping[str, Criterion]) -> N
 
 
 def check_parameters(weights: Mapping[str, Tensor]) -> None:
-    """What a mask has no hold on, though a module of the model multiplies by it."""
+    """Refuse weights that a parametrization computes: zeros in them do not persist."""
     for name, weight in weights.items():
         if not isinstance(weight, nn.Parameter):
             raise ValueError(
-                f"{name} is no parameter but computed from others, so zeros in it do not last: remove its "
+                f"{name} is computed from other parameters, so zeros in it do not persist: remove its "
                 f"parametrization, or leave it dense with exclude_modules=[{name.removesuffix('.weight')!r}]"
             )
 
 
 def check_modules(args: PruningConfig, model: nn.Module) -> None:
-    """A model that was pruned in part goes on in part, unless it is told otherwise."""
+    """Refuse to prune more matrices of a model than it was pruned in, unless the arguments name them."""
     if args.target_modules is not None or args.exclude_modules is not None or not isinstance(model, PreTrainedModel):
         return
-    told = pruned_modules_of(model)
-    # A configuration alone says nothing of the weights: a fresh model may have been made from it.
-    if told and args.keep_zeros and MaskSet.from_zeros(model, **told).sparsity():
-        fields = ", ".join(f"{name}={value!r}" for name, value in told.items())
+    pruned_in = pruned_modules_of(model)
+    # The configuration is not enough: a new, dense model may have been made from it.
+    if pruned_in and args.keep_zeros and MaskSet.from_zeros(model, **pruned_in).sparsity():
+        fields = ", ".join(f"{name}={value!r}" for name, value in pruned_in.items())
         raise ValueError(
-            f"the model was pruned with {fields}, and without that a run would cut its other matrices as well: set "
-            f"{fields} to go on with those it was pruned in, or name all that are to be pruned in target_modules"
+            f"the model was pruned with {fields}, and without that its other matrices would be pruned as well: set "
+            f"{fields} to prune the same ones, or name all matrices to prune in target_modules"
         )
 
 
 def check_shapes(args: PruningConfig, weights: Mapping[str, Tensor], transposed: set[str]) -> None:
-    """What the pattern does not go with among the model's prunable weights; transposed: names of those of Conv1D."""
+    """Check the pattern against every prunable weight. `transposed`: the names of the weights of `Conv1D` layers."""
+    pattern = args.resolved().pattern
     for name, weight in weights.items():
-        args.mask_pattern.check(name, weight.shape)
+        pattern.check(name, weight.shape)
     if args.pattern != "unstructured" and (turned := sorted(transposed & weights.keys())):
         raise ValueError(
             f"pattern={args.pattern!r} does not fit {turned[0]}: Conv1D stores its weight transposed, so rows and "
@@ -117,7 +146,7 @@ def check_shapes(args: PruningConfig, weights: Mapping[str, Tensor], transposed:
 
 
 def check_adapter(model: nn.Module) -> None:
-    """Masks would cover an adapter's own matrices, and keep shut those that begin at zero."""
+    """Refuse PEFT adapters: masks would cover their matrices, and prune those that start at zero for good."""
     if not is_peft_available():
         return
     from peft import PeftModel
@@ -125,13 +154,13 @@ def check_adapter(model: nn.Module) -> None:
 
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
-            f"the {type(model).__name__} has a PEFT adapter, and adapters are not pruned: merge it first "
+            f"the {type(model).__name__} has a PEFT adapter, which cannot be pruned: merge it first "
             "(merge_adapter_with_masks), or prune the model without it"
         )
 
 
 def check_packs(args: PruningConfig, model) -> None:
-    """Packing needs a model that can be built from its configuration."""
+    """Check that `pack_on_save` can build the model from its configuration."""
     if (
         args.pack_on_save
         and model is not None
@@ -143,15 +172,15 @@ def check_packs(args: PruningConfig, model) -> None:
 
 
 def check_start(args: PruningConfig, masks: MaskSet, plan: LevelPlan) -> None:
-    """Refuse a target below the zeros that the model has already, and a pattern whose exact count needs some of their
-    places: pruned weights do not return."""
-    if args.emergent or masks.kept == masks.total:
+    """Check the target and the pattern against the zeros that the model has already: pruned weights do not return."""
+    settings = args.resolved()
+    if settings.emergent or masks.kept == masks.total:
         return
-    pattern = args.mask_pattern
-    if masks.kept < pattern.keeps([mask.shape for mask in masks.values()], args.sparsity):
+    pattern = settings.pattern
+    if masks.kept < pattern.keeps([mask.shape for mask in masks.values()], settings.sparsity):
         raise ValueError(
-            f"sparsity={args.sparsity} is less than the {masks.sparsity():.6f} that the model has already, and pruned "
-            f"weights do not return: set {_same_zeros(pattern, masks)}{_returning(args)}"
+            f"sparsity={settings.sparsity} is less than the {masks.sparsity():.6f} that the model has already, and "
+            f"pruned weights do not return: set {_same_zeros(pattern, masks)}{_returning(args)}"
         )
     found = ((level, _shortage(pattern, masks, level)) for level in plan.levels)
     short = {level: text for level, text in found if text}
@@ -172,7 +201,7 @@ def _returning(args: PruningConfig) -> str:
 
 
 def _same_zeros(pattern: Unstructured | NM | Channel, masks: MaskSet) -> str:
-    """The arguments under which the model goes on with the zeros it has; none where nothing else is left."""
+    """The arguments that keep exactly the zeros of the model; empty where all its weights are zero."""
     if not masks.kept:
         return ""
     sparsity = masks.sparsity()
@@ -186,8 +215,101 @@ def _same_zeros(pattern: Unstructured | NM | Channel, masks: MaskSet) -> str:
 
 
 def _shortage(pattern: Unstructured | NM | Channel, masks: MaskSet, sparsity: float) -> str:
-    """What the first matrix that cannot hold the pattern among the weights alive lacks; empty if there is none."""
-    if masks.reaches(pattern, sparsity):  # the level leaves them as they are
+    """Why the first matrix cannot hold the pattern among its kept weights; empty if all can."""
+    if masks.reaches(pattern, sparsity):  # the level changes nothing
         return ""
     found = ((name, pattern.shortage(mask, sparsity)) for name, mask in masks.items())
     return next((f"in {name} {text}" for name, text in found if text), "")
+
+
+def check_devices(args: PruningConfig) -> None:
+    """Refuse several GPUs in one process. Runs before accelerate is set up."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            "nn.DataParallel is not supported: start with `accelerate launch`, or show one GPU to the process"
+        )
+
+
+def check_engine(args: PruningConfig, trainer: Trainer, score_fn: ScoreFn | None) -> None:
+    """Refuse engines that are not supported.
+
+    Runs after accelerate is set up, because its launcher may set an engine that `args` does not.
+    """
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "DeepSpeed is not supported, at no ZeRO stage: use DistributedDataParallel, or FSDP2 where memory is short"
+        )
+    sizes = {"tensor": trainer.get_tp_size(), "context": trainer.get_cp_size(), "sequence": trainer.get_sp_size()}
+    for kind, size in sizes.items():
+        if size > 1:
+            raise ValueError(
+                f"{kind} parallelism (over {size} devices) is not supported: use DistributedDataParallel or FSDP2"
+            )
+    if any(is_cut(weight) for weight in trainer.model.parameters()):
+        raise ValueError(
+            "the model is sharded already: load it plainly, and let fsdp=True with fsdp_config={'version': 2} shard it"
+        )
+    check_fsdp(args, trainer, score_fn)
+
+
+def check_fsdp(args: PruningConfig, trainer: Trainer, score_fn: ScoreFn | None) -> None:
+    """Check the arguments against FSDP, if it is on.
+
+    Tested are hard masks without a search, and PDP where the thresholds lie inside rows.
+
+    Raises:
+        ValueError: FSDP does not go with them.
+    """
+    if not trainer.is_fsdp_enabled:
+        return
+    plugin = trainer.accelerator.state.fsdp_plugin
+    ddp, settings = "or use DistributedDataParallel", args.resolved()
+    refused = [
+        (not trainer.accelerator.is_fsdp2, "version 1 flattens weights", "set fsdp_config={'version': 2}"),
+        (
+            "FULL_STATE_DICT" not in str(plugin.state_dict_type),
+            f"state_dict_type={plugin.state_dict_type} saves no model that from_pretrained loads",
+            "set fsdp_config={'state_dict_type': 'FULL_STATE_DICT'}",
+        ),
+        (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "cpu_offload is not tested with masks", "leave it out"),
+        (
+            plugin.activation_checkpointing,
+            "activation_checkpointing renames the weights",
+            "set gradient_checkpointing=True instead",
+        ),
+        (
+            settings.searches,
+            f"num_candidates={settings.num_candidates} but no rank has the model to run a trial",
+            f"set it to 1, {ddp}, where the ranks share the trials",
+        ),
+        (
+            settings.refit_rows,
+            f"refit_rows={settings.refit_rows} needs whole matrices",
+            f"set it to 0, {ddp}",
+        ),
+        (
+            args.level_eval_steps,
+            f"level_eval_steps={args.level_eval_steps} keeps whole weights",
+            f"set it to 0, {ddp}",
+        ),
+        (
+            args.permute_channels,
+            "permute_channels=True would move rows between ranks",
+            "call hf_maskselect.permute_channels on the model before",
+        ),
+        (score_fn is not None, "score_fn would see the rows of one rank", f"use a built-in criterion, {ddp}"),
+        (args.method == "gumbel", "method='gumbel' is not supported", f"use 'pdp' with an N:M pattern, {ddp}"),
+        (
+            args.method == "pdp" and not isinstance(settings.pattern, NM),
+            f"method='pdp' with pattern={args.pattern!r} needs thresholds over whole matrices at every step",
+            f"use an N:M pattern, whose thresholds lie inside a row, {ddp}",
+        ),
+        (
+            args.method == "pdp" and args.load_best_model_at_end,
+            "load_best_model_at_end=True would load the weights of method='pdp' without their masks",
+            f"set it to False, {ddp}",
+        ),
+    ]
+    for wrong, problem, remedy in refused:
+        if wrong:
+            raise ValueError(f"FSDP: {problem}: {remedy}")

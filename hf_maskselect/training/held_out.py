@@ -31,15 +31,16 @@ def selection_rows(
             )
     if train is None:
         return train, selection
-    if args.needs_selection_split and selection is None:
+    settings = args.resolved()
+    if settings.needs_selection_split and selection is None:
         train, selection = hold_out(train, args.selection_fraction, args.seed, args.max_selection_samples)
-    elif args.needs_selection_split and (lack := _lack(selection)):
+    elif settings.needs_selection_split and (lack := _lack(selection)):
         raise ValueError(
             f"selection_dataset {lack}, but every candidate is scored on all of it: pass a map-style dataset"
         )
-    elif args.needs_selection_split and len(selection) == 0:
+    elif settings.needs_selection_split and len(selection) == 0:
         raise ValueError("selection_dataset is empty: give it rows to choose on, or leave it out to hold out a split")
-    if (args.searches or args.criterion != "magnitude" or args.refit_rows) and (lack := _lack(train)):
+    if (settings.searches or settings.criterion != "magnitude" or settings.refit_rows) and (lack := _lack(train)):
         raise ValueError(
             f"train_dataset {lack}, but trials, gradient samples and refits draw random rows: pass a map-style "
             "dataset, or use method='magnitude' with refit_rows=0"

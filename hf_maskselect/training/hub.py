@@ -1,21 +1,22 @@
-"""What goes to the Hub besides the weights: the state, the card and its pictures."""
+"""What a repository on the Hub holds besides the weights: the model card, its pictures and the pruning state."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
-from transformers.trainer_utils import HubStrategy
+from transformers import PreTrainedModel, Trainer
 
+from ..config import PruningConfig
 from ..reporting.card import Scores, card_text, mean, shown_scores, write_card
 from ..reporting.plots import plot
 from ..reporting.record import RunRecord, metrics_of
 from ..search.results import SEARCH_FILE, read_searches
 from ..storage.packed_file import PACKED_FILE
 from ..storage.state import STATE_FILE, PruningState
-from .atomic_checkpoints import WholeCheckpoints
 
 _TASKS = {
     "ForSequenceClassification": "text-classification",
@@ -27,80 +28,76 @@ _TASKS = {
 TAGS = ("pruned", "sparse", "hf_maskselect")
 
 
-class HubTrainer(WholeCheckpoints):
-    """A `Trainer` whose repositories on the Hub tell what was pruned, and can be loaded plainly or gone on with."""
+def with_tags(tags: str | Sequence[str] | None, method: str) -> list[str]:
+    """The user's tags of a repository, followed by ours."""
+    own = [tags] if isinstance(tags, str) else list(tags or [])
+    return [*own, *(tag for tag in (*TAGS, method) if tag not in own)]
 
-    def create_model_card(
-        self,
-        *args,
-        model_name: str | None = None,
-        tags: str | list[str] | None = None,
-        scores: Scores | None = None,
-        dense_scores: Scores | None = None,
-        **kwargs,
-    ) -> None:
-        """`README.md` of the saved model in `output_dir`: the metadata as [`Trainer`] makes it, and our text.
 
-        Args:
-            scores: metric -> value, or a list with one value a seed; by default the last evaluation.
-            dense_scores: the same of the model before pruning.
-        """
-        self._write_card(Path(self.args.output_dir), model_name, tags, scores, dense_scores, *args, **kwargs)
+def complete_card(
+    trainer: Trainer,
+    source: Path,
+    teacher: PreTrainedModel | None,
+    model_name: str | None = None,
+    scores: Scores | None = None,
+    dense_scores: Scores | None = None,
+) -> None:
+    """Replace the text of the card that `Trainer` wrote into `output_dir`, and keep its metadata.
 
-    def _write_card(self, source: Path, model_name, tags, scores=None, dense_scores=None, *args, **kwargs) -> None:
-        """The card of the model saved in `source`, into `output_dir`."""
-        given = [tags] if isinstance(tags, str) else list(tags or [])
-        tags = [*given, *(tag for tag in (*TAGS, self.args.method) if tag not in given)]
-        super().create_model_card(*args, model_name=model_name, tags=tags, **kwargs)
-        if not self.is_world_process_zero() or not (source / STATE_FILE).is_file():
-            return
-        output = Path(self.args.output_dir)
-        searches = read_searches(output / SEARCH_FILE) if (output / SEARCH_FILE).is_file() else []
-        record = dataclasses.replace(RunRecord.load(source), searches=searches, history=self.state.log_history)
-        if importlib.util.find_spec("matplotlib"):
-            plot(record, output)
-        last = next((e for e in reversed(self.state.log_history) if metrics_of(e, "eval_")), {})
-        scores = scores or metrics_of(last, "eval_")  # of this run, whatever an earlier one left in the folder
-        name = self.hub_model_id or model_name or output.name
-        metadata = ModelCard.load(output / "README.md").data
-        metadata.model_name = name.split("/")[-1]
-        metadata.eval_results = metadata.eval_results or self._eval_results(record, scores)
-        metadata.pipeline_tag = metadata.pipeline_tag or self._task()
-        text = card_text(record, name, output, self._card_options(), scores, dense_scores)
-        write_card(output, f"---\n{metadata.to_yaml()}\n---", text)
+    Args:
+        trainer: the trainer; its `args` are a [`PruningConfig`].
+        source: the folder of the saved model that the card describes: `output_dir` or a checkpoint.
+        teacher: named in the card.
+        model_name: name of the repository, where `hub_model_id` is not set.
+        scores: metric -> value, or a list with one value a seed. Default: the last evaluation of this run.
+        dense_scores: the same of the model before pruning.
+    """
+    config, history, output = trainer.args, trainer.state.log_history, Path(trainer.args.output_dir)
+    assert isinstance(config, PruningConfig)
+    if not trainer.is_world_process_zero() or not (source / STATE_FILE).is_file():  # no pruned model is saved
+        return
+    model_class = type(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)).__name__
+    name = trainer.hub_model_id or model_name or output.name
+    searches = read_searches(output / SEARCH_FILE) if (output / SEARCH_FILE).is_file() else []
+    record = dataclasses.replace(RunRecord.load(source), searches=searches, history=history)
+    if importlib.util.find_spec("matplotlib"):
+        plot(record, output)
+    last = next((entry for entry in reversed(history) if metrics_of(entry, "eval_")), {})
+    scores = scores or metrics_of(last, "eval_")  # not those of an earlier run in the same folder
+    task = next((task for ending, task in _TASKS.items() if model_class.endswith(ending)), None)
+    metadata = ModelCard.load(output / "README.md").data
+    metadata.model_name = name.split("/")[-1]
+    metadata.eval_results = metadata.eval_results or _eval_results(record, scores, task)
+    metadata.pipeline_tag = metadata.pipeline_tag or task
+    text = card_text(record, name, output, _options(config, teacher), scores, dense_scores)
+    write_card(output, f"---\n{metadata.to_yaml()}\n---", text)
 
-    def _card_options(self) -> dict[str, object]:
-        """What the card may tell of how the model was made."""
-        return self.args.to_dict()
 
-    def _eval_results(self, record: RunRecord, scores: Scores | None) -> list[EvalResult]:
-        """The card's `model-index`, where transformers knows no name of the dataset: the scores shown, and the
-        sparsity."""
-        shown = {name: mean(value) for name, value in shown_scores(record, scores).items()}
-        task = self._task() or "other"
-        return [
-            EvalResult(
-                task_type=task,
-                dataset_type="evaluation",
-                dataset_name="the evaluation set of the run",
-                metric_type=name,
-                metric_value=round(value, 6),
-            )
-            for name, value in {**shown, "sparsity": record.report.sparsity}.items()
-        ]
+def _eval_results(record: RunRecord, scores: Scores | None, task: str | None) -> list[EvalResult]:
+    """The `model-index` of a card where transformers knows no name of the dataset: the scores and the sparsity."""
+    shown = {name: mean(value) for name, value in shown_scores(record, scores).items()}
+    return [
+        EvalResult(
+            task_type=task or "other",
+            dataset_type="evaluation",
+            dataset_name="the evaluation set of the run",
+            metric_type=name,
+            metric_value=round(value, 6),
+        )
+        for name, value in {**shown, "sparsity": record.report.sparsity}.items()
+    ]
 
-    def _task(self) -> str | None:
-        name = type(self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)).__name__
-        return next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._checkpointing and self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
-            busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-            if busy and not self.args.hub_always_push:
-                return
-            # An upload in flight still reads `output_dir`, and would mix this model with the last.
-            self._finish_current_push()
-            PruningState.load(checkpoint_folder).save(self.args.output_dir)  # without what resuming needs
-            (Path(self.args.output_dir) / PACKED_FILE).unlink(missing_ok=True)  # of another model
-            self._write_card(Path(checkpoint_folder), None, None)
-        super()._push_from_checkpoint(checkpoint_folder)
+def prepare_push(checkpoint: str, output: str) -> None:
+    """Make the output folder, which is pushed, describe the model of a checkpoint."""
+    PruningState.load(checkpoint).save(output)  # without what only a resumed run needs
+    (Path(output) / PACKED_FILE).unlink(missing_ok=True)  # it holds another model
+
+
+def _options(config: PruningConfig, teacher: PreTrainedModel | None) -> dict[str, object]:
+    """The arguments of a run as its card may show them, with their defaults filled in."""
+    options = {**config.to_dict(), **config.resolved().record()}
+    if teacher is not None:  # a name on the Hub is public; of a folder only its own name is
+        path = teacher.name_or_path
+        options["teacher"] = Path(path).name if Path(path).is_dir() else path or type(teacher).__name__
+    return options

@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from ..config import PruningConfig
+from ..fields.resolved import ResolvedConfig
 from ..masking.schedule import LevelPlan
 from ..search.schedule import rungs_text
 from ..utils.tables import text_table
@@ -53,8 +54,8 @@ def rewound_rate(args: PruningConfig, plan: LevelPlan) -> Callable[[int], float]
     return rate
 
 
-def _rising(args: PruningConfig) -> str:
-    return "emerges" if args.emergent else f"0 - {args.sparsity:.4f}"
+def _rising(settings: ResolvedConfig) -> str:
+    return "emerges" if settings.emergent else f"0 - {settings.sparsity:.4f}"
 
 
 def _phase(plan: LevelPlan, level: int, emergent: bool) -> str:
@@ -86,6 +87,7 @@ def plan_text(
         held_out: rows that masks are chosen on; 0 where nothing is chosen.
         start: sparsity of the model the run begins with.
     """
+    settings = args.resolved()
     rows, rate = [], "(its own)" if peak is None else f"{peak:g}"
     for level in range(-1, len(plan.levels)):
         if plan.length(level) == 0:
@@ -94,8 +96,8 @@ def plan_text(
         trials = rungs[level] if level >= 0 else []
         rows.append(
             [
-                _phase(plan, level, args.emergent),
-                f"{plan.levels[level]:.4f}" if level >= 0 else _rising(args) if args.soft else f"{start:.4g}",
+                _phase(plan, level, settings.emergent),
+                f"{plan.levels[level]:.4f}" if level >= 0 else _rising(settings) if settings.soft else f"{start:.4g}",
                 f"{first}-{last - 1}",
                 rate if args.lr_rewind or first == 0 else "(one schedule)",
                 rungs_text(trials) or "-",
@@ -104,9 +106,9 @@ def plan_text(
         )
     compared = sum(count for trials in rungs for count, steps in trials if steps == 0)
     held = f"; masks are chosen on {held_out} rows held out" if held_out else ""
-    fitted = f"; what a cut leaves is fitted anew on {args.refit_rows} rows" if args.refit_rows else ""
+    fitted = f"; what a cut leaves is fitted anew on {settings.refit_rows} rows" if settings.refit_rows else ""
     begun = f", from a model at {start:.4f} whose zeros are kept" if start else ""
-    target = "that emerges" if args.emergent else f"{args.sparsity:g}"
+    target = "that emerges" if settings.emergent else f"{settings.sparsity:g}"
     return (
         f"Pruning plan: method {args.method}, pattern {args.pattern}, target {target}{begun}{held}{fitted}\n"
         + text_table(["phase", "sparsity", "steps", "peak lr", "trials (count x steps)", "trial steps"], rows)

@@ -7,6 +7,7 @@ import math
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from ..config import PruningConfig
+from ..fields.resolved import ResolvedConfig
 from ..masking.scores import CRITERIA
 from ..masking.targets import prunable_weights, transposed_weights
 from ..search.bench import EARLY_EVALUATIONS, REFIT_COST
@@ -56,6 +58,11 @@ class Workload:
     def __post_init__(self) -> None:
         check_run(self.config)
 
+    @cached_property
+    def settings(self) -> ResolvedConfig:
+        """What follows from the fields of the configuration."""
+        return self.config.resolved()
+
     @property
     def rows(self) -> int:
         """Of one device in a training step, accumulation included."""
@@ -80,13 +87,13 @@ class Workload:
     def refitted(self) -> float:
         """Rows of training that one refit takes as long as, at most: of long rows fewer are taken."""
         return REFIT_COST * min(
-            self.config.refit_rows, self.train_rows - self.held_out * self.config.needs_selection_split
+            self.settings.refit_rows, self.train_rows - self.held_out * self.settings.needs_selection_split
         )
 
     def rungs(self, ranks: int) -> list[Rungs]:
         """Of every level, where matrices can be fitted: only a run sees whether (not ALBERT's)."""
         epoch = max(1, (self.train_rows - self.held_out) // self.trial_rows(ranks))
-        plan = self.config.plan(self.config.max_steps)
+        plan = self.settings.plan(self.config.max_steps)
         return [search_rungs(self.config, plan, level, epoch) for level in range(len(plan.levels))]
 
 
@@ -127,7 +134,7 @@ def check_run(config: PruningConfig) -> None:
             raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
     check_batches(config)
     check_proposals(config, CRITERIA)
-    plan = config.plan(config.max_steps)
+    plan = config.resolved().plan(config.max_steps)
     if config.lr_rewind:
         rewound_rate(config, plan)
 
@@ -145,13 +152,13 @@ def workload(config: PruningConfig, path: str | Path, train_rows: int) -> Worklo
             f"{path} is no folder with the config.json of a model of transformers, and no such name could be found on "
             f"the Hub: give one of these ({str(error).splitlines()[0]})"
         ) from error
-    model = _trained(told)
-    weights = prunable_weights(model, config.target_modules, config.exclude_modules)
+    model, settings = _trained(told), config.resolved()
+    weights = prunable_weights(model, settings.target_modules, settings.exclude_modules)
     check_shapes(config, weights, transposed_weights(model))
     if config.permute_channels:
-        couplings_of(model, config.mask_pattern, weights)
+        couplings_of(model, settings.pattern, weights)
     parameters, prunable = model.base_model.num_parameters(), sum(weight.numel() for weight in weights.values())
-    return Workload(config, parameters, prunable, train_rows, teaches=config.selection_metric == "teacher")
+    return Workload(config, parameters, prunable, train_rows, teaches=settings.selection_metric == "teacher")
 
 
 def _trained(told: PretrainedConfig) -> PreTrainedModel:
@@ -190,11 +197,11 @@ def search_cost(work: Workload, ranks: int) -> Cost:
     drawing = 4 * work.prunable * (needs + 2) - weights if needs else 0
     # A copy of the weights, and the moments of a trial that trains; or what the matrices were before the cut.
     copied = 3 if any(steps for rungs in levels for _, steps in rungs) else int(any(levels))
-    trying = copied * weights or 4 * work.prunable * bool(work.config.refit_rows)
+    trying = copied * weights or 4 * work.prunable * bool(work.settings.refit_rows)
     messages = max(exchanged(rungs, ranks) for rungs in levels) if ranks > 1 else 0
     shared = 0  # by one rank, to all: what the winner has trained, or how the chosen matrices were fitted
     if ranks > 1:
-        shared = weights if longest and survive else 4 * work.prunable * bool(work.config.refit_rows)
+        shared = weights if longest and survive else 4 * work.prunable * bool(work.settings.refit_rows)
     training = 4 * weights + 4 * work.prunable + (weights if ranks > 1 else 0)  # the buckets of the all-reduce
     return Cost(
         ranks,
@@ -258,18 +265,18 @@ def cost_text(work: Workload, ranks: Sequence[int]) -> str:
 
 def _advice(work: Workload, cost: Cost) -> list[str]:
     """What would make the ranks wait less, and the trials shorter."""
-    config, told = work.config, []
+    config, settings, told = work.config, work.settings, []
     # Without votes there are only so many different masks.
-    any_number = config.proposals in (["mixed"], ["paper"]) or any(
-        text.endswith(":votes") for text in config.proposals
+    any_number = settings.proposals in (("mixed",), ("paper",)) or any(
+        text.endswith(":votes") for text in settings.proposals
     )
-    if 1 < config.num_candidates < cost.ranks and any_number:
+    if 1 < settings.num_candidates < cost.ranks and any_number:
         more = search_cost(replace(work, config=_changed(config, num_candidates=cost.ranks)), cost.ranks)
         told.append(
             f"{cost.ranks} ranks: {1 - cost.busy:.0%} of their time in trials is waiting; with "
             f"num_candidates={cost.ranks} the searches take {more.time:.2f} times the training's time"
         )
-    if cost.time > 10 and config.trial_batch_size is None and not config.compares_fitted and cost.ranks > 1:
+    if cost.time > 10 and config.trial_batch_size is None and not settings.scores_after_refit and cost.ranks > 1:
         less = search_cost(replace(work, config=_changed(config, trial_batch_size=work.rows)), cost.ranks)
         told.append(
             f"{cost.ranks} ranks: one device runs trials of {work.trial_rows(cost.ranks)} rows a step alone; with "
@@ -279,7 +286,7 @@ def _advice(work: Workload, cost: Cost) -> list[str]:
 
 
 def _changed(config: PruningConfig, **changes) -> PruningConfig:
-    other = copy.copy(config)  # checked before; these two fields decide no other
+    other = copy.copy(config)  # checked before
     for name, value in changes.items():
         setattr(other, name, value)
     return other

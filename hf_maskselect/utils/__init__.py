@@ -1,1 +1,1 @@
-"""Helpers that know nothing of pruning."""
+"""Helpers that know nothing about pruning."""

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and safetensors written one tensor at a time."""
+"""Write files that are either complete or absent, and safetensors files one tensor at a time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+# The names that safetensors has for the dtypes.
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -30,7 +31,7 @@ DTYPES = {
 
 
 def sync(path: str | os.PathLike) -> None:
-    """Return when a file's content, or a folder's names, are on the disk."""
+    """Flush a file's content, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -40,10 +41,12 @@ def sync(path: str | os.PathLike) -> None:
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary name to write under. When the block ends well the file is on the disk and takes the place of
-    `path` in one rename; when it raises, `path` is as it was."""
+    """Write a file completely or not at all: yields a temporary path that replaces `path` when the block ends.
+
+    If the block raises, `path` keeps its old content.
+    """
     path = Path(path)
-    temporary = path.with_name(f"_{path.name}.tmp")  # uploads to the Hub leave out what begins so
+    temporary = path.with_name(f"_{path.name}.tmp")  # uploads to the Hub skip names that begin with an underscore
     try:
         yield temporary
         sync(temporary)
@@ -56,43 +59,43 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def read_object(path: str | os.PathLike, remedy: str) -> dict:
-    """The object that a JSON file holds.
+    """Read the object that a JSON file holds.
 
     Raises:
-        ValueError: it holds none; the sentence ends with `remedy`.
+        ValueError: the file holds no JSON object; `remedy` ends the message.
     """
     try:
-        found = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text())
     except ValueError as error:
         raise ValueError(f"{path} cannot be read ({error}); {remedy}") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object; {remedy}")
-    return found
+    return content
 
 
 def write_json(path: str | os.PathLike, content: object) -> None:
-    """JSON under a checksum of its own, whole or not at all; `read_json` takes nothing else."""
+    """Write `content` as JSON together with its checksum, completely or not at all. `read_json` reads it."""
     text = json.dumps(content)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "content": text}))
 
 
-def read_json(path: str | os.PathLike, remedy: str) -> object:
-    """What `write_json` wrote.
+def read_json(path: str | os.PathLike, remedy: str) -> Any:
+    """Read the content that `write_json` wrote.
 
     Raises:
-        ValueError: it is damaged, or another hand wrote it; the sentence ends with `remedy`.
+        ValueError: the file is damaged or was not written by `write_json`; `remedy` ends the message.
     """
-    found = read_object(path, remedy)
-    content = found.get("content")
-    if not isinstance(content, str) or hashlib.sha256(content.encode()).hexdigest() != found.get("sha256"):
+    stored = read_object(path, remedy)
+    content = stored.get("content")
+    if not isinstance(content, str) or hashlib.sha256(content.encode()).hexdigest() != stored.get("sha256"):
         raise ValueError(f"{path} is damaged, its content does not match its checksum: {remedy}")
     return json.loads(content)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The tensor's bytes in row-major order, without a copy where it is contiguous on the CPU."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    """Return a tensor's bytes in row-major order, without a copy if it is contiguous on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_safetensors(
@@ -101,11 +104,13 @@ def write_safetensors(
     chunks: Iterable[bytes | memoryview],
     metadata: Mapping[str, str],
 ) -> None:
-    """What `safetensors.torch.save_file` writes, without having all tensors in memory.
+    """Write a safetensors file from a stream of bytes, so that the tensors need not be in memory together.
 
     Args:
+        file: file opened for binary writing.
         layout: name -> (dtype, shape), in the order of the data.
-        chunks: the bytes of all tensors, in that order, cut anywhere.
+        chunks: the bytes of all tensors in that order, cut anywhere.
+        metadata: text fields of the header.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0

@@ -1,11 +1,11 @@
-"""The processes of one run, as a search needs them: small values told to all, errors shared, nobody left waiting."""
+"""Exchange small values between the processes of one run, and divide work among them."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -14,11 +14,15 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Ranks:
-    """This process among those of the run, or alone.
+class Processes:
+    """This process and the others of the run; a run without torch.distributed has one process.
 
-    What is exchanged are Python objects of a few hundred bytes, over a gloo group of their own: trials run for
-    minutes, in which the backend of the training (NCCL, with its watchdog) is not waited on.
+    The processes exchange Python objects of a few hundred bytes in a gloo group of their own. Trials take minutes, and
+    the training backend (NCCL and its watchdog) would not wait that long.
+
+    Attributes:
+        rank: number of this process, from 0.
+        count: number of processes.
     """
 
     def __init__(self) -> None:
@@ -29,7 +33,7 @@ class Ranks:
         self._seconds = 0.0
 
     def open(self, seconds: float) -> None:
-        """Set for how long a rank waits for another one. All ranks must call it together."""
+        """Create the group; a process waits at most `seconds` for the others. All processes must call it together."""
         if self.count == 1:
             return
         if self._group is not None:
@@ -38,70 +42,80 @@ class Ranks:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, by rank.
+        """Return the values of all processes, ordered by rank.
 
         Raises:
-            RuntimeError: a process is gone, or did not come within the time of `open`.
+            RuntimeError: a process has died, or did not answer within the time given to `open`.
         """
         if self.count == 1:
             return [value]
-        told: list = [None] * self.count
+        values: list = [None] * self.count
         try:
-            dist.all_gather_object(told, value, group=self._group)
+            dist.all_gather_object(values, value, group=self._group)
         except RuntimeError as error:
             raise RuntimeError(
-                f"rank {self.rank} waited for the other ranks in vain: one of them has died, which its own log tells, "
-                f"or was busy for more than {self._seconds:.0f} s, for which ddp_timeout can be raised ({error})"
+                f"rank {self.rank} got no answer from the other ranks: one of them died (see its own log), or was busy "
+                f"for more than {self._seconds:.0f} s (raise ddp_timeout) ({error})"
             ) from error
-        return told
+        return values
 
     def first(self, value: T) -> T:
-        """Rank 0's value; what the others pass does not matter."""
-        return self.gather(value if self.rank == 0 else None)[0]
+        """Return the value of rank 0; the values of the other processes are ignored."""
+        return cast(T, self.gather(value if self.rank == 0 else None)[0])
 
     def share(self, tensors: Mapping[str, Tensor] | None, source: int) -> Mapping[str, Tensor]:
-        """The tensors of rank `source`; the others pass None."""
+        """Send tensors by name from rank `source` to all processes, which pass None and receive them on the CPU."""
         if self.count == 1:
+            assert tensors is not None
             return tensors
-        told = self.gather(None if tensors is None else {n: (t.shape, t.dtype) for n, t in tensors.items()})[source]
-        shared = {}
-        for name, (shape, dtype) in told.items():
+        layout = None if tensors is None else {name: (t.shape, t.dtype) for name, t in tensors.items()}
+        layout, shared = self.gather(layout)[source], {}
+        assert layout is not None
+        for name, (shape, dtype) in layout.items():
             shared[name] = torch.empty(shape, dtype=dtype) if tensors is None else tensors[name].cpu().contiguous()
             dist.broadcast(shared[name], source, group=self._group)
         return shared
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """Every rank does its own work; what it returned, by rank.
+        """Run `work` in every process and return the results ordered by rank.
 
         Raises:
-            Exception: where the work of a rank failed: there the error itself, elsewhere a RuntimeError that tells it.
+            Exception: the error of `work` in the process where it failed, and a RuntimeError that quotes it in the
+                others.
         """
         result, failure = None, None
         try:
             result = work()
         except Exception as error:
             failure = error
-        told = self.gather((result, None if failure is None else f"{type(failure).__name__}: {failure}"))
+        outcomes = self.gather((result, None if failure is None else f"{type(failure).__name__}: {failure}"))
         if failure is not None:
             raise failure
-        for rank, (_, text) in enumerate(told):
-            if text is not None:
-                raise RuntimeError(f"rank {rank} failed: {text}")
-        return [result for result, _ in told]
+        for rank, (_, message) in enumerate(outcomes):
+            if message is not None:
+                raise RuntimeError(f"rank {rank} failed: {message}")
+        return [cast(T, result) for result, _ in outcomes]
 
     def agree(self, digests_of: Callable[[], Mapping[str, str]], what: str) -> None:
-        """Raise a RuntimeError on every rank unless all hold the same digests by name, and name the first that
-        differs."""
+        """Check that all processes hold the same digests by name.
+
+        Args:
+            digests_of: computes the digests of this process; not called in a run of one process.
+            what: the things compared, for the message.
+
+        Raises:
+            RuntimeError: in every process, if digests differ; the message names the first.
+        """
         if self.count == 1:
             return
         digests = digests_of()
-        whole = hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
-        if len(set(self.gather(whole))) == 1:
+        total = hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
+        if len(set(self.gather(total))) == 1:
             return
-        told = self.gather(dict(digests))
-        names = dict.fromkeys(name for digest in told for name in digest)
-        differ = [name for name in names if len({digest.get(name) for digest in told}) > 1]
-        groups = {digest.get(differ[0]): rank for rank, digest in reversed(list(enumerate(told)))}
+        by_rank = self.gather(dict(digests))
+        names = dict.fromkeys(name for digest in by_rank for name in digest)
+        differ = [name for name in names if len({digest.get(name) for digest in by_rank}) > 1]
+        groups = {digest.get(differ[0]): rank for rank, digest in reversed(list(enumerate(by_rank)))}
         others = f" (and {len(differ) - 1} others)" if len(differ) > 1 else ""
         raise RuntimeError(
             f"{what} of {differ[0]}{others} differ between ranks {' and '.join(map(str, sorted(groups.values())))}: "
@@ -110,7 +124,7 @@ class Ranks:
 
 
 def deal_to_holders(work: Sequence[int], holders: Mapping[int, Collection[int]], ranks: int) -> list[list[int]]:
-    """Share `work` out, every piece to one of those who hold it, as evenly as that allows.
+    """Divide `work` among `ranks` processes, each piece to one of its holders, as evenly as possible.
 
     >>> deal_to_holders([0, 2, 4, 6], {0: [0, 1], 2: [0], 4: [0], 6: [0, 1]}, ranks=2)
     [[2, 4], [0, 6]]
@@ -122,11 +136,12 @@ def deal_to_holders(work: Sequence[int], holders: Mapping[int, Collection[int]],
 
 
 def deal(work: Sequence[int], holders: Mapping[int, Collection[int]], ranks: int) -> list[list[int]]:
-    """Share `work` out in shares that differ by at most one. Who holds a piece gets it, unless others would wait.
+    """Divide `work` among processes in shares that differ by at most one piece, to holders where that allows it.
 
     Args:
-        work: what is to be done, by number.
+        work: numbers of the pieces.
         holders: for each piece, the ranks that need no preparation for it.
+        ranks: number of processes.
 
     >>> deal([0, 2, 4, 6], {0: [0, 1], 2: [0], 4: [0], 6: [0]}, ranks=2)
     [[2, 4], [0, 6]]
@@ -139,7 +154,7 @@ def deal(work: Sequence[int], holders: Mapping[int, Collection[int]], ranks: int
         return least + (full < more or len(shares[rank]) > least) - len(shares[rank])
 
     rest = []
-    for piece in sorted(work, key=lambda piece: len(holders[piece])):  # what only one rank holds comes first
+    for piece in sorted(work, key=lambda piece: len(holders[piece])):  # pieces with a single holder come first
         free = [rank for rank in sorted(holders[piece]) if room(rank) > 0]
         if free:
             shares[min(free, key=lambda rank: len(shares[rank]))].append(piece)

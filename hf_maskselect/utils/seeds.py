@@ -1,4 +1,4 @@
-"""Seeds derived from what they are for."""
+"""Random seeds derived from the purpose they serve."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import hashlib
 
 
 def key_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on every part, such as (seed, purpose, level, candidate)."""
+    """Return a 63-bit seed that depends on every part, such as (seed, purpose, level, candidate)."""
     digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

@@ -7,29 +7,31 @@ from collections.abc import Iterable, Sequence
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Aligned plain text: the first column left, numbers right."""
-    cells = [[str(c) for c in header], *([str(c) for c in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    numeric = [all(_is_number(row[i]) for row in cells[1:]) for i in range(len(header))]
-    lines = [
-        "  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)).rstrip()
-        for row in cells
-    ]
-    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+    """Format a plain-text table: columns of numbers are right-aligned, the others left-aligned."""
+    lines = [[str(cell) for cell in row] for row in (header, *rows)]
+    columns = list(zip(*lines, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    right = [all(map(_is_number, column[1:])) for column in columns]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Format a Markdown table: columns of numbers after the first are right-aligned, the others left-aligned."""
+    lines = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    columns = list(zip(*lines, strict=True))[1:]
+    right = [all(cell[:1].isdigit() or cell == "-" for cell in column[1:]) for column in columns]
+    lines.insert(1, ["---", *("---:" if number else "---" for number in right)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def without_section(text: str, heading: str) -> str:
+    """Remove a section from a model card: its heading and everything up to the next `## ` heading."""
+    return re.sub(rf"\n*^{re.escape(heading)}\n.*?(?=\n+## |\Z)", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def _is_number(text: str) -> bool:
     return not text or text.replace(",", "").replace(".", "").replace("-", "").replace("e", "").isdigit()
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table of Markdown; the first column and those with words in them are left, numbers right."""
-    columns = [[str(row[i]) for row in rows] for i in range(len(header))]
-    numbers = [all(cell[:1].isdigit() or cell == "-" for cell in column) for column in columns]
-    lines = [header, ["---", *("---:" if right else "---" for right in numbers[1:])], *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def without_section(text: str, heading: str) -> str:
-    """A card without one section: its heading and what follows up to the next of the same level."""
-    return re.sub(rf"\n*^{re.escape(heading)}\n.*?(?=\n+## |\Z)", "", text, flags=re.DOTALL | re.MULTILINE)

@@ -24,7 +24,7 @@ from hf_maskselect.masking.dtensors import whole  # noqa: E402
 from hf_maskselect.masking.patterns import parse_pattern  # noqa: E402
 from hf_maskselect.masking.proposals import Proposal, propose  # noqa: E402
 from hf_maskselect.masking.schedule import LevelPlan  # noqa: E402
-from hf_maskselect.methods.hard import HardMasks  # noqa: E402
+from hf_maskselect.methods.hard import HardMethod  # noqa: E402
 from run_glue import leave_process_group  # noqa: E402
 
 FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"], "state_dict_type": "FULL_STATE_DICT"}
@@ -62,11 +62,13 @@ def prune(model):
         now = {"weights": method.weights, "masks": method.masks, "sparsity": plan.levels[level], "level": level}
         return propose(Proposal("magnitude", "global"), 0, stats=None, seed=0, pattern=pattern, **now)
 
-    method = HardMasks(prunable_weights, choose)
+    method = HardMethod(prunable_weights)
     method.attach(model)
     method.begin(plan, optimizer)
     for step in range(6):
-        method.on_step_begin(step)
+        level = method.level_due(step)
+        if level is not None:
+            method.start_level(level, choose(level))
         loss = model(**batch).loss
         loss.backward()
         method.before_clipping()

@@ -178,7 +178,7 @@ def test_an_uneven_last_batch_is_trained_on(tmp_path):
     ("fault", "there", "elsewhere"),
     [
         ("raise", "ArithmeticError: a trial went wrong", "rank 1 failed: ArithmeticError: a trial went wrong"),
-        ("die", "", "rank 0 waited for the other ranks in vain: one of them has died"),
+        ("die", "", "rank 0 got no answer from the other ranks: one of them died"),
         ("hang", "", "was busy for more than 5 s"),
         ("journal", "rank 0 failed: ZeroDivisionError", "ZeroDivisionError: division by zero"),
         ("load", "ZeroDivisionError: division by zero", "rank 1 failed: ZeroDivisionError"),

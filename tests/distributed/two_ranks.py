@@ -28,7 +28,7 @@ from run_glue import leave_process_group  # noqa: E402
 
 def break_something(trainer, fault):
     """At its third trial, with its gradient samples, or with the fit that it has kept."""
-    trial, tried = trainer._bench.trial, []
+    trial, tried = trainer.run.bench.trial, []
 
     def faulty(*args):
         tried.append(1)
@@ -47,23 +47,23 @@ def break_something(trainer, fault):
             weight.grad.abs_().add_(1)
         take(self, weight)
 
-    fit = trainer._bench.refit
+    fit = trainer.run.bench.refit
 
     def crooked(*args):
         done = fit(*args)
-        for weight in trainer._method.weights.values():
+        for weight in trainer.run.method.weights.values():
             weight.data.mul_(1.01)
         return done
 
     if fault == "refit":
-        trainer._bench.refit = crooked
+        trainer.run.bench.refit = crooked
     if fault == "load":
         BestFit.load = lambda _: 1 / 0
     if fault == "statistics":
         GradientStats._take = other
-    trainer._bench.trial = faulty
+    trainer.run.bench.trial = faulty
     if fault == "journal":
-        trainer._search._journal.add = lambda *_: 1 / 0
+        trainer.run.search._journal.add = lambda *_: 1 / 0
 
 
 def count_what_is_sent(search):
@@ -142,7 +142,7 @@ def run(folder, rows=96, resume=None, fault=None, terminate=None, apart=False, o
     if terminate is not None and rank == 1:
         trainer.callback_handler.callbacks[-1].jit_manager.kill_wait = 0
         trainer.add_callback(Terminated(terminate))
-    sent = count_what_is_sent(trainer._search)
+    sent = count_what_is_sent(trainer.run.search)
     before = trainer.evaluate()["eval_loss"]
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
@@ -153,9 +153,9 @@ def run(folder, rows=96, resume=None, fault=None, terminate=None, apart=False, o
         "after": trainer.evaluate()["eval_loss"],
         "losses": losses(trainer),
         "masks": trainer.pruning_state().masks.digest(),
-        "chosen": [s.metrics()["search_chosen"] for s in trainer._search.history if len(s.candidates) > 1],
-        "scores": [[c.scores for c in s.candidates] for s in trainer._search.history],
-        "digests": [[c.digest for c in s.candidates] for s in trainer._search.history],
+        "chosen": [s.metrics()["search_chosen"] for s in trainer.run.search.history if len(s.candidates) > 1],
+        "scores": [[c.scores for c in s.candidates] for s in trainer.run.search.history],
+        "digests": [[c.digest for c in s.candidates] for s in trainer.run.search.history],
         "sent": sent,
         "bytes": sum(p.numel() * p.element_size() for p in trainer.model.parameters()),
         "equivalents": trainer.search_summary()["search_step_equivalents"],

@@ -135,7 +135,7 @@ def test_a_recipe_is_overridden_by_flags(tmp_path):
     for name, text in (("r.json", json_text), ("r.yaml", yaml_text)):
         (tmp_path / name).write_text(text)
         _, _, config = parse_arguments([str(tmp_path / name), "--task_name", "rte", "--method", "fisher", "--use_cpu"])
-        assert (config.sparsity, config.method, config.criterion) == (0.5, "fisher", "fisher")
+        assert (config.sparsity, config.method, config.resolved().criterion) == (0.5, "fisher", "fisher")
 
 
 def test_the_recipes_that_ship_are_valid(pytestconfig):
@@ -144,7 +144,8 @@ def test_the_recipes_that_ship_are_valid(pytestconfig):
     assert {"random_16x.json", "random_100x.json", "random_2to4.json"} <= {path.name for path in recipes}
     for path in recipes:
         _, _, config = parse_arguments([str(path), "--task_name", "rte", "--use_cpu"])
-        assert config.levels[-1] == config.sparsity == targets.get(path.stem.rpartition("_")[2], 0.9375)
+        settings = config.resolved()
+        assert settings.levels[-1] == settings.sparsity == targets.get(path.stem.rpartition("_")[2], 0.9375)
 
 
 @pytest.mark.parametrize(

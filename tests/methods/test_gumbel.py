@@ -70,8 +70,8 @@ def test_training_equals_the_paper_written_with_autograd(tmp_path):
     assert losses(trainer) == pytest.approx(expected, rel=1e-3)
     after = weights_of(model)
     for name, mask in trainer.pruning_state().masks.items():
-        torch.testing.assert_close(trainer._method._logits[name].data, logits[name].detach(), rtol=1e-3, atol=1e-4)
-        assert torch.equal(mask, trainer._method._logits[name] >= 0)
+        torch.testing.assert_close(trainer.run.method._logits[name].data, logits[name].detach(), rtol=1e-3, atol=1e-4)
+        assert torch.equal(mask, trainer.run.method._logits[name] >= 0)
         torch.testing.assert_close(after[name], before[name] * mask * scales[name].detach(), rtol=1e-4, atol=1e-6)
     frozen = {n for n in before if n.startswith("bert.")} - set(prunable_weights(model))
     assert all(torch.equal(before[name], after[name]) for name in frozen)
@@ -90,9 +90,9 @@ def test_the_budget_is_met_exactly_and_the_model_is_plain(tmp_path, family):
 
 
 def test_an_untrained_body_has_the_papers_defaults(tmp_path):
-    pretrained, untrained = (make_trainer(tmp_path, **given).args for given in (GUMBEL, PAPER))
-    assert (pretrained.gumbel_learning_rate, untrained.gumbel_learning_rate) == (0.5, 0.05)
-    assert (pretrained.gumbel_train_rest, untrained.gumbel_train_rest) == (True, False)
+    pretrained, untrained = (make_trainer(tmp_path, **given).settings.gumbel for given in (GUMBEL, PAPER))
+    assert (pretrained.logit_rate, untrained.logit_rate) == (0.5, 0.05)
+    assert (pretrained.train_rest, untrained.train_rest) == (True, False)
 
 
 def test_the_sparsity_emerges_and_is_written_as_it_came_out(tmp_path):
@@ -129,21 +129,21 @@ def test_half_precision_level_best_and_no_clipping(tmp_path, changes):
     trainer.train()
     trainer.save_model()
     assert verify(tmp_path).masks.sparsity() == 0.75
-    assert all(weight.data.dtype == model.dtype for weight in trainer._method.weights.values())
+    assert all(weight.data.dtype == model.dtype for weight in trainer.run.method.weights.values())
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_samples_keep_the_budget_along_the_ramp(tmp_path, scope):
     kept = []
     trainer = make_trainer(tmp_path, **GUMBEL, scope=scope, gumbel_learning_rate=0.5, gumbel_initial_logit=-2.0)
-    effective = trainer._method.effective
+    effective = trainer.run.method.effective
 
     def watched(name, weight):
         found = effective(name, weight)
         kept.append((trainer.state.global_step, int(found.count_nonzero()), found.numel()))
         return found
 
-    trainer._method.effective = watched
+    trainer.run.method.effective = watched
     trainer.train()
     for step in range(12):
         drawn, total = (sum(k[i] for k in kept if k[0] == step) for i in (1, 2))
@@ -193,7 +193,7 @@ def test_a_matrix_with_one_live_weight_keeps_it(tmp_path):
         weight.mul_(torch.arange(weight.numel()).view(weight.shape) == 5)
     trainer = make_trainer(tmp_path, model, **GUMBEL)
     trainer.train()
-    assert all(bool(torch.isfinite(logits).all()) for logits in trainer._method._logits.values())
+    assert all(bool(torch.isfinite(logits).all()) for logits in trainer.run.method._logits.values())
     assert trainer.pruning_state().masks[name].view(-1)[5]
 
 
@@ -201,11 +201,11 @@ def test_candidates_are_samples_tried_when_the_mask_hardens(tmp_path):
     trainer = make_trainer(tmp_path, **{**GUMBEL, "frozen_steps": 4}, num_candidates=3, trial_steps=2)
     before = weights_of(trainer.model)
     trainer.train()
-    (search,) = trainer._search.history
+    (search,) = trainer.run.search.history
     assert search.step == 8 and len({c.digest for c in search.candidates}) == 3
     assert trainer.pruning_state().masks.sparsity() == 0.75
     name = next(iter(trainer.pruning_state().masks))
-    after, scale = weights_of(trainer.model)[name], trainer._method._scales[name].data
+    after, scale = weights_of(trainer.model)[name], trainer.run.method._scales[name].data
     alive = after != 0
     assert not torch.equal(after[alive], (before[name] * scale)[alive])  # the frozen phase trains the weights
 

@@ -106,7 +106,7 @@ def test_counts_are_fixed_by_one_ranking_and_met_on_the_ramp(tmp_path, scope):
         model.bert.encoder.layer[0].output.dense.weight.mul_(4)
     trainer = make_trainer(tmp_path, model, **PDP, scope=scope, eval_strategy="steps", eval_steps=1)
     trainer.train()
-    method, masks = trainer._method, trainer.pruning_state().masks
+    method, masks = trainer.run.method, trainer.pruning_state().masks
     zeros = {name: mask.numel() - int(mask.sum()) for name, mask in masks.items()}
     assert zeros == method._zeros
     shares = {round(count / masks[name].numel(), 3) for name, count in zeros.items()}
@@ -174,9 +174,9 @@ def test_a_run_stopped_inside_a_step_saves_its_trained_weights(tmp_path):
     trainer.save_model()
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     for name, mask in PruningState.load(tmp_path).masks.items():
-        trained = trainer._method._trained[name]
+        trained = trainer.run.method._trained[name]
         assert torch.equal(loaded.get_parameter(name), trained * mask)
-        assert not torch.equal(trainer._method.weights[name], trained)
+        assert not torch.equal(trainer.run.method.weights[name], trained)
 
 
 def test_another_model_gets_its_own_targets(tmp_path):
@@ -193,11 +193,11 @@ def test_another_model_gets_its_own_targets(tmp_path):
         train_dataset=make_rows(),
     )
     trainer.train()
-    counts = trainer._method._zeros
+    counts = trainer.run.method._zeros
     trainer.train()
     alone = make_trainer(tmp_path / "b", second, **changes)
     alone.train()
-    assert trainer._method._zeros == alone._method._zeros != counts
+    assert trainer.run.method._zeros == alone.run.method._zeros != counts
 
 
 @pytest.mark.parametrize("size", [64, 1024])
@@ -213,13 +213,13 @@ def test_diverged_weights_are_named(tmp_path, size):
 def test_candidates_are_neighbours_tried_when_the_mask_hardens(tmp_path):
     trainer = make_trainer(tmp_path, **{**PDP, "frozen_steps": 4}, num_candidates=3, trial_steps=2)
     trainer.train()
-    (search,) = trainer._search.history
+    (search,) = trainer.run.search.history
     assert search.step == 8 and [c.index for c in search.candidates] == [0, 1, 2]
     assert [c.proposal.split("@")[0] for c in search.candidates] == ["pdp:global"] + 2 * ["pdp:global:votes"]
     assert all(0.5 < c.overlap < 1 for c in search.candidates[1:])
     masks = trainer.pruning_state().masks
     assert masks.sparsity() == 0.75
-    assert {n: m.numel() - int(m.sum()) for n, m in masks.items()} == trainer._method._zeros
+    assert {n: m.numel() - int(m.sum()) for n, m in masks.items()} == trainer.run.method._zeros
 
 
 def test_nothing_is_held_beside_the_weights(tmp_path):
@@ -228,7 +228,7 @@ def test_nothing_is_held_beside_the_weights(tmp_path):
 
     class Look(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            method = trainer._method
+            method = trainer.run.method
             held.append(sum(t.numel() for group in (method._keep, method._trained) for t in group.values()))
 
     trainer = make_trainer(tmp_path, **PDP)

@@ -68,7 +68,7 @@ def test_a_step_that_never_ends_loses_nothing(tmp_path, method):
     trainer.add_callback(stop)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    trained = {name: tensor.clone() for name, tensor in trainer._method._trained.items()}
+    trained = {name: tensor.clone() for name, tensor in trainer.run.method._trained.items()}
     stop.raising = False
     with pytest.warns(UserWarning, match="before the soft masks had reached their target"):
         trainer.train()
@@ -147,13 +147,13 @@ def test_neighbours_take_nothing_dead(tmp_path, method):
     model, start = hollow(0.002)
     more = {"frozen_steps": 4, "num_candidates": 3, "trial_steps": 2}
     trainer = make_trainer(tmp_path, model, **{**method, **more}, scope="layer", sparsity=0.5)
-    candidate, found = trainer._method.candidate, []
+    candidate, found = trainer.run.method.candidate, []
 
     def watched(ratio, seed):
         found.append(candidate(ratio, seed))
         return found[-1]
 
-    trainer._method.candidate = watched
+    trainer.run.method.candidate = watched
     trainer.train()
     assert len({masks.digest() for masks in found}) == 3
     assert all(masks.sparsity() == 0.5 and masks.overlap(start) == 1 for masks in found)

@@ -43,7 +43,7 @@ def test_a_record_holds_what_the_trainer_knew(run):
     folder, trainer = run
     record = RunRecord.load(folder)
     assert record.history == trainer.state.log_history
-    assert record.searches == trainer._search.history and len(record.searches) == 2
+    assert record.searches == trainer.run.search.history and len(record.searches) == 2
     assert record.state.masks.digest() == trainer.pruning_state().masks.digest()
     rows, columns, found = record.densities()
     assert rows == ["0", "1", "2"] and len(columns) == 6 and len(found) == 18

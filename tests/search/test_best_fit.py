@@ -31,18 +31,18 @@ def test_the_winner_is_not_fitted_twice(tmp_path, monkeypatch):
     found = {}
     for name in ("kept", "lost"):
         trainer = make_trainer(tmp_path / name, **keywords)
-        fits, refit = [], trainer._bench.refit
+        fits, refit = [], trainer.run.bench.refit
 
         def counted(*given, fits=fits, refit=refit):
             fits.append(refit(*given))
             return fits[-1]
 
-        monkeypatch.setattr(trainer._bench, "refit", counted)
+        monkeypatch.setattr(trainer.run.bench, "refit", counted)
         if name == "lost":
             monkeypatch.setattr("hf_maskselect.search.best_fit.BestFit.find", lambda *_: None)
         trainer.train()
-        told = [(s.cut_error, s.refit_error, s.step_equivalents) for s in trainer._search.history]
+        told = [(s.cut_error, s.refit_error, s.step_equivalents) for s in trainer.run.search.history]
         found[name] = weights_of(trainer.model), told, len(fits)
-    candidates = sum(len(search.candidates) for search in trainer._search.history)
+    candidates = sum(len(search.candidates) for search in trainer.run.search.history)
     assert (found["kept"][2], found["lost"][2]) == (candidates, candidates + 2) and candidates > 4
     assert same(found["kept"][0], found["lost"][0]) and found["kept"][1] == found["lost"][1]

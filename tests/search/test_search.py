@@ -69,13 +69,13 @@ def test_a_search_leaves_the_outer_run_untouched_to_the_bit(tmp_path, optim):
             folder, make(**dropout), num_candidates=count, trial_steps=2, keywords=keywords, **common
         )
         trials = []
-        trial = trainer._bench.trial
+        trial = trainer.run.bench.trial
 
         def candidate_0_wins(*args, trial=trial, trials=trials, **kwargs):
             trials.append(trial(*args, **kwargs))
             return float(len(trials))
 
-        trainer._bench.trial = candidate_0_wins
+        trainer.run.bench.trial = candidate_0_wins
         trainer.train()
         runs.append((trainer, trials))
     (plain, none), (searched, trials) = runs
@@ -110,11 +110,11 @@ def test_half_precision_weights_can_be_searched(tmp_path):
 
 def test_inside_untouched_everything_may_change(tmp_path):
     trainer = make_trainer(tmp_path, keywords={"selection_dataset": make_rows(8)}, **SEARCH)
-    trainer._method.attach(trainer.model)
+    trainer.run.method.attach(trainer.model)
     before = weights_of(trainer.model)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     trainer.model.train()
-    with trainer._bench.untouched():
+    with trainer.run.bench.untouched():
         torch.rand(3), random.random(), np.random.rand()
         trainer.model.eval()
         with torch.no_grad():
@@ -123,19 +123,19 @@ def test_inside_untouched_everything_may_change(tmp_path):
     assert same(before, weights_of(trainer.model)) and trainer.model.training
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
     assert np.random.get_state()[1].tolist() == states[2]
-    assert trainer._method.masks.sparsity() == 0
+    assert trainer.run.method.masks.sparsity() == 0
 
 
 def test_trials_are_paired_and_repeatable(tmp_path):
     """The same mask scores the same however often, and whatever was tried in between."""
     dropout = {"hidden_dropout_prob": 0.3}
     trainer = make_trainer(tmp_path, make(**dropout), keywords={"selection_dataset": make_rows(8)}, **SEARCH)
-    trainer._method.attach(trainer.model)
-    dense = trainer._method.masks
+    trainer.run.method.attach(trainer.model)
+    dense = trainer.run.method.masks
     sparse = type(dense)({name: torch.rand_like(mask, dtype=torch.float) > 0.9 for name, mask in dense.items()})
-    with trainer._bench.untouched():
+    with trainer.run.bench.untouched():
         scores = [
-            trainer._bench.trial(lambda m=masks: m, Trial(3, 1e-3), 0, NO_BAR) for masks in (dense, sparse, dense)
+            trainer.run.bench.trial(lambda m=masks: m, Trial(3, 1e-3), 0, NO_BAR) for masks in (dense, sparse, dense)
         ]
     assert scores[0] == scores[2] != scores[1]
 
@@ -171,23 +171,23 @@ def test_identical_masks_are_tried_once(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_maskselect.search.search.propose", two_kinds)
     trainer = make_trainer(tmp_path, num_levels=1, **SEARCH)
     trainer.train()
-    tried = trainer._search.history[0].candidates
+    tried = trainer.run.search.history[0].candidates
     assert [c.index for c in tried] == [0, 1] and all(c.scores for c in tried)
 
 
 def test_early_selection_averages_the_last_ten_evaluations(tmp_path):
     keywords = {"selection_dataset": make_rows(8)}
     trainer = make_trainer(tmp_path, selection="early", keywords=keywords, **{**SEARCH, "trial_steps": None})
-    trainer._method.attach(trainer.model)
+    trainer.run.method.attach(trainer.model)
     scores = iter(range(100))
-    trainer._bench.score = lambda: next(scores)
-    with trainer._bench.untouched():
-        mean = trainer._bench.trial(lambda: trainer._method.masks, Trial(20, 1e-3, 20), 0, NO_BAR)
-        few = trainer._bench.trial(lambda: trainer._method.masks, Trial(4, 1e-3, 4), 0, NO_BAR)
+    trainer.run.bench.score = lambda: next(scores)
+    with trainer.run.bench.untouched():
+        mean = trainer.run.bench.trial(lambda: trainer.run.method.masks, Trial(20, 1e-3, 20), 0, NO_BAR)
+        few = trainer.run.bench.trial(lambda: trainer.run.method.masks, Trial(4, 1e-3, 4), 0, NO_BAR)
     assert mean == sum(range(10, 20)) / 10
     assert few == sum(range(20, 24)) / 4  # fewer than ten evaluations are averaged over their own number
     trainer.train()
-    assert all(c.steps == 4 for c in trainer._search.history[0].candidates)  # a level is shorter than an epoch here
+    assert all(c.steps == 4 for c in trainer.run.search.history[0].candidates)  # a level is shorter than an epoch here
 
 
 def test_selection_by_metric_prefers_the_higher(tmp_path):
@@ -196,12 +196,12 @@ def test_selection_by_metric_prefers_the_higher(tmp_path):
 
     keywords = {"compute_metrics": accuracy, "selection_dataset": make_rows(32)}
     trainer = make_trainer(tmp_path, selection_metric="accuracy", keywords=keywords, **SEARCH)
-    score = trainer._bench.score()
+    score = trainer.run.bench.score()
     assert -1 <= score <= 0 and score == -trainer.evaluate(make_rows(32))["eval_accuracy"]
     named = make_trainer(tmp_path, selection_metric="eval_accuracy", keywords=keywords, **SEARCH)
-    assert named._bench.score() == score
+    assert named.run.bench.score() == score
     keywords["compute_metrics"] = lambda prediction: {"eval_accuracy": accuracy(prediction)["accuracy"]}
-    assert make_trainer(tmp_path, selection_metric="accuracy", keywords=keywords, **SEARCH)._bench.score() == score
+    assert make_trainer(tmp_path, selection_metric="accuracy", keywords=keywords, **SEARCH).run.bench.score() == score
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_selection_by_teacher_is_its_cross_entropy(tmp_path):
     with torch.no_grad():
         student, taught = (m.eval()(**batch).logits.double() for m in (trainer.model, teacher))
     expected = -(taught.softmax(-1) * student.log_softmax(-1)).mean()
-    assert trainer._bench.score() == pytest.approx(float(expected), rel=1e-5)
+    assert trainer.run.bench.score() == pytest.approx(float(expected), rel=1e-5)
     trainer.train()
     for name in ("teacher", "eval_teacher"):
         with pytest.raises(ValueError, match="selection_metric='teacher' needs a teacher"):
@@ -242,7 +242,7 @@ def test_the_teacher_sees_the_selection_split_once(tmp_path, monkeypatch, most):
     """Its logits are kept, unless they are large; the score and its cost follow."""
     monkeypatch.setattr("hf_maskselect.search.bench.MOST_SOFT_LABELS", most)
     keywords = {"selection_dataset": make_rows(24), "teacher": make(seed=3)}
-    bench = make_trainer(tmp_path, keywords=keywords, **SEARCH, per_device_eval_batch_size=8)._bench
+    bench = make_trainer(tmp_path, keywords=keywords, **SEARCH, per_device_eval_batch_size=8).run.bench
     seen = []
     keywords["teacher"].register_forward_hook(lambda module, *_: seen.append(module))
     first, second = bench.score(), bench.score()
@@ -270,9 +270,9 @@ def test_soft_labels_that_are_large_once_are_never_kept(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer, "soft_labels", lambda inputs: torch.zeros(*inputs["input_ids"].shape, 2))
     monkeypatch.setattr(trainer, "selection_loss", selection_loss)
-    trainer._bench.score(), trainer._bench.score()
+    trainer.run.bench.score(), trainer.run.bench.score()
     assert seen == [True] * 4
-    assert not trainer._bench._soft_labels and trainer._bench.steps_of_teaching() == 0
+    assert not trainer.run.bench._soft_labels and trainer.run.bench.steps_of_teaching() == 0
 
 
 def test_every_score_sees_the_same_rows(tmp_path):
@@ -280,9 +280,9 @@ def test_every_score_sees_the_same_rows(tmp_path):
     for collator in (DrawingCollator(), global_drawing_collator):
         keywords = {"selection_dataset": make_rows(16), "data_collator": collator}
         trainer = make_trainer(tmp_path, keywords=keywords, **SEARCH)
-        first = trainer._bench.score()
+        first = trainer.run.bench.score()
         torch.rand(5), collator(make_rows(4))
-        assert trainer._bench.score() == first
+        assert trainer.run.bench.score() == first
 
 
 def global_drawing_collator(rows):
@@ -311,15 +311,15 @@ def test_nothing_is_held_out_where_nothing_is_chosen(tmp_path):
 )  # fmt: skip
 def test_a_trial_step_has_the_rows_it_was_given(tmp_path, changes, expected):
     trainer = make_trainer(tmp_path, keywords={"selection_dataset": make_rows(8)}, **SEARCH, **changes)
-    for step in trainer._bench._train_batches(3):
+    for step in trainer.run.bench._train_batches(3):
         assert [len(batch["labels"]) for batch in step] == expected
-    assert trainer._bench.rows_per_step() == sum(expected)
+    assert trainer.run.bench.rows_per_step() == sum(expected)
 
 
 def test_a_mask_that_is_drawn_again_must_be_the_same(tmp_path):
     trainer = make_trainer(tmp_path, proposals=["magnitude:layer:votes"], criterion="magnitude", **SEARCH)
-    trainer._method.attach(trainer.model)
-    search, drawn = trainer._search, Candidate(1, "votes", 1e-4, 1.0, "of another rank")
+    trainer.run.method.attach(trainer.model)
+    search, drawn = trainer.run.search, Candidate(1, "votes", 1e-4, 1.0, "of another rank")
     search._folder, search._holders = tmp_path, {1: {3}}
     search._pool = candidate_pool(trainer.args, CRITERIA)
     with pytest.raises(RuntimeError, match="candidate 1 of level 1 is another mask on rank 0 than on rank 3"):

@@ -18,7 +18,7 @@ RUN = {"method": "random", "num_candidates": 4, "selection": "survivors", "trial
 
 def stop_trials(trainer, after):
     """Interrupts the trial that follows so many; returns the list of those that were finished."""
-    trial, done = trainer._bench.trial, []
+    trial, done = trainer.run.bench.trial, []
 
     def watched(*args):
         if len(done) == after:
@@ -26,7 +26,7 @@ def stop_trials(trainer, after):
         done.append(trial(*args))
         return done[-1]
 
-    trainer._bench.trial = watched
+    trainer.run.bench.trial = watched
     return done
 
 
@@ -44,14 +44,14 @@ def test_an_eighth_of_the_level_by_default(tmp_path):
     trainer = make_trainer(tmp_path, **{**RUN, "trial_steps": None, "num_candidates": 8})
     expected = {1200: [(8, 50), (4, 50), (2, 100)], 600: [(8, 40), (4, 40), (2, 20)], 30: [(8, 5)]}
     for steps, rungs_of_level_1 in expected.items():
-        plan = trainer.args.plan(steps)
-        assert plan.length(0) == steps // 3 and trainer._search.rungs(plan, 0) == rungs_of_level_1
+        plan = trainer.run.settings.plan(steps)
+        assert plan.length(0) == steps // 3 and trainer.run.search.rungs(plan, 0) == rungs_of_level_1
 
 
 def test_the_run_goes_on_from_the_winners_weights(tmp_path):
     """Winner's training = its rungs one after the other; what the model holds after the choice is the end of it."""
     trainer = make_trainer(tmp_path, keywords={"selection_dataset": make_rows(16, seed=2)}, **RUN)
-    ended, chosen, trial, choose = {}, [], trainer._bench.trial, trainer._search.choose
+    ended, chosen, trial, choose = {}, [], trainer.run.bench.trial, trainer.run.search.choose
 
     def watched_trial(load_masks, trial_, level, bar, load_start=None):
         score = trial(load_masks, trial_, level, bar, load_start)
@@ -59,7 +59,7 @@ def test_the_run_goes_on_from_the_winners_weights(tmp_path):
         if trial_.before:
             assert same(load_start(), ended[level, digest, trial_.before])
         ended[level, digest, trial_.before + trial_.steps] = {
-            n: t.clone() for n, t in trainer._bench.trained().items()
+            n: t.clone() for n, t in trainer.run.bench.trained().items()
         }
         return score
 
@@ -67,12 +67,12 @@ def test_the_run_goes_on_from_the_winners_weights(tmp_path):
         random_state = torch.get_rng_state()
         masks = choose(level, plan, step)
         assert torch.equal(random_state, torch.get_rng_state())
-        chosen.append((masks.digest(), trainer._search.history[-1]))
+        chosen.append((masks.digest(), trainer.run.search.history[-1]))
         end = ended[level, masks.digest(), 4]
         assert all(torch.equal(weight, end[name]) for name, weight in trainer.model.named_parameters())
         return masks
 
-    trainer._bench.trial, trainer._search.choose = watched_trial, watched_choose
+    trainer.run.bench.trial, trainer.run.search.choose = watched_trial, watched_choose
     trainer.train()
     assert len(chosen) == 2
     for digest, search in chosen:
@@ -85,8 +85,8 @@ def test_the_run_goes_on_from_the_winners_weights(tmp_path):
 
 def test_a_longer_training_sees_other_rows(tmp_path):
     trainer = make_trainer(tmp_path, keywords={"selection_dataset": make_rows(8)}, **RUN)
-    trainer._method.attach(trainer.model)
-    masks, seen, compute_loss = MaskSet.ones(trainer._method.weights), [], trainer.compute_loss
+    trainer.run.method.attach(trainer.model)
+    masks, seen, compute_loss = MaskSet.ones(trainer.run.method.weights), [], trainer.compute_loss
 
     def watched(model, inputs, *args, **kwargs):
         if model.training:
@@ -94,9 +94,9 @@ def test_a_longer_training_sees_other_rows(tmp_path):
         return compute_loss(model, inputs, *args, **kwargs)
 
     trainer.compute_loss = watched
-    with trainer._bench.untouched():
+    with trainer.run.bench.untouched():
         for before in (0, 0, 2):
-            trainer._bench.trial(lambda: masks, Trial(1, 1e-3, 1, before), 0, tqdm(disable=True))
+            trainer.run.bench.trial(lambda: masks, Trial(1, 1e-3, 1, before), 0, tqdm(disable=True))
     first, again, later = seen
     assert torch.equal(first, again) and not torch.equal(first, later)
 
@@ -119,8 +119,8 @@ def test_a_search_that_was_killed_repeats_no_trial(tmp_path):
         again, repeated = run(tmp_path / str(stop_after))
         assert repeated == trials - stop_after
         assert losses(again) == losses(whole) and same(weights_of(again.model), weights_of(whole.model))
-        scores = [[c.scores for c in s.candidates] for s in again._search.history]
-        assert scores == [[c.scores for c in s.candidates] for s in whole._search.history]
+        scores = [[c.scores for c in s.candidates] for s in again.run.search.history]
+        assert scores == [[c.scores for c in s.candidates] for s in whole.run.search.history]
 
 
 @pytest.mark.parametrize("refit_rows", [0, 32])
@@ -128,14 +128,14 @@ def test_weights_that_diverged_are_not_taken_over(tmp_path, refit_rows):
     """The run goes on from its own, cut and fitted as without trials."""
     keywords = {"selection_dataset": make_rows(16, seed=2)}
     trainer = make_trainer(tmp_path, keywords=keywords, **RUN, refit_rows=refit_rows)
-    trial, put = trainer._bench.trial, []
+    trial, put = trainer.run.bench.trial, []
 
     def diverging(*args):
         trial(*args)
         return float("nan")
 
-    trainer._bench.trial = diverging
-    choose = trainer._search.choose
+    trainer.run.bench.trial = diverging
+    choose = trainer.run.search.choose
 
     def watched_choose(*args):
         before = weights_of(trainer.model)
@@ -143,25 +143,25 @@ def test_weights_that_diverged_are_not_taken_over(tmp_path, refit_rows):
         put.append(same(before, weights_of(trainer.model)))
         return masks
 
-    trainer._search.choose = watched_choose
+    trainer.run.search.choose = watched_choose
     trainer.train()
-    assert put == [not refit_rows] * 2 and all(s.candidates[0].chosen for s in trainer._search.history)
-    assert all((s.refit_error is not None) == bool(refit_rows) for s in trainer._search.history)
+    assert put == [not refit_rows] * 2 and all(s.candidates[0].chosen for s in trainer.run.search.history)
+    assert all((s.refit_error is not None) == bool(refit_rows) for s in trainer.run.search.history)
 
 
 def test_a_level_never_ends_worse_than_the_weights_it_took_over(tmp_path):
     """Every later score is called infinite: the model ends as the winner's trials left it."""
     keywords = {"selection_dataset": make_rows(16, seed=2)}
     trainer = make_trainer(tmp_path, keywords=keywords, **RUN, level_eval_steps=2)
-    trainer._ranks.first = lambda score: float("inf")
-    choose, taken = trainer._search.choose, []
+    trainer._processes.first = lambda score: float("inf")
+    choose, taken = trainer.run.search.choose, []
 
     def watched_choose(*args):
         masks = choose(*args)
         taken.append({name: weight.detach().clone() for name, weight in trainer.model.named_parameters()})
         return masks
 
-    trainer._search.choose = watched_choose
+    trainer.run.search.choose = watched_choose
     trainer.train()
     assert all(torch.equal(weight, taken[-1][name]) for name, weight in trainer.model.named_parameters())
 
@@ -173,7 +173,7 @@ def test_a_killed_search_of_other_rungs_begins_anew(tmp_path):
         changes = {**RUN, "trial_steps": trial_steps, "num_levels": 1}
         trainer = make_trainer(folder, make(), keywords={"selection_dataset": make_rows(16, seed=2)}, **changes)
         done = stop_trials(trainer, stop_after)
-        trainer._bench.fingerprint = lambda level: "the same"
+        trainer.run.bench.fingerprint = lambda level: "the same"
         if stop_after is None:
             trainer.train()
             return weights_of(trainer.model), len(done)
@@ -190,7 +190,7 @@ def test_a_killed_search_of_other_rungs_begins_anew(tmp_path):
 def test_soft_methods_can_race_survivors_under_the_frozen_mask(tmp_path, method):
     trainer = make_trainer(tmp_path, **{**RUN, "method": method, "num_levels": None, "frozen_steps": 8})
     trainer.train()
-    (search,) = trainer._search.history
+    (search,) = trainer.run.search.history
     assert [len(c.scores) for c in search.candidates].count(2) == 2
     assert MaskSet.from_zeros(trainer.model).sparsity() == 0.75
 

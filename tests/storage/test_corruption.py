@@ -23,7 +23,7 @@ from hf_maskselect.search.search import MaskSearch
 from hf_maskselect.search.weight_files import FOLDER, Survivors
 from hf_maskselect.storage.pack import pack
 from hf_maskselect.storage.packed_file import PACKED_FILE
-from hf_maskselect.utils.processes import Ranks
+from hf_maskselect.utils.processes import Processes
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -84,7 +84,13 @@ def read_journal(folder):
 
 def read_search(folder):
     search = MaskSearch(
-        types.SimpleNamespace(output_dir=str(folder), selection="halving"), None, None, {}, None, Ranks(), quiet=True
+        types.SimpleNamespace(output_dir=str(folder), selection="halving"),
+        None,
+        None,
+        {},
+        None,
+        Processes(),
+        quiet=True,
     )
     search.recall(100, folder)
     assert all(type(done.step) is int and done.metrics() for done in search.history)

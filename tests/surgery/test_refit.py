@@ -294,7 +294,7 @@ def test_half_precision_is_fitted():
 
 def test_the_defaults(tmp_path):
     rows = {
-        method: make_config(tmp_path, method=method, **changes).refit_rows
+        method: make_config(tmp_path, method=method, **changes).resolved().refit_rows
         for method, changes in (
             ("magnitude", {}),
             ("taylor", {}),
@@ -305,8 +305,8 @@ def test_the_defaults(tmp_path):
         )
     }
     assert rows == {"magnitude": 0, "taylor": 256, "fisher": 256, "random": 256, "pdp": 0, "gumbel": 0}
-    assert make_config(tmp_path, method="random", proposals=["paper"]).refit_rows == 0
-    assert make_config(tmp_path, refit_rows=32).refit_rows == 32
+    assert make_config(tmp_path, method="random", proposals=["paper"]).resolved().refit_rows == 0
+    assert make_config(tmp_path, refit_rows=32).resolved().refit_rows == 32
 
 
 @pytest.mark.parametrize(
@@ -328,20 +328,20 @@ def test_a_search_tries_what_the_run_goes_on_from(tmp_path, selection, monkeypat
     again."""
     trainer = make_trainer(tmp_path, method="random", num_levels=1, selection=selection, refit_rows=32, trial_steps=2)
     fitted = {}
-    fit = trainer._bench.refit
+    fit = trainer.run.bench.refit
 
     def written_down(before, level):
         done = fit(before, level)
-        fitted.setdefault(trainer._method.masks.digest(), []).append(weights_of(trainer.model))
+        fitted.setdefault(trainer.run.method.masks.digest(), []).append(weights_of(trainer.model))
         return done
 
-    monkeypatch.setattr(trainer._bench, "refit", written_down)
+    monkeypatch.setattr(trainer.run.bench, "refit", written_down)
     trainer.train()
-    chosen = next(c for c in trainer._search.history[0].candidates if c.chosen)
+    chosen = next(c for c in trainer.run.search.history[0].candidates if c.chosen)
     found = fitted[chosen.digest]
     assert len(found) == (len(chosen.scores) + 1 if selection == "halving" else 1)
     assert all(same(found[0], other) for other in found)
-    assert len(fitted) == len(trainer._search.history[0].candidates)
+    assert len(fitted) == len(trainer.run.search.history[0].candidates)
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_a_search_tries_what_the_run_goes_on_from(tmp_path, selection, monkeypat
 def test_masks_that_cannot_be_fitted_are_trained_before_they_are_compared(tmp_path, family, changes, steps):
     trainer = make_trainer(tmp_path, make(family), method="random", num_candidates=2, num_levels=1, **changes)
     trainer.train()
-    (search,) = trainer._search.history
+    (search,) = trainer.run.search.history
     assert [candidate.steps for candidate in search.candidates] == [steps] * len(search.candidates)
 
 
@@ -366,24 +366,24 @@ def test_masks_are_compared_as_they_are_fitted(tmp_path, monkeypatch, capsys):
     """trial_steps=0: one score each and no training; the run goes on from the best, to the bit."""
     keywords = {"method": "random", "num_candidates": 3, "num_levels": 1, "refit_rows": 32, "trial_steps": 0}
     trainer = make_trainer(tmp_path, **keywords)
-    assert trainer._search.rungs(trainer.args.plan(8), 0) == [(3, 0)]
-    scored, score = [], trainer._bench.score
+    assert trainer.run.search.rungs(trainer.run.settings.plan(8), 0) == [(3, 0)]
+    scored, score = [], trainer.run.bench.score
 
     def written_down():
-        scored.append((trainer._method.masks.digest(), weights_of(trainer.model), score()))
+        scored.append((trainer.run.method.masks.digest(), weights_of(trainer.model), score()))
         return scored[-1][-1]
 
-    cut = trainer._search._cut
+    cut = trainer.run.search._cut
 
     def cut_and_kept(chosen, masks, search):
         cut(chosen, masks, search)
         found = {digest: weights for digest, weights, _ in scored}
         assert same(weights_of(trainer.model), found[masks.digest()])
 
-    monkeypatch.setattr(trainer._bench, "score", written_down)
-    monkeypatch.setattr(trainer._search, "_cut", cut_and_kept)
+    monkeypatch.setattr(trainer.run.bench, "score", written_down)
+    monkeypatch.setattr(trainer.run.search, "_cut", cut_and_kept)
     trainer.train()
-    (search,) = trainer._search.history
+    (search,) = trainer.run.search.history
     told = capsys.readouterr().out
     assert all(part in told for part in ("3 x fit", "; 3 masks are fitted and compared", "as fitted  steps"))
     assert [candidate.steps for candidate in search.candidates] == [0] * 3
@@ -401,7 +401,7 @@ def test_long_rows_are_fewer(tmp_path, monkeypatch):
     for rows in (32, 256):
         trainer = make_trainer(tmp_path / f"{rows}", method="taylor", num_levels=1, refit_rows=rows)
         trainer.train()
-        cost[rows] = trainer._search.history[0].step_equivalents, weights_of(trainer.model)
+        cost[rows] = trainer.run.search.history[0].step_equivalents, weights_of(trainer.model)
     assert cost[32][0] == cost[256][0] == 4 + 2 * 32 / 8  # gradient samples, refit
     assert same(cost[32][1], cost[256][1])
 
@@ -409,7 +409,7 @@ def test_long_rows_are_fewer(tmp_path, monkeypatch):
 def test_nothing_fitted_costs_nothing(tmp_path):
     trainer = make_trainer(tmp_path, make("Albert"), method="taylor", num_levels=1)
     trainer.train()
-    (search,) = trainer._search.history
+    (search,) = trainer.run.search.history
     assert search.step_equivalents == 4 and search.refit_error is None
 
 
@@ -422,7 +422,7 @@ def test_labels_are_not_looked_at(tmp_path):
 
     trainer = make_trainer(tmp_path, rows=rows, method="taylor", keywords={"compute_loss_func": loss})
     trainer.train()
-    assert all(search.refit_error < search.cut_error for search in trainer._search.history)
+    assert all(search.refit_error < search.cut_error for search in trainer.run.search.history)
 
 
 @pytest.mark.parametrize("loss", [None, lambda outputs, labels, num_items_in_batch=None: outputs[-1].square().mean()])
@@ -437,7 +437,7 @@ def test_a_model_of_the_users_own_gets_what_it_gets_in_training(tmp_path, loss):
 
     trainer = make_trainer(tmp_path, Own(make().config), method="taylor", keywords={"compute_loss_func": loss})
     trainer.train()
-    assert all(search.refit_error < search.cut_error for search in trainer._search.history)
+    assert all(search.refit_error < search.cut_error for search in trainer.run.search.history)
 
 
 def test_a_model_that_takes_no_labels_gets_none(tmp_path):
@@ -456,7 +456,7 @@ def test_a_model_that_takes_no_labels_gets_none(tmp_path):
     config = {"method": "taylor", "label_names": ["labels"]}
     trainer = make_trainer(tmp_path, Own(make().config), trainer=Outside, keywords=keywords, **config)
     trainer.train()
-    assert all(search.refit_error < search.cut_error for search in trainer._search.history)
+    assert all(search.refit_error < search.cut_error for search in trainer.run.search.history)
 
 
 def test_rows_without_length_are_refused(tmp_path):
@@ -471,4 +471,4 @@ def test_rows_without_length_are_refused(tmp_path):
 def test_a_run_without_it_cuts_alone(tmp_path):
     trainer = make_trainer(tmp_path, method="taylor", refit_rows=0)
     trainer.train()
-    assert all(search.refit_error is None for search in trainer._search.history)
+    assert all(search.refit_error is None for search in trainer.run.search.history)

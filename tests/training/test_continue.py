@@ -99,10 +99,10 @@ def test_levels_that_the_model_has_reached_are_left_out(tmp_path):
     model, _ = sparse(0.7)
     trainer = make_trainer(tmp_path, model, levels=[0.3, 0.6, 0.72, 0.75], num_levels=None)
     trainer.train()
-    assert trainer._plan.levels == (0.72, 0.75)
+    assert trainer.run.plan.levels == (0.72, 0.75)
     dense = make_trainer(tmp_path, levels=[0.3, 0.6, 0.72, 0.75], num_levels=None)
     dense.train()
-    assert dense._plan.levels == (0.3, 0.6, 0.72, 0.75)
+    assert dense.run.plan.levels == (0.3, 0.6, 0.72, 0.75)
 
 
 def test_the_plan_tells_where_the_model_begins(tmp_path, capsys):
@@ -121,7 +121,7 @@ def test_a_run_from_a_sparse_model_resumes_to_the_bit(tmp_path, method, step):
     whole.train()
     resumed = make_trainer(tmp_path / "again", sparse(0.5, seed=3)[0], **method, **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-    assert resumed._plan == whole._plan
+    assert resumed.run.plan == whole.run.plan
     assert same(weights_of(whole.model), weights_of(resumed.model))
 
 

@@ -81,8 +81,8 @@ def test_a_search_leaves_a_given_optimizer_alone(tmp_path, kind):
         keywords = {"optimizers": (own(model, kind), None)}
         changes = {**SEARCH, "num_candidates": 2 if trials else 1, "trial_steps": 2 if trials else None}
         trainer = make_trainer(tmp_path, model, keywords={**keywords, "selection_dataset": [0]}, **changes)
-        trainer.selection_dataset = trainer._bench._selection = trainer.eval_dataset
-        trainer._bench.score = lambda: 0.0
+        trainer.selection_dataset = trainer.run.bench._selection = trainer.eval_dataset
+        trainer.run.bench.score = lambda: 0.0
         trainer.train()
         ends.append(weights_of(model))
     assert same(*ends)

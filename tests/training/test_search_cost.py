@@ -45,7 +45,7 @@ def test_the_model_counts_what_a_run_counts(tmp_path, changes):
     trainer = make_trainer(tmp_path / "out", make(), make_rows(100), keywords=keywords, **fields)
     trainer.train()
     work = workload(make_config(tmp_path / "out", **fields), tmp_path, train_rows=100)
-    assert work.rungs(1) == [trainer._search.rungs(trainer._plan, level) for level in range(2)]
+    assert work.rungs(1) == [trainer.run.search.rungs(trainer.run.plan, level) for level in range(2)]
     assert work.parameters == trainer.model.base_model.num_parameters()
     assert work.prunable == sum(weight.numel() for weight in prunable_weights(trainer.model).values())
     found = trainer.search_summary()["search_step_equivalents"]

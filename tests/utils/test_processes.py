@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from hf_maskselect.utils.processes import Ranks, deal
+from hf_maskselect.utils.processes import Processes, deal
 
 
 def test_shares_differ_by_at_most_one_and_nothing_is_lost():
@@ -27,7 +27,7 @@ def test_who_holds_a_piece_gets_it():
 
 
 def test_one_process_needs_nobody():
-    alone = Ranks()
+    alone = Processes()
     alone.open(1)
     assert (alone.rank, alone.count) == (0, 1)
     assert alone.gather("a") == ["a"] and alone.first("b") == "b" and alone.together(lambda: "c") == ["c"]

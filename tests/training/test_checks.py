@@ -6,7 +6,7 @@ import pytest
 from tiny import make, make_config, make_trainer
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
-from hf_maskselect.training.engines import check_devices, check_engine
+from hf_maskselect.training.checks import check_devices, check_engine
 
 
 def fsdp(**changes):

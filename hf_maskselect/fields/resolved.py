@@ -1,0 +1,94 @@
+"""`ResolvedConfig`: what a run reads, with every default filled in."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from ..masking.patterns import NM, Channel, Unstructured
+from ..masking.schedule import LevelPlan
+from ..methods.gumbel import GumbelOptions
+
+_SAME_NAME = ("method", "sparsity", "scope", "criterion", "num_candidates", "refit_rows", "frozen_steps")
+_LISTS = ("levels", "proposals", "target_modules", "exclude_modules")
+_GUMBEL_NAMES = {"logit_rate": "learning_rate", "scale_rate": "scale_learning_rate"}
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """Everything that follows from the fields of a `PruningConfig`; made by [`PruningConfig.resolved`].
+
+    Attributes:
+        method, sparsity, scope, criterion, num_candidates, refit_rows, frozen_steps, pruning_warmup_steps, soft_ramp,
+            last_level_weight: the fields of these names. An emergent sparsity has a placeholder that prunes nothing.
+        soft: whether the method trains through soft masks.
+        emergent: whether the sparsity is a result and not a target.
+        pattern: with the scope of candidate 0.
+        levels: rising sparsities; the last one is the target.
+        proposals, target_modules, exclude_modules: tuples, also where one string was given.
+        gumbel: options of the Gumbel method; None for other methods.
+        selection_metric: without its prefix `eval_`; None where a run takes the teacher's soft labels or the loss.
+        searches: whether a level has more than one candidate.
+        scores_after_refit: whether candidates are scored right after their refit, without training (wherever a matrix
+            can be refitted).
+        needs_selection_split: whether the run makes a choice that must not look at the evaluation data.
+    """
+
+    method: str
+    soft: bool
+    emergent: bool
+    sparsity: float
+    pattern: Unstructured | NM | Channel
+    scope: str
+    criterion: str
+    levels: tuple[float, ...]
+    num_candidates: int
+    proposals: tuple[str, ...]
+    refit_rows: int
+    frozen_steps: float
+    gumbel: GumbelOptions | None
+    selection_metric: str | None
+    target_modules: tuple[str, ...] | None
+    exclude_modules: tuple[str, ...] | None
+    searches: bool
+    scores_after_refit: bool
+    needs_selection_split: bool
+    pruning_warmup_steps: float
+    soft_ramp: float
+    last_level_weight: float
+
+    def plan(self, max_steps: int, start: float = 0.0) -> LevelPlan:
+        """Return when each level starts in a run of `max_steps` optimizer steps.
+
+        Args:
+            max_steps: length of the run.
+            start: sparsity of the model that the run begins with. Levels up to it are left out, except the last.
+
+        Raises:
+            ValueError: the target cannot be reached in so few steps.
+        """
+        warmup = _steps(self.pruning_warmup_steps, max_steps)
+        if self.soft:
+            frozen = _steps(self.frozen_steps, max_steps)
+            if self.needs_selection_split and not frozen:
+                raise ValueError(
+                    f"frozen_steps={self.frozen_steps} of {max_steps} steps is less than one step, and choosing needs "
+                    "some: raise frozen_steps"
+                )
+            return LevelPlan.build_soft(self.sparsity, max_steps, warmup, frozen, self.soft_ramp)
+        levels = [level for level in self.levels if level > start] or self.levels[-1:]
+        return LevelPlan.build(levels, max_steps, warmup, self.last_level_weight)
+
+    def record(self) -> dict[str, object]:
+        """Return the resolved values under the names of their fields, with lists for tuples, to be written down."""
+        values: dict[str, object] = {name: getattr(self, name) for name in (*_SAME_NAME, "selection_metric")}
+        for name in _LISTS:
+            value = getattr(self, name)
+            values[name] = None if value is None else list(value)
+        for name, value in {} if self.gumbel is None else asdict(self.gumbel).items():
+            values[f"gumbel_{_GUMBEL_NAMES.get(name, name)}"] = value
+        return {**values, "num_levels": len(self.levels)}
+
+
+def _steps(value: float, max_steps: int) -> int:
+    """Return a number of steps; `value` below 1 is a share of `max_steps`."""
+    return int(value * max_steps) if 0 < value < 1 else int(value)

@@ -1,0 +1,199 @@
+"""Which candidate is chosen, and the refit after a cut: the fields and their rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..masking.proposals import parse_proposal
+from ..masking.scores import CRITERIA
+from ..masking.votes import SAMPLING_RATIOS
+from .resolved import ResolvedConfig
+from .rules import SELECTIONS, check_choice, check_least, check_types, listed
+
+
+@dataclass
+class SearchFields:
+    """Fields of [`PruningConfig`] that say which candidate a level takes and how the kept weights are refitted.
+
+    Args:
+        num_candidates (`int`, *optional*): masks tried at each level, candidate 0 being the deterministic one.
+            Defaults to 4 for `"random"`; the other methods have one.
+        proposals (`list[str]`, defaults to `["mixed"]`): `"mixed"` varies criterion, scope and randomness; `"paper"`
+            is votes around magnitude per layer; or a list of `criterion:scope[:votes]`, such as `"taylor:global"`.
+        criterion (`str`, *optional*): of candidate 0: `"magnitude"`, `"fisher"` or `"taylor"`. Defaults to `"taylor"`
+            for `"random"` (to `"magnitude"` with the paper's proposals).
+        criterion_batches (`int`, defaults to 64): gradient samples a level for fisher and taylor.
+        criterion_batch_size (`int`, defaults to 8): rows of one gradient sample.
+        selection (`str`, defaults to `"halving"`): `"halving"` drops the worse half after each rung and doubles the
+            steps, each trial from the same start; in `"survivors"` every candidate goes on from the weights it has
+            trained, and then the run from the winner's; `"early"` gives every candidate one trial and averages its
+            last evaluations (the paper's EMEP).
+        trial_steps (`int`, *optional*): optimizer steps of the first rung (of the whole trial for `"early"`). 0 scores
+            each mask right after its refit, without training; in our benchmarks this ranked masks as well as training
+            a whole level. It is the default for `"halving"` where matrices are refitted (`refit_rows`) and neither of
+            the next two fields is given. Else a third of the level, since shorter trials of masks without a refit rank
+            them at random (for `"survivors"`: an eighth, and at least 40 or half the level; for `"early"`: one epoch,
+            at most the level).
+        trial_batch_size (`int`, *optional*): rows of one trial step. Defaults to those of a training step over all
+            devices, so that the choice does not depend on their number; one device runs a trial alone, so with many
+            of them fewer rows are cheaper (`hf-maskselect plan` shows the cost).
+        trial_learning_rate (`float`, *optional*): peak, decayed linearly to 0. Defaults to `learning_rate`, or to that
+            of the first group that learns in an optimizer that the trainer is given (`"early"`: 4x).
+        sampling_ratios (`list[float]`): draws per removed weight of votes, rotating over the candidates.
+        selection_fraction (`float`, defaults to 0.1): share of the train split held out to choose on, where no
+            `selection_dataset` is given and the run chooses anything.
+        max_selection_samples (`int`, defaults to 500): at most so many rows are held out; every trial is scored on
+            all of them.
+        selection_metric (`str`, *optional*): the score of a trial on the held-out rows: `"loss"` (the label loss),
+            `"teacher"` (cross-entropy against the teacher's soft labels; both lower is better), or a key of
+            `compute_metrics`, with or without `eval_` (higher is better; the paper's choice). Defaults to `"teacher"`
+            where a teacher distils a classification, else to `"loss"`: once the teacher is over-confident, the label
+            loss prefers candidates that have learned less from it.
+        refit_rows (`int`, *optional*): train rows for the refit of every cut matrix (hard masks): least squares over
+            its kept weights against its output before the cut (see [`refit`]); at most so many rows as have 16,384
+            tokens. A refit row costs as much as two training rows. Defaults to 256, and to 0 (off) where `criterion`
+            is magnitude, the plain baseline.
+    """
+
+    num_candidates: int | None = field(default=None, metadata={"help": "Masks tried at each level (4 for random)."})
+    proposals: list[str] = field(
+        default_factory=lambda: ["mixed"], metadata={"help": "mixed, paper, or a list of criterion:scope[:votes]."}
+    )
+    criterion: str | None = field(default=None, metadata={"help": "Of candidate 0: magnitude, fisher or taylor."})
+    criterion_batches: int = field(default=64, metadata={"help": "Gradient samples a level for fisher and taylor."})
+    criterion_batch_size: int = field(default=8, metadata={"help": "Rows of one gradient sample."})
+    selection: str = field(default="halving", metadata={"help": "halving, survivors or early.", "choices": SELECTIONS})
+    trial_steps: int | None = field(
+        default=None, metadata={"help": "Steps of the first rung (0 where matrices are refitted, else a third)."}
+    )
+    trial_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows of one trial step (those of a training step over all devices)."}
+    )
+    trial_learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate of the trials."})
+    sampling_ratios: list[float] = field(
+        default_factory=lambda: list(SAMPLING_RATIOS), metadata={"help": "Draws per removed weight, rotating."}
+    )
+    selection_fraction: float = field(
+        default=0.1, metadata={"help": "Share of the train split held out to choose on."}
+    )
+    max_selection_samples: int = field(default=500, metadata={"help": "At most so many rows are held out."})
+    selection_metric: str | None = field(
+        default=None, metadata={"help": "loss, teacher, or a key of compute_metrics (teacher where there is one)."}
+    )
+    refit_rows: int | None = field(
+        default=None, metadata={"help": "Train rows that cut matrices are refitted on (256; magnitude 0)."}
+    )
+
+    def _check_search_values(self) -> None:
+        """Check each of these fields by itself."""
+        check_types(self, SearchFields)
+        check_choice("selection", self.selection, SELECTIONS)
+        if self.criterion is not None:
+            check_choice("criterion", self.criterion, CRITERIA)
+        if self.num_candidates is not None and self.num_candidates < 1:
+            raise ValueError(f"num_candidates={self.num_candidates} must be at least 1 (the deterministic mask)")
+        if not self.proposals:
+            raise ValueError("proposals is empty: use 'mixed', 'paper' or a list such as ['taylor:global']")
+        if listed(self.proposals) not in (("mixed",), ("paper",)):
+            for text in listed(self.proposals):
+                parse_proposal(text, [*CRITERIA, "score_fn"], ratio=1.0)
+        if self.trial_steps is not None and self.trial_steps < 0:
+            raise ValueError(
+                f"trial_steps={self.trial_steps} must be at least 0, which scores masks after their refit"
+            )
+        for name in ("trial_batch_size", "trial_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value} must be positive")
+        least = {"criterion_batches": 0, "criterion_batch_size": 1, "max_selection_samples": 1, "refit_rows": 0}
+        for name, value in least.items():
+            if getattr(self, name) is not None:
+                check_least(name, getattr(self, name), value)
+        if not self.sampling_ratios or min(self.sampling_ratios) <= 0:
+            raise ValueError(f"sampling_ratios={self.sampling_ratios} must be positive numbers, such as [5e-5, 1e-4]")
+        if not 0 < self.selection_fraction < 1:
+            raise ValueError(
+                f"selection_fraction={self.selection_fraction} must lie inside (0, 1): it is the share of the train "
+                "split held out to choose on; pass selection_dataset to choose on other data"
+            )
+
+    def _check_search_rules(self, settings: ResolvedConfig, level_eval_steps: int) -> None:
+        """Check these fields against each other and against those of other groups.
+
+        level_eval_steps: the field of this name.
+        """
+        method, chosen = settings.method, f"with method={settings.method!r}"
+        if settings.soft:
+            self._check_of_soft(settings, level_eval_steps)
+        elif method != "random":
+            if self.criterion not in (None, method):
+                raise ValueError(
+                    f"criterion={self.criterion!r} contradicts method={method!r}: leave criterion unset, or use "
+                    "method='random' with num_candidates=1"
+                )
+            if settings.searches:
+                raise ValueError(
+                    f"num_candidates={self.num_candidates} has no meaning {chosen}, which has one deterministic mask: "
+                    "use method='random' to choose among several"
+                )
+        if self.criterion_batches == 0 and settings.criterion != "magnitude":
+            remedy = "leave criterion unset with proposals='paper'" if method == "random" else "use method='magnitude'"
+            raise ValueError(
+                f"criterion_batches=0 gives criterion={settings.criterion!r} no gradients: set it to 64 or more, or "
+                f"{remedy}"
+            )
+        if self.trial_steps != 0:
+            return
+        if not settings.refit_rows or self.selection != "halving":
+            raise ValueError(
+                "trial_steps=0 scores masks after their refit, without any training: it needs refit_rows, which is "
+                f"{settings.refit_rows}, and selection='halving', which is {self.selection!r}; leave trial_steps unset"
+            )
+        for name in ("trial_batch_size", "trial_learning_rate"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} has no meaning with trial_steps=0, which trains no candidate: "
+                    "leave trial_steps unset"
+                )
+
+    def _check_of_soft(self, settings: ResolvedConfig, level_eval_steps: int) -> None:
+        """Check what a soft method allows."""
+        chosen = f"with method={settings.method!r}"
+        if settings.proposals != ("mixed",):
+            raise ValueError(
+                f"proposals={list(settings.proposals)} have no meaning {chosen}, whose candidates are neighbours of "
+                "its own mask: leave proposals unset"
+            )
+        if self.criterion not in (None, "magnitude"):
+            raise ValueError(
+                f"criterion={self.criterion!r} has no meaning {chosen}, which makes its own masks: leave it unset"
+            )
+        if self.refit_rows:
+            raise ValueError(
+                f"refit_rows={self.refit_rows} has no meaning {chosen}, whose weights are trained as they are cut: "
+                "leave it unset"
+            )
+        wanted = {
+            "num_candidates": self.num_candidates if settings.searches else 0,
+            "level_eval_steps": level_eval_steps,
+        }
+        for name, value in wanted.items():
+            if value and not settings.frozen_steps:
+                raise ValueError(
+                    f"{name}={value} needs steps under the hard mask {chosen}: set frozen_steps, such as 0.2"
+                )
+
+    def _criterion_of(self, method: str, soft: bool) -> str:
+        """Return the criterion of candidate 0; the method names it, except for `"random"`."""
+        if soft:
+            return "magnitude"  # reads no gradients
+        if method != "random":
+            return method
+        return self.criterion or ("magnitude" if listed(self.proposals) == ("paper",) else "taylor")
+
+    def _scores_after_refit(self, searches: bool, refit_rows: int) -> bool:
+        """Return whether candidates are scored right after their refit, without training."""
+        if self.trial_steps is not None:
+            return self.trial_steps == 0
+        trains = self.trial_batch_size or self.trial_learning_rate
+        return searches and bool(refit_rows) and self.selection == "halving" and not trains

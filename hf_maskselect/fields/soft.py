@@ -1,0 +1,146 @@
+"""Soft masks (`"pdp"`, `"gumbel"`): the fields and their rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from ..methods.gumbel import GumbelOptions
+from .resolved import ResolvedConfig
+from .rules import check_steps, check_types
+
+
+@dataclass
+class SoftFields:
+    """Fields of [`PruningConfig`] for soft masks, which are in force from the end of the warm-up on.
+
+    The defaults of `"gumbel"` differ for `gumbel_untrained`, the setting of its paper ("untrained").
+
+    Args:
+        soft_ramp (`float`, defaults to 0.8): share of the soft phase in which the sparsity rises to the target, linear
+            in optimizer steps, in (0, 1]. 0.8 is the pace of the paper's 0.015 an epoch from epoch 16 of 100.
+        frozen_steps (`float`, *optional*): steps at the end that train on under the frozen hard mask; below 1 a share
+            of all. Defaults to 0.2, which heals what hardening breaks (`soft_hard_gap`, logged), and to 0 for
+            `gumbel_untrained`; 0 hardens after the last step, as the papers do. Candidates need it: they are drawn
+            when the mask hardens (neighbours of the method's own mask) and tried on these steps.
+        pdp_tau (`float`, defaults to 1e-4): width of the soft band of `sigmoid((w^2 - t^2) / pdp_tau)`, in squared
+            weight units; fits weights of standard deviation about 0.04, as in BERT's encoder.
+        gumbel_tau (`float`, defaults to 1): temperature of the straight-through gradient.
+        gumbel_untrained (`bool`, defaults to `False`): the paper's setting, weights at their initialisation.
+        gumbel_budget (`bool`, *optional*): share the kept weights out by an exact budget that follows the ramp, and
+            end in the best logits; else keep where the logit is >= 0 and let the sparsity emerge (leave `sparsity`
+            unset then). Defaults to `True`, untrained to `False` (the paper).
+        gumbel_initial_logit (`float`, *optional*): where logits start; a weight is kept with probability
+            `sigmoid(logit)`. Defaults to 3, untrained to 0 (the paper).
+        gumbel_prior (`float`, *optional*): adds this many times the standardized log-magnitude of each weight (in its
+            matrix) to its first logit. Defaults to 1, untrained to 0 (the paper).
+        gumbel_signed_constant (`bool`, *optional*): replace each weight by its sign times its matrix's standard
+            deviation before training. Defaults to `False`, untrained to `True` (the paper).
+        gumbel_rescale (`bool`, defaults to `True`): Smart Rescale, one learned scale a matrix, folded in at the end.
+        gumbel_learning_rate (`float`, *optional*): of the logits, in an optimizer group of their own that follows
+            `lr_scheduler_type`; for Adam. Defaults to 0.5, untrained to 0.05. The paper's 50 belongs to plain SGD.
+        gumbel_scale_learning_rate (`float`, defaults to 1e-3): of the scales.
+        gumbel_train_rest (`bool`, *optional*): also train biases, norms and embeddings of the body in the soft
+            phase. Defaults to `True`, untrained to `False` (the paper). The head (what lies outside `base_model`)
+            always trains; in the warm-up and under the frozen mask everything does.
+    """
+
+    soft_ramp: float = field(default=0.8, metadata={"help": "Share of the soft phase in which sparsity rises."})
+    frozen_steps: float | None = field(
+        default=None, metadata={"help": "Steps at the end under the frozen hard mask; < 1: a share (0.2)."}
+    )
+    pdp_tau: float = field(default=1e-4, metadata={"help": "Width of PDP's soft band, in squared weight units."})
+    gumbel_tau: float = field(default=1.0, metadata={"help": "Temperature of the straight-through gradient."})
+    gumbel_untrained: bool = field(default=False, metadata={"help": "Weights at their initialisation (the paper)."})
+    gumbel_budget: bool | None = field(default=None, metadata={"help": "Exact budget; else the sparsity emerges."})
+    gumbel_initial_logit: float | None = field(default=None, metadata={"help": "Where logits start (3; untrained 0)."})
+    gumbel_prior: float | None = field(
+        default=None, metadata={"help": "Weight of the log-magnitude in the first logits (1; untrained 0)."}
+    )
+    gumbel_signed_constant: bool | None = field(
+        default=None, metadata={"help": "Weights become sign times standard deviation (untrained: true)."}
+    )
+    gumbel_rescale: bool = field(default=True, metadata={"help": "Smart Rescale: one learned scale a matrix."})
+    gumbel_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the logits (0.5; untrained 0.05)."}
+    )
+    gumbel_scale_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the scales."})
+    gumbel_train_rest: bool | None = field(
+        default=None, metadata={"help": "Also train biases, norms and embeddings of the body (untrained: false)."}
+    )
+
+    def _check_soft_values(self) -> None:
+        """Check each of these fields by itself."""
+        check_types(self, SoftFields)
+        if not 0 < self.soft_ramp <= 1:
+            raise ValueError(f"soft_ramp={self.soft_ramp} must lie in (0, 1]: it is a share of the soft phase")
+        if self.frozen_steps is not None:
+            check_steps("frozen_steps", self.frozen_steps)
+        usual = {"pdp_tau": 1e-4, "gumbel_tau": 1, "gumbel_learning_rate": 0.5, "gumbel_scale_learning_rate": 1e-3}
+        for name, example in usual.items():
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value} must be positive, such as {example:g}")
+
+    def _check_soft_rules(self, settings: ResolvedConfig, sparsity: float | None, pattern: str) -> None:
+        """Check these fields against each other and against those of other groups.
+
+        sparsity, pattern: the fields of these names.
+        """
+        method = settings.method
+        for own in fields(SoftFields):
+            owner = own.name.partition("_")[0]
+            used = settings.soft if owner in ("soft", "frozen") else method == owner
+            if owner != "frozen" and not used and getattr(self, own.name) != own.default:
+                owner = "soft methods" if owner == "soft" else owner
+                raise ValueError(
+                    f"{own.name}={getattr(self, own.name)!r} has no meaning with method={method!r}, it belongs to "
+                    f"{owner}: leave it unset"
+                )
+        if self.frozen_steps and not settings.soft:
+            raise ValueError(
+                f"frozen_steps={self.frozen_steps} has no meaning with method={method!r}, whose masks are always "
+                "hard: use last_level_weight for a longer last level"
+            )
+        if settings.gumbel is not None and settings.gumbel.prior and settings.gumbel.signed_constant:
+            raise ValueError(
+                f"gumbel_prior={settings.gumbel.prior} has no meaning with gumbel_signed_constant=True, which gives "
+                "all weights of a matrix one magnitude: set one of them to 0 or False"
+            )
+        if method == "gumbel" and settings.scope == "balanced":
+            raise ValueError(
+                "scope='balanced' has no meaning with method='gumbel', whose logits are comparable as they are: use "
+                "'global' or 'layer'"
+            )
+        if not settings.emergent:
+            return
+        if settings.searches:
+            raise ValueError(
+                f"num_candidates={settings.num_candidates} has no meaning with gumbel_budget=False: samples of a mask "
+                "without a budget differ in sparsity, so set gumbel_budget=True"
+            )
+        if pattern != "unstructured":
+            raise ValueError(f"pattern={pattern!r} needs gumbel_budget=True: the rule logit >= 0 keeps no fixed count")
+        if sparsity is not None:
+            raise ValueError(
+                f"sparsity={sparsity} has no meaning with gumbel_budget=False, where it emerges: leave it unset, or "
+                "set gumbel_budget=True"
+            )
+
+    def _gumbel_options(self) -> GumbelOptions:
+        """Return the options of the Gumbel method; `gumbel_untrained` decides those that were not given."""
+        paper = self.gumbel_untrained
+
+        def given(value, default):
+            return default if value is None else value
+
+        return GumbelOptions(
+            tau=self.gumbel_tau,
+            budget=given(self.gumbel_budget, not paper),
+            rescale=self.gumbel_rescale,
+            initial_logit=given(self.gumbel_initial_logit, 0.0 if paper else 3.0),
+            prior=given(self.gumbel_prior, 0.0 if paper else 1.0),
+            signed_constant=given(self.gumbel_signed_constant, paper),
+            logit_rate=given(self.gumbel_learning_rate, 0.05 if paper else 0.5),
+            scale_rate=self.gumbel_scale_learning_rate,
+            train_rest=given(self.gumbel_train_rest, not paper),
+        )

@@ -1,0 +1,244 @@
+"""`PruningRun`: what one run prunes by, and where it stands."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from ..config import PruningConfig
+from ..fields.resolved import ResolvedConfig
+from ..masking.dtensors import class_name
+from ..masking.maskset import MaskSet
+from ..masking.schedule import LevelPlan
+from ..methods.base import Method
+from ..methods.gumbel import Gumbel
+from ..methods.hard import FindWeights, HardMethod
+from ..methods.pdp import Pdp
+from ..search.bench import TrialBench
+from ..search.level_best import LevelBest
+from ..search.results import LevelSearch
+from ..search.search import MaskSearch
+from ..storage.state import PruningState, load_method_state
+from ..utils.processes import Processes
+from ..utils.seeds import key_seed
+from .checks import check_start
+
+
+def make_method(
+    config: PruningConfig, find_weights: FindWeights, log: Callable[[Mapping[str, float]], None]
+) -> Method:
+    """Make the pruning method that a configuration names.
+
+    Args:
+        config: the arguments of the run.
+        find_weights: model -> its prunable weights by name.
+        log: called with what is worth logging when a soft mask hardens.
+    """
+    settings = config.resolved()
+    pattern, sparsity, keep_zeros = settings.pattern, settings.sparsity, config.keep_zeros
+    if settings.gumbel is not None:
+
+        def seed_of(step: int) -> int:
+            return key_seed(config.seed, "gumbel", step)
+
+        return Gumbel(find_weights, log, pattern, sparsity, settings.gumbel, seed_of, keep_zeros)
+    if settings.method == "pdp":
+        return Pdp(find_weights, log, pattern, sparsity, config.pdp_tau, keep_zeros)
+    return HardMethod(find_weights, keep_zeros)
+
+
+class PruningRun:
+    """The plan, the method and the search of one run.
+
+    It never calls the trainer: the trainer passes what a call needs.
+
+    Args:
+        config: the arguments of the run.
+        settings: what follows from them.
+        method: keeps the masks in force.
+        bench: scores the model on the held-out rows.
+        search: chooses the masks of a level.
+        processes: the processes of the run.
+    """
+
+    plan: LevelPlan
+
+    def __init__(
+        self,
+        config: PruningConfig,
+        settings: ResolvedConfig,
+        method: Method,
+        bench: TrialBench,
+        search: MaskSearch,
+        processes: Processes,
+    ) -> None:
+        self.config, self.settings = config, settings
+        self.method, self.bench, self.search, self.processes = method, bench, search, processes
+        self.level_best = LevelBest(config.output_dir) if config.level_eval_steps else None
+        self.start = 0.0  # sparsity of the model that the run began with
+        self.resumed = False  # whether `start` comes from a checkpoint
+        self.planned = False
+
+    # -- the plan ----------------------------------------------------------------------------------------------------
+
+    def make_plan(self, model: nn.Module, max_steps: int) -> None:
+        """Plan a run of `max_steps` optimizer steps from the model as it is, or as its first checkpoint saw it.
+
+        Raises:
+            ValueError: the target cannot be reached, or the model's zeros do not allow it.
+        """
+        self.method.attach(model)  # FSDP has replaced the parameters by sharded ones
+        masks = None if self.resumed else self.method.masks
+        if masks is not None:
+            self.start = masks.sparsity()
+        self.plan, self.planned = self.settings.plan(max_steps, self.start), True
+        if masks is not None:
+            check_start(self.config, masks, self.plan)
+
+    def rungs(self) -> list[list[tuple[int, int]]]:
+        """(candidates, steps) of every rung, for each level."""
+        return [self.search.rungs(self.plan, level) for level in range(len(self.plan.levels))]
+
+    def clean(self, step: int) -> None:
+        """Remove what an earlier run left in the output folder. Only the process that saves calls it."""
+        self.search.clean(anew=step == 0)
+        if self.level_best and step == 0:
+            self.level_best.forget()
+
+    # -- levels ------------------------------------------------------------------------------------------------------
+
+    def reached(self, level: int) -> bool:
+        """Whether the masks in force are as sparse as `level`. An emergent sparsity is reached with any mask."""
+        masks = self.method.masks
+        if self.settings.emergent:
+            return masks.kept < masks.total
+        return masks.reaches(self.settings.pattern, self.plan.levels[level])
+
+    @property
+    def at_target(self) -> bool:
+        """Whether the last level is reached."""
+        return self.reached(len(self.plan.levels) - 1)
+
+    def choose(self, level: int, step: int, model: nn.Module) -> tuple[MaskSet, LevelSearch | None]:
+        """Choose the masks of `level`; all ranks call it together.
+
+        Returns:
+            the masks, and the search that found them. None where the model was that sparse before.
+        """
+        if not self.settings.emergent and self.reached(level):
+            return self.method.masks, None
+        if self.level_best and level > 0:
+            self.restore_level_best(level - 1, model)
+        masks = self.search.choose(level, self.plan, step)
+        if self.level_best and self.search.adopted is not None and self.config.should_save:
+            self.level_best.consider(level, self.search.adopted, model)
+        return masks, self.search.history[-1]
+
+    def score_level(self, step: int, model: nn.Module) -> dict[str, float]:
+        """Score the model every `level_eval_steps` steps and at the end of a level, and keep the level's best weights.
+
+        Returns:
+            what to log; empty between the steps that are scored.
+        """
+        level = self.method.level
+        if self.level_best is None or level < 0:
+            return {}
+        first, last = self.plan.span(level)
+        if (step - first) % self.config.level_eval_steps and step != last:
+            return {}
+        score = self.processes.first(self.bench.score())
+        best = self.level_best.consider(level, score, model) if self.config.should_save else False
+        return {"selection_score": score, "selection_best": float(best)}
+
+    def restore_level_best(self, level: int, model: nn.Module) -> None:
+        """Load the best weights of `level`; all ranks call it together.
+
+        Raises:
+            RuntimeError: not every rank sees the file.
+        """
+        assert self.level_best is not None
+        self.processes.gather(None)  # the file may still be written
+        restored = self.processes.gather(self.level_best.restore(level, model))
+        if len(set(restored)) > 1:
+            raise RuntimeError(
+                f"rank {restored.index(False)} does not see the weights that rank {restored.index(True)} wrote to "
+                f"{self.config.output_dir}: put it on storage that all machines share, or set save_on_each_node=True"
+            )
+        self.method.on_optimizer_step()  # keeps the pruned weights at zero
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def finalize(self, step: int, model: nn.Module) -> None:
+        """Leave the model plain and exactly sparse, with the best weights of the last level."""
+        if self.level_best and self.method.level >= 0:
+            self.restore_level_best(self.method.level, model)
+            if self.config.should_save:
+                self.level_best.forget()
+        self.method.finalize()
+        if step >= self.plan.max_steps:
+            self.search.forget()  # a run that was stopped may be resumed
+
+    def warn_if_short(self, step: int) -> None:
+        """Warn where training ended before the target. Soft masks are always cut to it."""
+        if self.settings.emergent or self.at_target:
+            return
+        warnings.warn(
+            f"training ended after {step} of {self.plan.max_steps} steps at sparsity "
+            f"{self.method.masks.sparsity():.4f}, before the last level with the target "
+            f"{self.settings.sparsity:g}: resume from a checkpoint (resume_from_checkpoint), or start a new run from "
+            "this model",
+            stacklevel=2,
+        )
+
+    def summary(self) -> dict[str, float]:
+        """`search_*` totals of the run so far."""
+        return self.search.summary(self.plan.max_steps if self.planned else 0)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state(self, model: nn.Module, step: int) -> PruningState:
+        """The masks in force and where the run stands."""
+        masks, settings = self.method.masks, self.settings
+        return PruningState(
+            masks,
+            method=settings.method,
+            pattern=self.config.pattern,
+            sparsity=masks.sparsity() if settings.emergent else settings.sparsity,
+            step=step,
+            level=self.method.level,
+            seed=self.config.seed,
+            start=self.start,
+            architecture=class_name(model),
+        )
+
+    def write_to(self, checkpoint: str) -> None:
+        """Put what a resumed run needs of the search into a checkpoint."""
+        self.search.write(checkpoint)
+        if self.level_best:
+            self.level_best.copy_to(checkpoint)
+
+    def check_resumes(self, checkpoint: str, step: int, model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+        """Raise a ValueError unless this run can go on from `checkpoint`, whose trainer state is of `step`."""
+        state = PruningState.load(checkpoint)
+        target = state.sparsity if self.settings.emergent else self.settings.sparsity
+        state.check_resumes(self.settings.method, self.config.pattern, target, class_name(model))
+        state.check_saved(checkpoint)
+        state.check_step(step, checkpoint)
+        state.masks.check_fits(weights)
+
+    def expect(self, checkpoint: str) -> None:
+        """Take the start of the run from a checkpoint that will be loaded after the plan is made, as FSDP does."""
+        self.start, self.resumed = PruningState.load(checkpoint).start, True
+
+    def resume(self, checkpoint: str, model: nn.Module) -> None:
+        """Go on from a checkpoint whose weights the model has loaded."""
+        state = PruningState.load(checkpoint)
+        self.method.attach(model)
+        self.method.load_state_dict(state.masks, load_method_state(checkpoint), state.step)
+        self.start, self.resumed = state.start, True
+        self.search.recall(state.step, checkpoint)
+        if self.level_best and self.config.should_save:
+            self.level_best.copy_from(checkpoint)
