@@ -3,8 +3,8 @@
     python examples/by_feature/pdp.py
     python examples/by_feature/pdp.py --max_steps 100 --pdp_tau 1e-3
 
-The model trains dense for the first part of the run (`pruning_warmup_steps`), then the sparsity rises a little at every step,
-then the mask hardens and the kept weights train on (`frozen_steps`).
+The model trains dense for the first part of the run (`pruning_warmup_steps`). Then the sparsity rises a little at every
+step. At the end the mask hardens, and the kept weights train on (`frozen_steps`).
 """
 
 import sys
@@ -27,7 +27,8 @@ def main(arguments=None):
     """Train, evaluate, save and count the zeros."""
     parser = HfArgumentParser(PruningConfig)
     parser.set_defaults(output_dir="out/pdp", max_steps=1200, save_strategy="no", logging_steps=100)
-    parser.set_defaults(per_device_train_batch_size=32, learning_rate=5e-4, warmup_steps=0.1)
+    parser.set_defaults(per_device_train_batch_size=32, per_device_eval_batch_size=64)
+    parser.set_defaults(learning_rate=5e-4, warmup_steps=0.1)
     parser.set_defaults(method="pdp", sparsity=0.9, pruning_warmup_steps=0.5, frozen_steps=0.2)
     (args,) = parser.parse_args_into_dataclasses(arguments)
 
