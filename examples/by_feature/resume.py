@@ -18,15 +18,12 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "glue_scripts"))  # the demo 
 from demo_data import demo_model_config, demo_tokenizer, load_demo  # noqa: E402
 
 
-class StopAt(TrainerCallback):
-    """Write a checkpoint and stop after `step` optimizer steps."""
-
-    def __init__(self, step):
-        self.step = step
+class StopHalfway(TrainerCallback):
+    """Write a checkpoint and stop in the middle of the run."""
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Runs after every optimizer step."""
-        if state.global_step == self.step:
+        """Ask the trainer to save and to stop."""
+        if state.global_step == state.max_steps // 2:
             control.should_save = control.should_training_stop = True
 
 
@@ -37,13 +34,14 @@ def train(arguments, folder, stop=False, resume=None):
     parser.set_defaults(per_device_train_batch_size=32, learning_rate=5e-4, sparsity=0.75, num_levels=2)
     (args,) = parser.parse_args_into_dataclasses(arguments)
     args.output_dir = f"{args.output_dir}/{folder}"
-    callbacks = [StopAt(args.max_steps // 2)] if stop else None
 
     set_seed(args.seed)
     tokenizer = demo_tokenizer()
     data = load_demo()["train"].map(lambda rows: tokenizer(rows["sentence"]), batched=True)
     model = BertForSequenceClassification(demo_model_config())
-    trainer = PruningTrainer(model, args, train_dataset=data, processing_class=tokenizer, callbacks=callbacks)
+    trainer = PruningTrainer(model, args, train_dataset=data, processing_class=tokenizer)
+    if stop:
+        trainer.add_callback(StopHalfway())
     trainer.train(resume_from_checkpoint=resume)
     return trainer.model
 
