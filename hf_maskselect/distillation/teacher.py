@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 from transformers.utils.generic import find_labels
 
+from ..storage.models import architecture_of, load_strictly, named_class
 from .losses import FIELDS, DistillWeights, Outputs
 
 
@@ -43,9 +44,6 @@ class Teacher:
         """Give the model its own attention implementation back; it stays frozen."""
         if "output_attentions" in self.outputs:
             self.model.set_attn_implementation(self._own_attention)
-
-
-from ..storage.models import architecture_of, load_strictly, named_class
 
 
 def load_teacher(teacher: PreTrainedModel | str | os.PathLike, student: PreTrainedModel) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import is_peft_available
 
 from ..config import PruningConfig
-from ..distillation.losses import Distiller
+from ..distillation.distiller import Distiller
 from ..fields.rules import SELECTION_LOSSES
 from ..masking.base import Pattern
 from ..masking.dtensors import is_sharded

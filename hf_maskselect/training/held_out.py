@@ -42,8 +42,8 @@ def selection_rows(
     for name, dataset in (("train_dataset", train), ("selection_dataset", selection)):
         if isinstance(dataset, dict) and 0 not in dataset:
             raise ValueError(
-                f"{name} is a {type(dataset).__name__} of {', '.join(map(repr, dataset)) or 'nothing'}, not one dataset: "
-                "pass one of these"
+                f"{name} is a {type(dataset).__name__} of {', '.join(map(repr, dataset)) or 'nothing'}, not one "
+                "dataset: pass one of these"
             )
     if train is None:
         return train, selection
