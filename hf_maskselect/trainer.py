@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,17 +11,16 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import HubStrategy
 
 from .config import PruningConfig
-from .distillation.distiller import make_distiller
+from .distillation.distiller import make_distiller, teacher_only
 from .fields.rules import SELECTION_LOSSES
 from .masking.dtensors import reshard
 from .masking.maskset import MaskSet
-from .masking.scores import CRITERIA, Criterion, ScoreFn
+from .masking.scores import ScoreFn, criteria_with
 from .masking.targets import prunable_weights
 from .methods.base import Method
 from .reporting.card import Scores
@@ -33,12 +30,13 @@ from .storage.models import own_names
 from .storage.pack import pack
 from .storage.state import PruningState
 from .training.atomic_checkpoints import AtomicCheckpoints
-from .training.checkpoints import baked, describe, put_baked
+from .training.checkpoints import baked, describe, forget_preparation, put_baked
 from .training.checks import (
     check_arguments,
     check_engine,
     check_fsdp,
     check_model,
+    check_own_loss,
     check_proposals,
     check_rows,
     selection_metric,
@@ -47,7 +45,7 @@ from .training.held_out import RowSplit
 from .training.hub import complete_card, prepare_push, with_tags
 from .training.optimizers import check_renewable, first_rate, renewed
 from .training.plan import plan_text, rewound_rate
-from .training.run import PruningRun, make_method
+from .training.run import PruningRun, make_method, run_fields
 from .training.sigterm import CheckpointTogether
 from .utils.processes import Processes
 
@@ -77,6 +75,7 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
 
     args: PruningConfig
     model: PreTrainedModel
+    distiller: Any  # a `Distiller`; None without a teacher
     optimizer: torch.optim.Optimizer
     run: PruningRun
     loss_is_scaled_for_ga: bool | None = None  # `Trainer` of the oldest supported transformers has no such attribute
@@ -96,10 +95,6 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
         **kwargs,
     ) -> None:
         args = PruningConfig() if args is None else args
-        if not isinstance(args, PruningConfig):
-            raise ValueError(
-                f"args must be a PruningConfig, got {type(args).__name__}: it takes every TrainingArguments field"
-            )
         check_arguments(args, model, score_fn, kwargs.get("compute_metrics"))
         self._rows = RowSplit(selection_dataset)
         train_dataset, self.selection_dataset = self._rows.split(args, train_dataset)
@@ -114,61 +109,49 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
             # BERT-family heads take **kwargs but ignore num_items_in_batch. Believing them would scale the loss by the
             # accumulation steps and by the ranks (transformers#47688).
             self.model_accepts_loss_kwargs = False
-        if teacher is not None and (self.compute_loss_func is not None or self.loss_is_scaled_for_ga):
-            own = "compute_loss_func" if self.compute_loss_func is not None else "loss_is_scaled_for_ga=True"
-            raise ValueError(
-                f"{own} does not go with a teacher, whose loss is scaled in another way: drop one of them"
-            )
-        self._criteria = (
-            CRITERIA if score_fn is None else {**CRITERIA, "score_fn": Criterion(score_fn, ("square", "product"), 5.0)}
-        )
+        if teacher is not None:
+            check_own_loss(self)
+        self._criteria = criteria_with(score_fn)
         check_proposals(args, self._criteria)
         self._processes = Processes()
         self._begin(teacher)
         self.add_callback(_StepEvents(self))
         if args.enable_jit_checkpoint:
-            self.add_callback(CheckpointTogether(self.pop_callback(JITCheckpointCallback), self._processes))
+            replaced: Any = self.pop_callback(JITCheckpointCallback)
+            self.add_callback(CheckpointTogether(replaced, self._processes))
 
     # -- setting up a run ---------------------------------------------------------------------------------------------
 
     def _begin(self, teacher: PreTrainedModel | str | os.PathLike | None) -> None:
         """Make what a run consists of, by the arguments as they are now."""
         args = self.args
-        self._distiller = None if teacher is None else make_distiller(teacher, self.model, args)
-        # A BERT teacher of a DistilBERT student: the pair's segment ids must reach the one and not the other.
-        takes = set(inspect.signature(self.model.forward).parameters)
-        wants = set() if self._distiller is None else set(self._distiller.teacher_arguments)
-        self._teacher_only = {"token_type_ids"} & (wants - takes)
-        self.selection_metric = selection_metric(args, self._distiller)
+        self.distiller = None if teacher is None else make_distiller(teacher, self.model, args)
+        self._teacher_only = teacher_only(self.distiller, self.model)
+        self.selection_metric = selection_metric(args, self.distiller)
         method = self.make_method()
         bench = TrialBench(self, method, self.selection_dataset)
-        search = MaskSearch(
-            bench,
-            self._criteria,
-            processes=self._processes,
-            quiet=args.disable_tqdm or not self.is_world_process_zero(),
-        )
-        self.run = PruningRun(args, method, bench, search, self._processes)
-        self._run_fields = _run_fields(args)
+        quiet = args.disable_tqdm or not self.is_world_process_zero()
+        search = MaskSearch(bench, self._criteria, self._processes, quiet)
+        self.run = PruningRun(args, method, bench, search, self._processes, self.log, self._say)
 
     def _hp_search_setup(self, trial) -> None:
         super()._hp_search_setup(trial)
         # `train` calls this before anything else that reads our arguments, which may have been set since the last run.
-        args, changed = self.args, self._run_fields != _run_fields(self.args)
+        args, changed = self.args, self.run.made_from != run_fields(self.args)
         if not changed and self.model_init is None:
             return
         check_arguments(args, self.model, self._score_fn, self.compute_metrics)
         check_model(args, self.model, self.find_weights(self.model))
         check_fsdp(args, self, self._score_fn)
         check_proposals(args, self._criteria)
-        self._run_fields = {}  # until all is made: what follows may raise
+        self.run.made_from = {}  # until a new run is made: what follows may raise
         if changed:
             self.train_dataset, self.selection_dataset = self._rows.split(args, self.train_dataset)
             if self.given_optimizer is None and self.run.method.parameter_groups():  # they are of the last run
                 self.optimizer = None
         teacher = self.teacher
-        if self._distiller is not None:
-            self._distiller.release()
+        if self.distiller is not None:
+            self.distiller.release()
         self._begin(teacher)
 
     def make_method(self) -> Method:
@@ -183,7 +166,7 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
     @property
     def teacher(self) -> PreTrainedModel | None:
         """The frozen model that is distilled from."""
-        return None if self._distiller is None else self._distiller.teacher
+        return None if self.distiller is None else self.distiller.teacher
 
     def _say(self, text: str) -> None:
         if self.is_world_process_zero():
@@ -191,10 +174,11 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self._teacher_only and not self._teacher_only & set(self._signature_columns):
-            self._signature_columns = [*self._signature_columns, *self._teacher_only]
+        columns: Any = self._signature_columns
+        self._signature_columns = columns + sorted(self._teacher_only - set(columns))
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Make the optimizer, with the groups that the method adds."""
         self.run.method.attach(self.model)
         optimizer = super().create_optimizer(model)
         present = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -204,7 +188,7 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
         return optimizer
 
     @property
-    def peak_rate(self) -> float | None:
+    def peak_rate(self) -> Any:
         """Learning rate of the run before its schedule. Of the user's optimizer, the first above 0."""
         if self.optimizer is None or (self.given_optimizer is None and self.optimizer_cls_and_kwargs is None):
             return self.args.learning_rate
@@ -222,6 +206,7 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """Plan the run, and make the schedule that restarts at every level."""
         self.run.make_plan(self.model, num_training_steps)  # the schedule starts again at every level of the plan
         if self.lr_scheduler is None and self.args.lr_rewind:
             rate = rewound_rate(self.args, self.run.plan)
@@ -240,21 +225,16 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
 
     def _announce(self, own_schedule: bool) -> None:
         """Check what depends on the plan, and print it."""
-        args, run, settings = self.args, self.run, self.run.settings
-        check_rows(args, self.train_dataset, self.selection_dataset, draws=run.resumed or not run.at_target)
-        if args.should_save:
-            run.clean(self.state.global_step)
-        rungs = run.rungs()
-        longest = max((steps for level in rungs for _, steps in level), default=0)
-        if self.given_optimizer is not None and longest:
+        run, settings = self.run, self.run.settings
+        check_rows(self.args, self.train_dataset, self.selection_dataset, draws=run.resumed or not run.at_target)
+        rungs = run.open(self.state.global_step)
+        if self.given_optimizer is not None and any(steps for level in rungs for _, steps in level):
             check_renewable(self.given_optimizer, self.lr_scheduler)
-        # Between trials a rank waits for the slowest one: ddp_timeout for every hundred steps of a trial.
-        self._processes.open(args.ddp_timeout * max(1, -(-longest // 100)))
         self.accelerator.wait_for_everyone()
         own = [self.given_optimizer, self.lr_scheduler if own_schedule else None]
         held_out = len(self.selection_dataset) if settings.needs_selection_split else 0
         peak = None if own_schedule else self.peak_rate
-        self._say(plan_text(args, run.plan, rungs, peak, [one for one in own if one is not None], held_out, run.start))
+        self._say(plan_text(self.args, run.plan, rungs, peak, own, held_out, run.start))
         if settings.needs_selection_split and self.selection_metric not in SELECTION_LOSSES and not run.resumed:
             run.bench.score()  # a metric that fails must fail now, not when the first search begins
 
@@ -265,32 +245,15 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
         return {name: value for name, value in inputs.items() if name not in self._teacher_only}
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        """Return the distillation loss in training with a teacher, else the loss of `Trainer`."""
         own = self.own_inputs(inputs)
-        if self._distiller is None or not model.training:
+        if self.distiller is None or not model.training:
             return super().compute_loss(model, own, return_outputs, num_items_in_batch)
-        asked = {**own, **self._distiller.student_kwargs}
+        asked = {**own, **self.distiller.student_kwargs}
         label_loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
         with self.accelerator.autocast():
-            loss = self._distiller.loss(inputs, outputs, label_loss)
+            loss = self.distiller.loss(inputs, outputs, label_loss)
         return (loss, outputs) if return_outputs else loss
-
-    def soft_labels(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The teacher's logits on one batch."""
-        with self.accelerator.autocast():
-            return self._distiller.soft_labels(inputs)
-
-    def selection_loss(self, inputs: dict[str, torch.Tensor], soft_labels: torch.Tensor | None) -> torch.Tensor:
-        """The score of one batch, with the model in eval mode: a mean over rows, lower is better.
-
-        Args:
-            inputs: the batch.
-            soft_labels: the teacher's logits; None scores by the label loss.
-        """
-        if soft_labels is None:
-            items = self._get_num_items_in_batch([inputs], self.args.device)
-            return self.compute_loss(self.model, inputs, num_items_in_batch=items)
-        with self.accelerator.autocast():
-            return self._distiller.disagreement(inputs, self.model(**self.own_inputs(inputs)), soft_labels)
 
     def _clip_grad_norm(self, model):
         self.run.method.before_clipping()
@@ -300,20 +263,6 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
         if grad_norm is None:  # clipping is off
             self.run.method.before_clipping()
         return super()._get_grad_norm(model, grad_norm)
-
-    def choose_masks(self, level: int) -> MaskSet:
-        """Search the masks of `level`, log the result and print the table of candidates."""
-        reshard(self.model)
-        masks, search = self.run.choose(level, self.state.global_step, self.model)
-        reshard(self.model)  # the next forward pass must see what is written next
-        if search is not None:
-            if self.is_world_process_zero():
-                self.run.search.write()
-            if self.run.settings.searches:
-                title = f"Level {level + 1}: candidates for sparsity {search.sparsity:.4f} ({search.seconds:.0f} s)"
-                self._say(f"{title}\n{search.table()}")
-            self.log(search.metrics())
-        return masks
 
     def _finalize_training(self, *args, **kwargs):
         self.accelerator.wait_for_everyone()
@@ -328,22 +277,21 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
-    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix: str = "eval"
+    ):
+        """Evaluate the exactly sparse model, and add its sparsity to the metrics."""
         prepares = not self.is_in_train and not self.accelerator._models
         with baked(self.run.method):
-            output = super().evaluation_loop(
-                dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
-            )
+            options = prediction_loss_only, ignore_keys, metric_key_prefix
+            output = super().evaluation_loop(dataloader, description, *options)
             reshard(self.model)
             settings = self.run.settings
             zeros = MaskSet.from_zeros(self.model, settings.target_modules, settings.exclude_modules)
+        assert output.metrics is not None
         output.metrics[f"{metric_key_prefix}_sparsity"] = zeros.sparsity()
         if prepares:
-            # An evaluation before training marks the raw model as prepared, and a later train() would run without DDP.
-            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            self.model._is_accelerate_prepared = False
-            self.model_wrapped = self.model
-            self.accelerator.free_memory()
+            forget_preparation(self)
         return output
 
     def _determine_best_metric(self, metrics, trial) -> bool:
@@ -363,7 +311,7 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
         describe(self.model, state, run.settings)
         if self.is_fsdp_enabled:  # `state_dict` was gathered from the trained weights
             put_baked(run.method, state_dict)
-        with self._whole(self.args.output_dir if output_dir is None else output_dir) as folder:
+        with self._whole(output_dir or self.args.output_dir or "") as folder:
             with baked(run.method), own_names(self.model):
                 super()._save(folder, state_dict)
             if self.args.should_save:
@@ -374,15 +322,14 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
                     pack(folder, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        trainer_state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
-        weights = self.find_weights(self.model)
-        self.run.check_resumes(resume_from_checkpoint, trainer_state.global_step, self.model, weights)
+        self.run.check_resumes(resume_from_checkpoint, self.model, self.find_weights(self.model))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.run.resume(resume_from_checkpoint, self.model)
 
     def _load_best_model(self) -> None:
-        best = PruningState.load(self.state.best_model_checkpoint)
-        best.check_saved(self.state.best_model_checkpoint)
+        folder = self.state.best_model_checkpoint or ""
+        best = PruningState.load(folder)
+        best.check_saved(folder)
         super()._load_best_model()
         self.run.method.set_masks(best.masks)
 
@@ -390,9 +337,11 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
 
     def create_model_card(
         self,
-        *args,
-        model_name: str | None = None,
+        language: str | None = None,
+        license: str | None = None,
         tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        *args,
         scores: Scores | None = None,
         dense_scores: Scores | None = None,
         **kwargs,
@@ -400,12 +349,18 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
         """Write `README.md` for the saved model in `output_dir`: the metadata of [`Trainer`], and our text.
 
         Args:
-            *args, model_name, tags, **kwargs: as in [`Trainer.create_model_card`].
+            language: as in [`Trainer.create_model_card`], like the next five.
+            license: of the model.
+            tags: of the repository; ours follow.
+            model_name: of the repository, if `hub_model_id` is not set.
+            *args: further metadata.
+            **kwargs: further metadata.
             scores: metric -> value, or a list with one value a seed. Default: the last evaluation.
             dense_scores: the same of the model before pruning.
         """
-        super().create_model_card(*args, model_name=model_name, tags=with_tags(tags, self.args.method), **kwargs)
-        complete_card(self, Path(self.args.output_dir), self.teacher, model_name, scores, dense_scores)
+        tags = with_tags(tags, self.args.method)
+        super().create_model_card(language, license, tags, model_name, *args, **kwargs)
+        complete_card(self, self.args.output_dir, self.teacher, model_name, scores, dense_scores)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._checkpointing and self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
@@ -415,7 +370,7 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
             self._finish_current_push()  # an upload in flight still reads `output_dir`
             prepare_push(checkpoint_folder, self.args.output_dir)
             super().create_model_card(tags=with_tags(None, self.args.method))
-            complete_card(self, Path(checkpoint_folder), self.teacher)
+            complete_card(self, checkpoint_folder, self.teacher)
         super()._push_from_checkpoint(checkpoint_folder)
 
 
@@ -426,12 +381,12 @@ class _StepEvents(TrainerCallback):
         self._trainer = trainer
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        method = self._trainer.run.method
-        level = method.level_due(state.global_step)
+        run, step = self._trainer.run, state.global_step
+        level = run.method.level_due(step)
         if level is not None:  # the only place where masks change
-            method.prepare_level()
-            method.start_level(level, self._trainer.choose_masks(level))
-        method.on_step_begin(state.global_step)
+            run.method.prepare_level()
+            run.method.start_level(level, run.choose(level, step, self._trainer.model))
+        run.method.on_step_begin(step)
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         self._trainer.run.method.on_optimizer_step()
@@ -442,8 +397,3 @@ class _StepEvents(TrainerCallback):
             due = control.should_log
             self._trainer.log(scores)
             control.should_log = due  # `log` clears it, and the loss of this step would be lost
-
-
-def _run_fields(args: PruningConfig) -> dict[str, object]:
-    """The arguments that the parts of a run and the held-out rows are made from."""
-    return {**args.pruning_fields(), "seed": args.seed, "output_dir": args.output_dir}

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..config import PruningConfig
 from .losses import DistillWeights, Outputs, distill_loss, soft_cross_entropy
-from .teacher import Teacher, check_fit, check_states, load_teacher, problem_type
+from .teacher import Teacher, argument_names, check_fit, check_states, load_teacher, problem_type
 
 
 class Distiller:
@@ -85,6 +85,15 @@ class Distiller:
         """Return the prediction term alone, unweighted: a float32 scalar that scores a student (no regression)."""
         mask, problem = inputs.get("attention_mask"), problem_type(self._config)
         return soft_cross_entropy(outputs["logits"], soft_labels, mask, self.weights.temperature, problem)
+
+
+def teacher_only(distiller: Distiller | None, student: nn.Module) -> set[str]:
+    """Return the inputs that the teacher takes and the student does not.
+
+    These are the segment ids of a pair, for a BERT teacher of a DistilBERT student.
+    """
+    wanted = set() if distiller is None else set(distiller.teacher_arguments)
+    return {"token_type_ids"} & (wanted - argument_names(student))
 
 
 def make_distiller(teacher: PreTrainedModel | str | os.PathLike, student: nn.Module, args: PruningConfig) -> Distiller:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 from transformers.utils.generic import find_labels
@@ -85,7 +86,7 @@ def load_teacher(teacher: PreTrainedModel | str | os.PathLike, student: PreTrain
     return load_strictly(cls, teacher, remedy=remedy, config=config, dtype=torch.float32)
 
 
-def argument_names(model: PreTrainedModel) -> frozenset[str]:
+def argument_names(model: nn.Module) -> frozenset[str]:
     """Names of the forward arguments of a model, without its `*args` and `**kwargs`."""
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     parameters = inspect.signature(model.forward).parameters.values()

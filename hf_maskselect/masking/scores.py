@@ -66,6 +66,11 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
+def criteria_with(score_fn: ScoreFn | None) -> dict[str, Criterion]:
+    """The built-in criteria, and the user's `score_fn` under that name. It may read all statistics."""
+    return CRITERIA if score_fn is None else {**CRITERIA, "score_fn": Criterion(score_fn, ("square", "product"), 5.0)}
+
+
 def checked_score(score_fn: ScoreFn, name: str, weight: Tensor, stats: WeightStats) -> Tensor:
     """Call a score function and refuse scores that cannot be ranked.
 

@@ -52,6 +52,7 @@ class Method(Protocol):
 
     def prepare_level(self) -> None:
         """Bring the weights into the state in which the masks of a due level are chosen."""
+        return None
 
     def start_level(self, level: int, masks: MaskSet) -> None:
         """Put the masks of `level` in force and clear the optimizer moments of the weights that they prune."""
@@ -68,6 +69,7 @@ class Method(Protocol):
 
     def on_step_begin(self, step: int) -> None:
         """Run before the first micro-batch of optimizer step `step`."""
+        return None
 
     def before_clipping(self) -> None:
         """Run after the last backward pass of a step, before the gradients are clipped."""

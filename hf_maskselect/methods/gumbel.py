@@ -10,7 +10,7 @@ of kept weights on the ramp. So logits only compete with each other, and no pena
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +75,7 @@ class Gumbel(SoftMethod):
     def __init__(
         self,
         find_weights: FindWeights,
-        report: Callable[[Mapping[str, float]], None],
+        report: Callable[[dict[str, float]], None],
         pattern: Pattern,
         sparsity: float,
         options: GumbelOptions,

@@ -40,7 +40,7 @@ class Pdp(SoftMethod):
     def __init__(
         self,
         find_weights: FindWeights,
-        report: Callable[[Mapping[str, float]], None],
+        report: Callable[[dict[str, float]], None],
         pattern: Pattern,
         sparsity: float,
         tau: float,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class SoftMethod(HardMethod):
     """
 
     def __init__(
-        self, find_weights: FindWeights, report: Callable[[Mapping[str, float]], None], keep_zeros: bool = True
+        self, find_weights: FindWeights, report: Callable[[dict[str, float]], None], keep_zeros: bool = True
     ) -> None:
         super().__init__(find_weights, keep_zeros)
         self._report = report

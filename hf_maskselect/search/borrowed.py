@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..config import PruningConfig
@@ -31,6 +30,8 @@ class BorrowedTrainer(Protocol):
     preprocess_logits_for_metrics: Any
     loss_is_scaled_for_ga: bool | None
     selection_metric: str
+    distiller: Any  # None without a teacher
+    accelerator: Any
 
     @property
     def teacher(self) -> PreTrainedModel | None:
@@ -51,12 +52,6 @@ class BorrowedTrainer(Protocol):
 
     def compute_loss_context_manager(self) -> AbstractContextManager:
         """Return the autocast context of the run."""
-
-    def soft_labels(self, inputs: Inputs) -> Tensor:
-        """Return the teacher's logits."""
-
-    def selection_loss(self, inputs: Inputs, soft_labels: Tensor | None) -> Tensor:
-        """Return the loss that candidates are scored by."""
 
     def prediction_step(self, model: Any, inputs: Inputs, prediction_loss_only: bool) -> tuple[Any, Any, Any]:
         """Return loss, logits and labels of one batch."""

@@ -59,8 +59,18 @@ class Scorer:
                 inputs = trainer._prepare_inputs(inputs)
                 by_teacher = trainer.selection_metric == "teacher"
                 soft_labels = self._soft_labels_of(batch, inputs, count) if by_teacher else None
-                total += float(trainer.selection_loss(inputs, soft_labels)) * count
+                total += float(self._loss(inputs, soft_labels)) * count
         return total / rows
+
+    def _loss(self, inputs: Inputs, soft_labels: Tensor | None) -> Tensor:
+        """Return the label loss of a batch, or with soft labels the cross-entropy against them: a mean over rows."""
+        trainer = self._trainer
+        if soft_labels is None:
+            items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
+            return trainer.compute_loss(trainer.model, inputs, num_items_in_batch=items)
+        with trainer.accelerator.autocast():
+            outputs = trainer.model(**trainer.own_inputs(inputs))
+            return trainer.distiller.disagreement(inputs, outputs, soft_labels)
 
     def _predictions(self) -> EvalPrediction:
         """Return the logits and labels of all held-out rows, as `Trainer.evaluate` gathers them."""
@@ -77,7 +87,8 @@ class Scorer:
         """Return the teacher's logits on a batch; keep them, unless they are large (those of a language model)."""
         if batch < len(self._soft_labels):
             return self._soft_labels[batch].to(self._trainer.args.device)
-        logits = self._trainer.soft_labels(inputs)
+        with self._trainer.accelerator.autocast():
+            logits = self._trainer.distiller.soft_labels(inputs)
         self._keeps_soft_labels &= logits.numel() // rows * len(self._batches.held_out) <= MOST_SOFT_LABELS
         if self._keeps_soft_labels:
             self._soft_labels.append(logits.cpu())

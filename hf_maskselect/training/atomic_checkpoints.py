@@ -37,8 +37,9 @@ class AtomicCheckpoints(Trainer):
     _work: Future | None = None  # the work of that thread
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """Train, or resume from the last complete checkpoint of `output_dir` if `resume_from_checkpoint` is True."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir or "")
             if resume_from_checkpoint is None:
                 raise ValueError(
                     f"{self.args.output_dir} has no complete checkpoint to resume from: start without "
@@ -77,7 +78,7 @@ class AtomicCheckpoints(Trainer):
                 self.state.best_model_checkpoint = str(best)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            self.state.save_to_json(written / TRAINER_STATE_NAME)
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
             sync_folder(written)
             if final.exists():  # of an earlier run that was saved at this step
                 shutil.rmtree(final)
@@ -88,8 +89,8 @@ class AtomicCheckpoints(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:
-            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-            rotate_checkpoints(str(folder), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+            limit, best_path = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder), save_total_limit=limit, best_model_checkpoint=best_path, use_mtime=True)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._checkpointing:  # else the folder does not have its name yet
@@ -105,7 +106,13 @@ class AtomicCheckpoints(Trainer):
             work()
             return
         weights = [path for path in Path(folder).iterdir() if _WEIGHTS.fullmatch(path.name)]
-        self._work = self._thread.submit(lambda: (work(), *map(sync, weights)))
+
+        def both() -> None:
+            work()
+            for path in weights:
+                sync(path)
+
+        self._work = self._thread.submit(both)
 
     @contextmanager
     def _whole(self, folder: str) -> Iterator[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from ..fields.resolved import ResolvedConfig
 from ..masking.dtensors import gathered, local_rows, swap_data
@@ -29,10 +30,23 @@ def baked(method: Method) -> Iterator[None]:
             swap_data(method.weights[name], tensor)
 
 
-def put_baked(method: Method, state_dict: dict[str, torch.Tensor]) -> None:
+def forget_preparation(trainer: Trainer) -> None:
+    """Make an evaluation before training leave no trace.
+
+    It marks the raw model as prepared by accelerate, and a later `train()` would run without DDP.
+    """
+    model: Any = trainer.model
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    model._is_accelerate_prepared = False
+    trainer.model_wrapped = model
+    trainer.accelerator.free_memory()
+
+
+def put_baked(method: Method, state_dict: dict[str, torch.Tensor] | None) -> None:
     """Replace the trained weights in a gathered state by the exactly sparse ones. All ranks call it together."""
     sparse = {name: gathered(tensor) for name, tensor in (method.baked_state_dict() or {}).items()}
-    state_dict |= {name: tensor.to(state_dict[name]) for name, tensor in sparse.items() if name in state_dict}
+    if state_dict is not None:  # only the process that saves has one
+        state_dict |= {name: tensor.to(state_dict[name]) for name, tensor in sparse.items() if name in state_dict}
 
 
 def describe(model: nn.Module, state: PruningState, settings: ResolvedConfig) -> None:

@@ -28,6 +28,10 @@ from ..storage.models import pruned_modules_of
 
 def check_arguments(args: PruningConfig, model, score_fn: ScoreFn | None, compute_metrics) -> None:
     """Check the arguments of a trainer against each other. Runs before the trainer is set up."""
+    if not isinstance(args, PruningConfig):
+        raise ValueError(
+            f"args must be a PruningConfig, got {type(args).__name__}: it takes every TrainingArguments field"
+        )
     check_devices(args)
     check_packs(args, model)
     check_batches(args)
@@ -95,6 +99,14 @@ def check_metric(args: PruningConfig, compute_metrics) -> None:
             f"selection_metric={metric!r} does not go with {field}: in a trial compute_metrics gets the "
             "predictions and labels of all held-out rows and nothing else: choose 'loss'"
         )
+
+
+def check_own_loss(trainer: Trainer) -> None:
+    """Refuse a loss of the user's own beside a teacher."""
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # the oldest supported transformers has no such attribute
+    if trainer.compute_loss_func is not None or scaled:
+        own = "compute_loss_func" if trainer.compute_loss_func is not None else "loss_is_scaled_for_ga=True"
+        raise ValueError(f"{own} does not go with a teacher, whose loss is scaled in another way: drop one of them")
 
 
 def selection_metric(args: PruningConfig, distiller: Distiller | None) -> str:
@@ -258,6 +270,7 @@ def check_engine(args: PruningConfig, trainer: Trainer, score_fn: ScoreFn | None
             raise ValueError(
                 f"{kind} parallelism (over {size} devices) is not supported: use DistributedDataParallel or FSDP2"
             )
+    assert trainer.model is not None
     if any(is_sharded(weight) for weight in trainer.model.parameters()):
         raise ValueError(
             "the model is sharded already: load it plainly, and let fsdp=True with fsdp_config={'version': 2} shard it"

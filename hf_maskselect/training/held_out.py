@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers.trainer_utils import has_length
@@ -20,10 +22,10 @@ class RowSplit:
 
     def __init__(self, selection: Dataset | None) -> None:
         self._selection = selection
-        self._train: Dataset | None = None  # before the split
-        self._rest: Dataset | None = None  # after it
+        self._train: Any = None  # before the split
+        self._rest: Any = None  # after it
 
-    def split(self, args: PruningConfig, train: Dataset | None) -> tuple[Dataset | None, Dataset | None]:
+    def split(self, args: PruningConfig, train: Any) -> tuple[Any, Any]:
         """Return (train rows, held-out rows). `train`: the rows as they are now, split or not.
 
         Raises:
@@ -35,9 +37,7 @@ class RowSplit:
         return self._rest, held_out
 
 
-def selection_rows(
-    args: PruningConfig, train: Dataset | None, selection: Dataset | None
-) -> tuple[Dataset | None, Dataset | None]:
+def selection_rows(args: PruningConfig, train: Any, selection: Any) -> tuple[Any, Any]:
     """Return (train rows, held-out rows): the user's, or train split in two if the run chooses and has no others."""
     for name, dataset in (("train_dataset", train), ("selection_dataset", selection)):
         if isinstance(dataset, dict) and 0 not in dataset:
@@ -64,7 +64,7 @@ def selection_rows(
     return train, selection
 
 
-def hold_out(dataset: Dataset, fraction: float, seed: int, most: int) -> tuple[Dataset, Dataset]:
+def hold_out(dataset: Any, fraction: float, seed: int, most: int) -> tuple[Dataset, Dataset]:
     """Return (rest, held-out rows): a seeded random share, at most `most` rows, the same on every rank.
 
     Raises:
@@ -91,7 +91,7 @@ def hold_out(dataset: Dataset, fraction: float, seed: int, most: int) -> tuple[D
     return Subset(dataset, rest), Subset(dataset, held)
 
 
-def _lack(dataset: Dataset) -> str:
+def _lack(dataset: Any) -> str:
     """Why rows cannot be drawn from a dataset; empty for a map-style one."""
     if not has_length(dataset):
         return "has no length"

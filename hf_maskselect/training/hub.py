@@ -29,7 +29,7 @@ def with_tags(tags: str | Sequence[str] | None, method: str) -> list[str]:
 
 def complete_card(
     trainer: Trainer,
-    source: Path,
+    folder: str | None,
     teacher: PreTrainedModel | None,
     model_name: str | None = None,
     scores: Scores | None = None,
@@ -39,14 +39,15 @@ def complete_card(
 
     Args:
         trainer: the trainer; its `args` are a [`PruningConfig`].
-        source: the folder of the saved model that the card describes: `output_dir` or a checkpoint.
+        folder: the folder of the saved model that the card describes: `output_dir` or a checkpoint.
         teacher: named in the card.
         model_name: name of the repository, where `hub_model_id` is not set.
         scores: metric -> value, or a list with one value a seed. Default: the last evaluation of this run.
         dense_scores: the same of the model before pruning.
     """
-    config, history, output = trainer.args, trainer.state.log_history, Path(trainer.args.output_dir)
+    config, history, output = trainer.args, trainer.state.log_history, Path(trainer.args.output_dir or "")
     assert isinstance(config, PruningConfig)
+    source = Path(folder or "")
     if not trainer.is_world_process_zero() or not (source / STATE_FILE).is_file():  # no pruned model is saved
         return
     model_class = type(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)).__name__
@@ -81,16 +82,17 @@ def _eval_results(record: RunRecord, scores: Scores | None, task: str | None) ->
     ]
 
 
-def prepare_push(checkpoint: str, output: str) -> None:
+def prepare_push(checkpoint: str, output: str | None) -> None:
     """Make the output folder, which is pushed, describe the model of a checkpoint."""
-    PruningState.load(checkpoint).save(output)  # without what only a resumed run needs
-    (Path(output) / PACKED_FILE).unlink(missing_ok=True)  # it holds another model
+    folder = Path(output or "")
+    PruningState.load(checkpoint).save(folder)  # without what only a resumed run needs
+    (folder / PACKED_FILE).unlink(missing_ok=True)  # it holds another model
 
 
 def _options(config: PruningConfig, teacher: PreTrainedModel | None) -> dict[str, object]:
     """The arguments of a run as its card may show them, with their defaults filled in."""
     options = {**config.to_dict(), **config.resolved().record()}
     if teacher is not None:  # a name on the Hub is public; of a folder only its own name is
-        path = teacher.name_or_path
-        options["teacher"] = Path(path).name if Path(path).is_dir() else path or type(teacher).__name__
+        path = teacher.name_or_path or type(teacher).__name__
+        options["teacher"] = Path(path).name if Path(path).is_dir() else path
     return options

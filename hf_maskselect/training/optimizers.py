@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
 
@@ -35,4 +37,5 @@ def renewed(optimizer: Optimizer) -> Optimizer:
     for group in optimizer.param_groups:
         options = {name: value for name, value in group.items() if name != "initial_lr"}
         groups.append({**options, "lr": float(group.get("initial_lr", group["lr"]))})
-    return type(optimizer)(groups)
+    cls: Any = type(optimizer)  # every optimizer but the base class needs no defaults
+    return cls(groups)

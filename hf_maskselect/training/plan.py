@@ -1,8 +1,9 @@
-"""What a run will do and when: its table, and the learning rate that starts again at every level."""
+"""The plan of a run as a table, and the learning rate that restarts at every level."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -16,10 +17,12 @@ from ..utils.tables import text_table
 
 
 def rewound_rate(args: PruningConfig, plan: LevelPlan) -> Callable[[int], float]:
-    """Optimizer step -> factor of the learning rate: the configured schedule, restarted at every level.
+    """Return a function from optimizer step to factor of the learning rate.
+
+    It is the configured schedule, restarted at every level.
 
     Raises:
-        ValueError: the schedule is no function of the step, or its warm-up is longer than a level.
+        ValueError: the schedule is not a function of the step, or its warm-up is longer than a level.
     """
     levels = [level for level in range(-1, len(plan.levels)) if plan.length(level) > 0]
     shortest = min(plan.length(level) for level in levels)
@@ -29,6 +32,8 @@ def rewound_rate(args: PruningConfig, plan: LevelPlan) -> Callable[[int], float]
             "schedule restarts at every level: give a share such as 0.1, or set lr_rewind=False"
         )
 
+    options: Any = args.lr_scheduler_kwargs  # text has been parsed by now
+
     def schedule(steps: int) -> Callable[[int], float]:
         dummy = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
         made = get_scheduler(
@@ -36,7 +41,7 @@ def rewound_rate(args: PruningConfig, plan: LevelPlan) -> Callable[[int], float]
             dummy,
             args.get_warmup_steps(steps),
             steps,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+            scheduler_specific_kwargs=options,
         )
         if not isinstance(made, LambdaLR):
             raise ValueError(
@@ -74,18 +79,20 @@ def plan_text(
     plan: LevelPlan,
     rungs: Sequence[Sequence[tuple[int, int]]],
     peak: float | None,
-    given: Sequence[object] = (),
+    own: Sequence[object] = (),
     held_out: int = 0,
     start: float = 0.0,
 ) -> str:
-    """The plan as a table: levels, steps, learning rate and trials of each.
+    """Return the plan as text: a table of the levels with their steps, learning rate and trials.
 
     Args:
+        args: the arguments of the run.
+        plan: its levels and steps.
         rungs: for each level, (candidates, steps) of every rung of its search.
-        peak: learning rate before its schedule; None where the optimizer or the schedule has its own.
-        given: the optimizer and the schedule that the caller made.
-        held_out: rows that masks are chosen on; 0 where nothing is chosen.
-        start: sparsity of the model the run begins with.
+        peak: learning rate before its schedule; None if the user's optimizer or schedule decides.
+        own: the user's optimizer and schedule; None where the trainer makes them.
+        held_out: number of held-out rows; 0 if nothing is chosen.
+        start: sparsity of the model that the run begins with.
     """
     settings = args.resolved()
     rows, rate = [], "(its own)" if peak is None else f"{peak:g}"
@@ -104,16 +111,21 @@ def plan_text(
                 sum(count * steps for count, steps in trials),
             ]
         )
-    compared = sum(count for trials in rungs for count, steps in trials if steps == 0)
-    held = f"; masks are chosen on {held_out} rows held out" if held_out else ""
-    fitted = f"; what a cut leaves is fitted anew on {settings.refit_rows} rows" if settings.refit_rows else ""
-    begun = f", from a model at {start:.4f} whose zeros are kept" if start else ""
+    scored = sum(count for trials in rungs for count, steps in trials if steps == 0)
+    trial_steps = sum(count * steps for trials in rungs for count, steps in trials)
+    names = [type(one).__name__ for one in own if one is not None]
     target = "that emerges" if settings.emergent else f"{settings.sparsity:g}"
-    return (
-        f"Pruning plan: method {args.method}, pattern {args.pattern}, target {target}{begun}{held}{fitted}\n"
-        + text_table(["phase", "sparsity", "steps", "peak lr", "trials (count x steps)", "trial steps"], rows)
-        + f"\n{plan.max_steps} training steps and {sum(row[-1] for row in rows)} trial steps"
-        + f"; {compared} masks are fitted and compared before they are trained" * bool(compared)
-        + f"\nThe caller's own: {' and '.join(type(made).__name__ for made in given)}" * bool(given)
-        + ", whose rates do not start again at a level" * (bool(given) and peak is None)
-    )
+    title = f"Pruning plan: method {args.method}, pattern {args.pattern}, target {target}"
+    if start:
+        title += f", from a model with sparsity {start:.4f} whose zeros stay"
+    if held_out:
+        title += f"; masks are chosen on {held_out} held-out rows"
+    if settings.refit_rows:
+        title += f"; kept weights are refitted on {settings.refit_rows} rows"
+    end = f"{plan.max_steps} training steps and {trial_steps} trial steps"
+    if scored:
+        end += f"; {scored} masks are scored after their refit, without training"
+    if names:
+        end += f"\nYour own {' and '.join(names)}" + ": its rates do not restart at a level" * (peak is None)
+    header = ["phase", "sparsity", "steps", "peak lr", "trials (count x steps)", "trial steps"]
+    return f"{title}\n{text_table(header, rows)}\n{end}"

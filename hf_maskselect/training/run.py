@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..config import PruningConfig
-from ..masking.dtensors import class_name
+from ..masking.dtensors import class_name, reshard
 from ..masking.maskset import MaskSet
 from ..masking.schedule import LevelPlan
 from ..methods.base import Method
@@ -17,7 +20,6 @@ from ..methods.gumbel import Gumbel
 from ..methods.hard import FindWeights, HardMethod
 from ..methods.pdp import Pdp
 from ..search.bench import TrialBench
-from ..search.results import LevelSearch
 from ..search.search import MaskSearch
 from ..search.weight_files import LevelBest
 from ..storage.state import PruningState, load_method_state
@@ -25,10 +27,15 @@ from ..utils.processes import Processes
 from ..utils.seeds import key_seed
 from .checks import check_start
 
+Log = Callable[[dict[str, float]], None]
 
-def make_method(
-    config: PruningConfig, find_weights: FindWeights, log: Callable[[Mapping[str, float]], None]
-) -> Method:
+
+def run_fields(config: PruningConfig) -> dict[str, object]:
+    """The arguments that the parts of a run, and the held-out rows, are made from."""
+    return {**config.pruning_fields(), "seed": config.seed, "output_dir": config.output_dir}
+
+
+def make_method(config: PruningConfig, find_weights: FindWeights, log: Log) -> Method:
     """Make the pruning method that a configuration names.
 
     Args:
@@ -60,6 +67,8 @@ class PruningRun:
         bench: scores the model on the held-out rows.
         search: chooses the masks of a level.
         processes: the processes of the run.
+        log: records metrics.
+        say: prints text, on one process.
     """
 
     plan: LevelPlan
@@ -71,10 +80,14 @@ class PruningRun:
         bench: TrialBench,
         search: MaskSearch,
         processes: Processes,
+        log: Log,
+        say: Callable[[str], None],
     ) -> None:
         self.config, self.settings = config, config.resolved()
         self.method, self.bench, self.search, self.processes = method, bench, search, processes
-        self.level_best = LevelBest(config.output_dir) if config.level_eval_steps else None
+        self.made_from = run_fields(config)
+        self._log, self._say = log, say
+        self.level_best = LevelBest(config.output_dir or "") if config.level_eval_steps else None
         self.start = 0.0  # sparsity of the model that the run began with
         self.resumed = False  # whether `start` comes from a checkpoint
         self.planned = False
@@ -95,15 +108,21 @@ class PruningRun:
         if masks is not None:
             check_start(self.config, masks, self.plan)
 
-    def rungs(self) -> list[list[tuple[int, int]]]:
-        """(candidates, steps) of every rung, for each level."""
-        return [self.search.rungs(self.plan, level) for level in range(len(self.plan.levels))]
+    def open(self, step: int) -> list[list[tuple[int, int]]]:
+        """Clear what an earlier run left in the output folder, and connect the processes.
 
-    def clean(self, step: int) -> None:
-        """Remove what an earlier run left in the output folder. Only the process that saves calls it."""
-        self.search.clean(new_run=step == 0)
-        if self.level_best and step == 0:
-            self.level_best.forget()
+        Returns:
+            (candidates, steps) of every rung, for each level.
+        """
+        if self.config.should_save:
+            self.search.clean(new_run=step == 0)
+            if self.level_best and step == 0:
+                self.level_best.forget()
+        rungs = [self.search.rungs(self.plan, level) for level in range(len(self.plan.levels))]
+        # Between trials a rank waits for the slowest one: ddp_timeout for every hundred steps of a trial.
+        longest = max((steps for level in rungs for _, steps in level), default=0)
+        self.processes.open(self.config.ddp_timeout * max(1, -(-longest // 100)))
+        return rungs
 
     # -- levels ------------------------------------------------------------------------------------------------------
 
@@ -119,20 +138,24 @@ class PruningRun:
         """Whether the last level is reached."""
         return self.reached(len(self.plan.levels) - 1)
 
-    def choose(self, level: int, step: int, model: nn.Module) -> tuple[MaskSet, LevelSearch | None]:
-        """Choose the masks of `level`; all ranks call it together.
-
-        Returns:
-            the masks, and the search that found them. None where the model was that sparse before.
-        """
-        if not self.settings.emergent and self.reached(level):
-            return self.method.masks, None
+    def choose(self, level: int, step: int, model: nn.Module) -> MaskSet:
+        """Choose the masks of `level`, log the result and print the candidates; all ranks call it together."""
+        reshard(model)
+        if not self.settings.emergent and self.reached(level):  # the model was that sparse before
+            return self.method.masks
         if self.level_best and level > 0:
             self.restore_level_best(level - 1, model)
-        masks = self.search.choose(level, self.plan, step)
+        masks, search = self.search.choose(level, self.plan, step), self.search.history[-1]
+        reshard(model)  # the next forward pass must see what is written next
         if self.level_best and self.search.adopted is not None and self.config.should_save:
             self.level_best.consider(level, self.search.adopted, model)
-        return masks, self.search.history[-1]
+        if self.processes.rank == 0:
+            self.search.write()
+        if self.settings.searches:
+            title = f"Level {level + 1}: candidates for sparsity {search.sparsity:.4f} ({search.seconds:.0f} s)"
+            self._say(f"{title}\n{search.table()}")
+        self._log(search.metrics())
+        return masks
 
     def score_level(self, step: int, model: nn.Module) -> dict[str, float]:
         """Score the model every `level_eval_steps` steps and at the end of a level, and keep the level's best weights.
@@ -217,13 +240,14 @@ class PruningRun:
         if self.level_best:
             self.level_best.copy_to(checkpoint)
 
-    def check_resumes(self, checkpoint: str, step: int, model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-        """Raise a ValueError unless this run can go on from `checkpoint`, whose trainer state is of `step`."""
+    def check_resumes(self, checkpoint: str, model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+        """Raise a ValueError unless this run, with these prunable weights, can go on from `checkpoint`."""
         state = PruningState.load(checkpoint)
         target = state.sparsity if self.settings.emergent else self.settings.sparsity
         state.check_resumes(self.settings.method, self.config.pattern, target, class_name(model))
         state.check_saved(checkpoint)
-        state.check_step(step, checkpoint)
+        trainer_state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        state.check_step(trainer_state.global_step, checkpoint)
         state.masks.check_fits(weights)
 
     def expect(self, checkpoint: str) -> None:

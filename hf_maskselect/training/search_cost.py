@@ -1,14 +1,13 @@
-"""What a search costs on so many ranks, told beforehand: compute, time, memory, bytes exchanged."""
+"""The cost of a search, computed before a run: training steps, time, memory and bytes sent."""
 
 from __future__ import annotations
 
 import copy
 import math
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -17,7 +16,7 @@ from transformers import (
     MODEL_MAPPING,
     AutoConfig,
     AutoModel,
-    PretrainedConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -27,9 +26,7 @@ from ..masking.scores import CRITERIA
 from ..masking.targets import prunable_weights, transposed_weights
 from ..search.bench import EARLY_EVALUATIONS, REFIT_COST
 from ..search.pool import statistics_needed
-from ..search.results import Candidate
 from ..search.schedule import rungs_text, search_rungs
-from ..search.weight_files import RefitErrors
 from ..storage.models import named_class
 from ..utils.tables import text_table
 from .checks import check_batches, check_proposals, check_shapes
@@ -42,10 +39,13 @@ Rungs = list[tuple[int, int]]
 class Workload:
     """One pruning run of `config.max_steps` training steps.
 
-    parameters, prunable: weights of the model without its head, and those that masks cover. train_rows: of the train
-    split, out of which the selection split is held. teaches: whether trials are scored against the teacher's soft
-    labels, which are computed once (those of a language model are too large to be kept, and cost a pass each time,
-    which is not counted here).
+    Attributes:
+        config: the arguments of the run.
+        parameters: weights of the model without its head.
+        prunable: weights that masks cover.
+        train_rows: rows of the train split, the held-out rows included.
+        teaches: whether trials are scored against the teacher's soft labels, which are computed once. Those of a
+            language model are too large to keep. They cost a pass for every score, which is not counted here.
     """
 
     config: PruningConfig
@@ -57,23 +57,23 @@ class Workload:
     def __post_init__(self) -> None:
         check_run(self.config)
 
-    @cached_property
+    @property
     def settings(self) -> ResolvedConfig:
-        """What follows from the fields of the configuration."""
+        """The configuration with its defaults filled in."""
         return self.config.resolved()
 
     @property
     def rows(self) -> int:
-        """Of one device in a training step, accumulation included."""
+        """Rows of one device in a training step, with gradient accumulation."""
         return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
 
     def trial_rows(self, ranks: int) -> int:
-        """Of a trial step, which one device runs alone."""
+        """Rows of a trial step, which one device runs alone."""
         return self.config.trial_batch_size or self.rows * ranks
 
     @property
     def held_out(self) -> int:
-        """Rows that a trial is scored on."""
+        """Held-out rows, on which a trial is scored."""
         return min(round(self.train_rows * self.config.selection_fraction), self.config.max_selection_samples)
 
     @property
@@ -83,14 +83,13 @@ class Workload:
         return self.config.criterion_batches * self.config.criterion_batch_size * needed
 
     @property
-    def refitted(self) -> float:
-        """Rows of training that one refit takes as long as, at most: of long rows fewer are taken."""
-        return REFIT_COST * min(
-            self.settings.refit_rows, self.train_rows - self.held_out * self.settings.needs_selection_split
-        )
+    def refit(self) -> float:
+        """Training rows that take as long as one refit. It is a maximum: a refit takes fewer rows if they are long."""
+        rows = self.train_rows - self.held_out * self.settings.needs_selection_split
+        return REFIT_COST * min(self.settings.refit_rows, rows)
 
     def rungs(self, ranks: int) -> list[Rungs]:
-        """Of every level, where matrices can be fitted: only a run sees whether (not ALBERT's)."""
+        """The rungs of every level, if matrices can be refitted, which only a run sees (ALBERT's cannot)."""
         epoch = max(1, (self.train_rows - self.held_out) // self.trial_rows(ranks))
         plan = self.settings.plan(self.config.max_steps)
         return [search_rungs(self.config, plan, level, epoch) for level in range(len(plan.levels))]
@@ -98,15 +97,18 @@ class Workload:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the model says of one number of ranks.
+    """The cost of the searches of a run on some number of ranks.
 
-    compute: of all searches, in training steps (a forward pass is a third of one), summed over ranks; statistics, and
-    the refit of a chosen mask that was not left as fitted or as trained, which every rank computes for itself, count
-    once. time: of all searches, in times of the training. busy: share of the ranks' time in trials that is spent on
-    trials. training_bytes, search_bytes: largest memory of a rank for weights, gradients, AdamW's moments and hard
-    masks in fp32 (activations come on top). sent: by a rank in one search, with the weights that one of them shares
-    (their names and shapes not counted); gathered: of all ranks' messages.
-    trained: bytes that a rank sends in one training step (a ring all-reduce of the gradients).
+    Attributes:
+        ranks: number of ranks.
+        compute: all searches, in training steps, summed over ranks (a forward pass is a third of a step). What every
+            rank computes for itself counts once: statistics, and the refit of a mask that was not scored after refit.
+        time: all searches, as a multiple of the training's time.
+        busy: share of the ranks' time in trials that is not waiting.
+        training_bytes, search_bytes: largest memory of a rank for weights, gradients, AdamW's moments and hard masks
+            in fp32, without activations.
+        shared: bytes of the weights that one rank sends to the others in a search. Scores and digests are small.
+        trained: bytes that a rank sends in one training step (a ring all-reduce of the gradients).
     """
 
     ranks: int
@@ -115,19 +117,18 @@ class Cost:
     busy: float
     training_bytes: int
     search_bytes: int
-    sent: int
-    gathered: int
+    shared: int
     trained: int
 
 
 def check_run(config: PruningConfig) -> None:
-    """Refuse what a run would, whatever its model and data.
+    """Refuse what every run with these arguments would refuse.
 
     Raises:
-        ValueError: max_steps is not given or too few, or arguments do not go together.
+        ValueError: `max_steps` is missing or too small, or arguments do not go together.
     """
     if config.max_steps <= 0:
-        raise ValueError(f"max_steps={config.max_steps} says nothing of the run's length: give --max_steps")
+        raise ValueError(f"max_steps={config.max_steps} does not give the length of the run: pass --max_steps")
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
@@ -139,100 +140,82 @@ def check_run(config: PruningConfig) -> None:
 
 
 def workload(config: PruningConfig, path: str | Path, train_rows: int) -> Workload:
-    """Of the model in `path` (a folder, or a name on the Hub), of which only config.json is read.
+    """Return the workload of a run on the model in `path`, a folder or a name on the Hub. Only config.json is read.
 
     Raises:
-        ValueError: no such model, or one that a run of these arguments would refuse.
+        ValueError: there is no such model, or a run with these arguments would refuse it.
     """
     try:
-        told = AutoConfig.from_pretrained(path)
+        model_config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{path} is no folder with the config.json of a model of transformers, and no such name could be found on "
-            f"the Hub: give one of these ({str(error).splitlines()[0]})"
+            f"{path} is no folder with the config.json of a transformers model, and no such name was found on the "
+            f"Hub: give one of these ({str(error).splitlines()[0]})"
         ) from error
-    model, settings = _trained(told), config.resolved()
+    model: Any = _without_weights(model_config)
+    settings = config.resolved()
     weights = prunable_weights(model, settings.target_modules, settings.exclude_modules)
     check_shapes(config, weights, transposed_weights(model))
-    parameters, prunable = model.base_model.num_parameters(), sum(weight.numel() for weight in weights.values())
-    return Workload(config, parameters, prunable, train_rows, teaches=settings.selection_metric == "teacher")
+    prunable = sum(weight.numel() for weight in weights.values())
+    return Workload(
+        config, model.base_model.num_parameters(), prunable, train_rows, settings.selection_metric == "teacher"
+    )
 
 
-def _trained(told: PretrainedConfig) -> PreTrainedModel:
-    """What a run would train, without weights: the class that the configuration names; of a bare encoder the one with
-    a head on it, under which its modules have other names."""
-    cls = named_class(told)
-    if cls is None or cls is MODEL_MAPPING.get(type(told), None):
+def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model that a run would train, on the meta device.
+
+    Its class is the one that the configuration names. A bare encoder gets a head, under which its modules have other
+    names.
+    """
+    cls: Any = named_class(config)
+    if cls is None or cls is MODEL_MAPPING.get(type(config), None):
         heads = (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING)
-        cls = next((of[type(told)] for of in heads if type(told) in of), cls)
+        cls = next((head[type(config)] for head in heads if type(config) in head), cls)
     with torch.device("meta"):
-        return AutoModel.from_config(told) if cls is None else cls._from_config(told)
+        return AutoModel.from_config(config) if cls is None else cls._from_config(config)
 
 
 def search_cost(work: Workload, ranks: int) -> Cost:
-    """The cost on `ranks` devices of equal speed."""
-    levels, trial_rows = work.rungs(ranks), work.trial_rows(ranks)
-    marks = EARLY_EVALUATIONS if work.config.selection == "early" else 1
-    survive = work.config.selection == "survivors"
-    once = work.samples * len(levels)  # what every rank does for itself
-    # The chosen mask is fitted where its candidate was not left as fitted, or as trained.
+    """Return the cost on `ranks` devices of equal speed."""
+    config, settings, levels = work.config, work.settings, work.rungs(ranks)
+    marks = EARLY_EVALUATIONS if config.selection == "early" else 1
+    survive = config.selection == "survivors"
+    once: float = work.samples * len(levels)  # what every rank does for itself
+    # The chosen mask is refitted once more, unless its candidate was scored after refit or its trained weights stay.
     kept = [bool(rungs) and (survive or not any(steps for _, steps in rungs)) for rungs in levels]
-    once += work.refitted * kept.count(False)
+    once += work.refit * kept.count(False)
     trials = longest = 0.0  # in rows, forward and backward
     for rungs in levels:
         for rung, (count, steps) in enumerate(rungs):
-            trial = steps * trial_rows + min(marks, max(steps, 1)) * work.held_out / 3
-            trial += work.refitted if rung == 0 or not survive else 0
+            trial = steps * work.trial_rows(ranks) + min(marks, max(steps, 1)) * work.held_out / 3
+            trial += work.refit if rung == 0 or not survive else 0
             trials += count * trial
             longest += math.ceil(count / ranks) * trial
     if longest and work.teaches:
         trials += work.held_out / 3
         longest += work.held_out / 3
-    weights = 4 * work.parameters
-    needs = len(statistics_needed(work.config, CRITERIA)) if work.samples else 0
-    # While candidates are drawn there are no gradients, but statistics, one score and a matrix-wise ranking of it.
+    weights, refitted = 4 * work.parameters, 4 * work.prunable * bool(settings.refit_rows)
+    needs = len(statistics_needed(config, CRITERIA)) if work.samples else 0
+    # While candidates are drawn there are statistics, one score and its ranking, but no gradients.
     drawing = 4 * work.prunable * (needs + 2) - weights if needs else 0
-    # A copy of the weights, and the moments of a trial that trains; or what the matrices were before the cut.
+    # A copy of the weights, and the moments of a trial that trains; or the matrices before the cut.
     copied = 3 if any(steps for rungs in levels for _, steps in rungs) else int(any(levels))
-    trying = copied * weights or 4 * work.prunable * bool(work.settings.refit_rows)
-    messages = max(exchanged(rungs, ranks) for rungs in levels) if ranks > 1 else 0
-    shared = 0  # by one rank, to all: what the winner has trained, or how the chosen matrices were fitted
-    if ranks > 1:
-        shared = weights if longest and survive else 4 * work.prunable * bool(work.settings.refit_rows)
     training = 4 * weights + 4 * work.prunable + (weights if ranks > 1 else 0)  # the buckets of the all-reduce
     return Cost(
-        ranks,
-        (trials + once) / (work.rows * ranks),
-        (longest + once) / (work.config.max_steps * work.rows),
-        trials / (longest * ranks) if longest else 1.0,
-        training,
-        training + max(drawing, trying),
-        messages + shared,
-        messages * ranks + shared,
-        round(2 * weights * (ranks - 1) / ranks),
+        ranks=ranks,
+        compute=(trials + once) / (work.rows * ranks),
+        time=(longest + once) / (config.max_steps * work.rows),
+        busy=trials / (longest * ranks) if longest else 1.0,
+        training_bytes=training,
+        search_bytes=training + max(drawing, copied * weights or refitted),
+        shared=0 if ranks == 1 else weights if longest and survive else refitted,
+        trained=round(2 * weights * (ranks - 1) / ranks),
     )
 
 
-def exchanged(rungs: Rungs, ranks: int) -> int:
-    """Bytes that a rank sends in one search: every exchange is a length of eight bytes and a pickled object, padded to
-    the longest."""
-    digest, done = "0" * 64, (None, None)
-    count = rungs[0][0] if rungs else 1
-    share = math.ceil(count / ranks) + (count > 1)  # candidate 0 is drawn by all
-    drawn = [Candidate(i, "magnitude:balanced:votes@0.0001", 0.1, 1 / 3, f"{i:064}") for i in range(share)]
-    objects: list[object] = [done, digest, (drawn, None), done, digest]
-    if rungs:
-        objects.append(done)  # the journal is open
-        if not any(steps for _, steps in rungs):
-            objects += [(RefitErrors(0.9, 1 / 3, 99), None), done]  # of the winner's fit, and it is read
-    for count, _ in rungs:
-        known = ({index: None for index in range(count)}, None)
-        objects += [known, done, *[([(count, 1 / 3)], None), done] * math.ceil(count / ranks)]
-    return sum(8 + len(pickle.dumps(value)) for value in objects)
-
-
 def cost_text(work: Workload, ranks: Sequence[int]) -> str:
-    """The model's answers as a table, with what to change where ranks wait or the search would rule."""
+    """Return the costs as a table, with advice where ranks would wait or the search would take most of the time."""
     costs = [search_cost(work, count) for count in ranks]
     rows = [
         [
@@ -242,12 +225,12 @@ def cost_text(work: Workload, ranks: Sequence[int]) -> str:
             f"{cost.compute:.0f}",
             f"{cost.time:.2f}",
             f"{cost.busy:.0%}",
-            *map(_size, (cost.training_bytes, cost.search_bytes, cost.sent, cost.gathered, cost.trained)),
+            *map(_size, (cost.training_bytes, cost.search_bytes, cost.shared, cost.trained)),
         ]
         for cost in costs
     ]
-    header = ["ranks", "rows a step", "of a trial", "search, in steps", "search / training time", "busy"]
-    header += ["memory: training", "searching", "sent a search", "gathered", "sent a training step"]
+    header = ["ranks", "rows a step", "rows a trial step", "search, in steps", "search / training time", "busy"]
+    header += ["training memory", "search memory", "sent a search", "sent a training step"]
     lines = [f"{work.parameters:,} parameters, {work.prunable:,} prunable; {work.config.max_steps} training steps"]
     lines += [
         f"trials (count x steps) on {count} rank(s): "
@@ -261,32 +244,32 @@ def cost_text(work: Workload, ranks: Sequence[int]) -> str:
 
 
 def _advice(work: Workload, cost: Cost) -> list[str]:
-    """What would make the ranks wait less, and the trials shorter."""
-    config, settings, told = work.config, work.settings, []
+    """Changes that would make ranks wait less, or trials shorter."""
+    config, settings, advice = work.config, work.settings, []
     # Without votes there are only so many different masks.
     any_number = settings.proposals in (("mixed",), ("paper",)) or any(
         text.endswith(":votes") for text in settings.proposals
     )
     if 1 < settings.num_candidates < cost.ranks and any_number:
-        more = search_cost(replace(work, config=_changed(config, num_candidates=cost.ranks)), cost.ranks)
-        told.append(
+        more = search_cost(_changed(work, num_candidates=cost.ranks), cost.ranks)
+        advice.append(
             f"{cost.ranks} ranks: {1 - cost.busy:.0%} of their time in trials is waiting; with "
             f"num_candidates={cost.ranks} the searches take {more.time:.2f} times the training's time"
         )
     if cost.time > 10 and config.trial_batch_size is None and not settings.scores_after_refit and cost.ranks > 1:
-        less = search_cost(replace(work, config=_changed(config, trial_batch_size=work.rows)), cost.ranks)
-        told.append(
-            f"{cost.ranks} ranks: one device runs trials of {work.trial_rows(cost.ranks)} rows a step alone; with "
+        less = search_cost(_changed(work, trial_batch_size=work.rows), cost.ranks)
+        advice.append(
+            f"{cost.ranks} ranks: one device alone runs trials of {work.trial_rows(cost.ranks)} rows a step; with "
             f"trial_batch_size={work.rows} the searches take {less.time:.2f} times the training's time"
         )
-    return told
+    return advice
 
 
-def _changed(config: PruningConfig, **changes) -> PruningConfig:
-    other = copy.copy(config)  # checked before
-    for name, value in changes.items():
-        setattr(other, name, value)
-    return other
+def _changed(work: Workload, **fields: int) -> Workload:
+    config = copy.copy(work.config)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    return replace(work, config=config)
 
 
 def _size(count: float) -> str:

@@ -16,10 +16,13 @@ class CheckpointTogether(JITCheckpointCallback):
 
     def __init__(self, replaced: JITCheckpointCallback, processes: Processes) -> None:
         super().__init__()
-        self.trainer, self.jit_manager, self._processes = replaced.trainer, replaced.jit_manager, processes
+        assert replaced.jit_manager is not None  # made when the trainer was
+        self.trainer, self.jit_manager, self._manager = replaced.trainer, replaced.jit_manager, replaced.jit_manager
+        self._processes = processes
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.jit_manager.is_checkpoint_requested = False  # a signal may have come after the last run stopped
+        """Forget a signal of an earlier run."""
+        self._manager.is_checkpoint_requested = False  # a signal may have come after the last run stopped
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         """Wait for the end of the step."""
@@ -31,6 +34,7 @@ class CheckpointTogether(JITCheckpointCallback):
         """The last step of the epoch has saved already."""
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if any(self._processes.gather(self.jit_manager.is_checkpoint_requested)):
-            self.jit_manager.is_checkpoint_requested = False
+        """Save and stop, if any rank has noticed the signal."""
+        if any(self._processes.gather(self._manager.is_checkpoint_requested)):
+            self._manager.is_checkpoint_requested = False
             control.should_save = control.should_training_stop = True

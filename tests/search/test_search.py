@@ -265,12 +265,13 @@ def test_soft_labels_that_are_large_once_are_never_kept(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_maskselect.search.scorer.MOST_SOFT_LABELS", 16 * 8 * 2 - 1)
     seen = []
 
-    def selection_loss(inputs, taught):
+    def disagreement(inputs, outputs, taught):
         seen.append(inputs["input_ids"].shape == taught.shape[:2])
         return torch.ones(())
 
-    monkeypatch.setattr(trainer, "soft_labels", lambda inputs: torch.zeros(*inputs["input_ids"].shape, 2))
-    monkeypatch.setattr(trainer, "selection_loss", selection_loss)
+    soft_labels = lambda inputs: torch.zeros(*inputs["input_ids"].shape, 2)  # noqa: E731
+    monkeypatch.setattr(trainer.distiller, "soft_labels", soft_labels)
+    monkeypatch.setattr(trainer.distiller, "disagreement", disagreement)
     trainer.run.bench.score(), trainer.run.bench.score()
     assert seen == [True] * 4
     assert not trainer.run.bench.scorer._soft_labels and trainer.run.bench.scorer.steps_of_teaching() == 0

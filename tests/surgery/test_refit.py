@@ -385,7 +385,7 @@ def test_masks_are_compared_as_they_are_fitted(tmp_path, monkeypatch, capsys):
     trainer.train()
     (search,) = trainer.run.search.history
     told = capsys.readouterr().out
-    assert all(part in told for part in ("3 x refit", "; 3 masks are fitted and compared", "after refit  steps"))
+    assert all(part in told for part in ("3 x refit", "; 3 masks are scored after their refit", "after refit  steps"))
     assert [candidate.steps for candidate in search.candidates] == [0] * 3
     assert [candidate.scores for candidate in search.candidates] == [[value] for _, _, value in scored]
     chosen = next(candidate for candidate in search.candidates if candidate.chosen)

@@ -107,7 +107,7 @@ def test_levels_that_the_model_has_reached_are_left_out(tmp_path):
 
 def test_the_plan_tells_where_the_model_begins(tmp_path, capsys):
     make_trainer(tmp_path, sparse(0.5)[0]).train()
-    assert "from a model at 0.5000 whose zeros are kept" in capsys.readouterr().out
+    assert "from a model with sparsity 0.5000 whose zeros stay" in capsys.readouterr().out
     make_trainer(tmp_path, make()).train()
     assert "whose zeros" not in capsys.readouterr().out
 

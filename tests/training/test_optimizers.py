@@ -116,11 +116,11 @@ def test_the_plan_says_whose_the_rates_are(tmp_path):
     model = make()
     optimizer = own(model)
     told = plan_of(make_trainer(tmp_path, model, keywords={"optimizers": (optimizer, None)}))
-    assert "  0.02  " in told and told.endswith("The caller's own: SGD")
+    assert "  0.02  " in told and told.endswith("Your own SGD")
     model = make()
     optimizer = own(model)
     trainer = make_trainer(tmp_path, model, keywords={"optimizers": (optimizer, halved(optimizer))})
     told = plan_of(trainer)
-    assert told.count("(its own)") == 2 and "The caller's own: SGD and LambdaLR, whose rates do not start" in told
+    assert told.count("(its own)") == 2 and "Your own SGD and LambdaLR: its rates do not restart" in told
     rates = {entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry}
     assert rates == {0.01}
