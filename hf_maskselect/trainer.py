@@ -267,8 +267,7 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
     def _finalize_training(self, *args, **kwargs):
         self.accelerator.wait_for_everyone()
         self.run.finalize(self.state.global_step, self.model)
-        if self.is_world_process_zero():
-            self.run.warn_if_short(self.state.global_step)
+        self.run.warn_if_short(self.state.global_step)
         return super()._finalize_training(*args, **kwargs)
 
     def search_summary(self) -> dict[str, float]:

@@ -202,8 +202,11 @@ class PruningRun:
             self.search.forget()  # a run that was stopped may be resumed
 
     def warn_if_short(self, step: int) -> None:
-        """Warn where training ended before the target. Soft masks are always cut to it."""
-        if self.settings.emergent or self.at_target:
+        """Warn where training ended before the target. Soft masks are always cut to it.
+
+        All ranks call it together, since sharded masks are gathered; rank 0 warns.
+        """
+        if self.settings.emergent or self.at_target or self.processes.rank:
             return
         warnings.warn(
             f"training ended after {step} of {self.plan.max_steps} steps at sparsity "
