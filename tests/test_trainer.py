@@ -733,9 +733,7 @@ def test_tied_matrices_have_the_name_that_they_are_saved_by(tmp_path, changes):
 def test_a_weight_that_is_computed_is_refused_before_training(tmp_path):
     model = make()
     torch.nn.utils.parametrizations.weight_norm(model.bert.encoder.layer[0].attention.self.query)
-    with pytest.raises(
-        ValueError, match=f"{FIRST} is computed from other parameters.*parametrization.*exclude_modules"
-    ):
+    with pytest.raises(ValueError, match=f"{FIRST} is computed from .*parametrization.*exclude_modules"):
         make_trainer(tmp_path, model)
     trainer = make_trainer(tmp_path, model, exclude_modules=[FIRST.removesuffix(".weight")])
     trainer.train()

@@ -128,7 +128,7 @@ def check_run(config: PruningConfig) -> None:
         ValueError: `max_steps` is missing or too small, or arguments do not go together.
     """
     if config.max_steps <= 0:
-        raise ValueError(f"max_steps={config.max_steps} does not give the length of the run: pass --max_steps")
+        raise ValueError(f"max_steps={config.max_steps} does not give the length of the run: give --max_steps")
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)} must be at least 1")

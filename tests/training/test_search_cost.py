@@ -88,7 +88,7 @@ def test_survivors_send_the_winners_weights(tmp_path):
     config = make_config(tmp_path, **SEARCH)
     plain = search_cost(Workload(config, 1_000_000, 800, 0), 2)
     config.selection = "survivors"
-    assert plain.shared == 0 and search_cost(Workload(config, 1_000_000, 800, 0), 2).shared == 4_000_000
+    assert plain.shared == 4 * 800 and search_cost(Workload(config, 1_000_000, 800, 0), 2).shared == 4_000_000
 
 
 def test_an_epoch_is_shorter_on_more_ranks(tmp_path):
