@@ -193,11 +193,12 @@ def test_the_best_model_is_a_sparse_one(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"bf16": True},
-        {"activation_checkpointing": True},
-        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        pytest.param({"bf16": True}, id="bf16"),
+        pytest.param({"activation_checkpointing": True}, id="activation checkpointing"),
+        pytest.param(
+            {"torch_compile": True, "torch_compile_backend": "aot_eager"}, id="compile", marks=pytest.mark.slow
+        ),
     ],
-    ids=["bf16", "activation checkpointing", "compile"],
 )
 @pytest.mark.parametrize(
     "method",

@@ -226,17 +226,33 @@ def set_later(trainer, later):
         setattr(trainer.args, name, value)
 
 
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """(method, later) -> the trainer of a run that was given everything at once; trained once for all tests."""
+    trained = {}
+
+    def run(method, later, **making):
+        key = json.dumps({**method, **later}), len(making)
+        if key not in trained:
+            keywords = {"teacher": make(seed=3), **({"model_init": lambda: make()} if making else {})}
+            folder = tmp_path_factory.mktemp("reference")
+            trained[key] = make_trainer(folder, keywords=keywords, **making, **{**method, **later})
+            trained[key].train()
+        return trained[key]
+
+    return run
+
+
 @each_later
-def test_what_is_set_later_counts_for_a_model_init(tmp_path, method, later):
+def test_what_is_set_later_counts_for_a_model_init(tmp_path, reference, method, later):
     keywords = {"model_init": lambda: make(), "teacher": make(seed=3)}
-    told = make_trainer(tmp_path / "told", keywords=keywords, trainer=fresh, **{**method, **later})
-    told.train()
-    asked = make_trainer(tmp_path / "asked", keywords=keywords, trainer=fresh, **method)
+    asked = make_trainer(tmp_path, keywords=keywords, trainer=fresh, **method)
     asked.train()
     before = weights_of(asked.model)
+    assert same(before, weights_of(reference(method, {}, trainer=fresh).model))
     set_later(asked, later)
     asked.train()
-    assert same(weights_of(asked.model), weights_of(told.model))
+    assert same(weights_of(asked.model), weights_of(reference(method, later, trainer=fresh).model))
     assert not same(weights_of(asked.model), before)
 
 
@@ -246,11 +262,9 @@ USED += [(METHODS[1], {"selection_fraction": 0.3}), (METHODS[1], {"max_selection
 
 
 @pytest.mark.parametrize(("method", "later"), USED, ids=str)
-def test_a_run_reads_the_fields_afresh(tmp_path, method, later):
-    keywords = {"teacher": make(seed=3)}
-    told = make_trainer(tmp_path / "told", keywords=keywords, **{**method, **later})
-    told.train()
-    asked = make_trainer(tmp_path / "asked", keywords=keywords, **method)
+def test_a_run_reads_the_fields_afresh(tmp_path, reference, method, later):
+    told = reference(method, later)
+    asked = make_trainer(tmp_path, keywords={"teacher": make(seed=3)}, **method)
     set_later(asked, later)
     asked.train()
     assert same(weights_of(asked.model), weights_of(told.model))

@@ -16,6 +16,7 @@ from cells import Cell, names_of
 from records import read_cell
 
 
+@pytest.mark.slow
 def test_compare_runs_what_is_missing_and_prints_one_table(tmp_path, start, data_dir, capsys, monkeypatch):
     methods = ["magnitude", "random"]
     flags = ["--tasks", "sst2", "--methods", *methods, "--seeds", "1", "2", "--output_dir", str(tmp_path)]
@@ -44,6 +45,7 @@ def test_compare_runs_what_is_missing_and_prints_one_table(tmp_path, start, data
     assert "was made with other flags" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_cell_is_made_again_by_its_command(tmp_path, start, data_dir, monkeypatch):
     """Also: a `-total` method trains for fewer steps, which pay for its search."""
     flags = ["--tasks", "sst2", "--methods", "random", "random-total", "--output_dir", str(tmp_path), *FLAGS]

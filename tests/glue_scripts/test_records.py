@@ -120,6 +120,7 @@ def test_a_missing_file_does_not_lose_the_cell(tmp_path):
     assert Records(root, path).find(DENSE)["told"] == {"epochs": 1}
 
 
+@pytest.mark.slow
 def test_a_panel_goes_on_from_its_records_where_the_models_are_gone(tmp_path, start, data_dir, capsys, monkeypatch):
     path = tmp_path / "kept" / "cells.jsonl"
     plain = ["--tasks", "sst2", "--model_name_or_path", start, "--data_dir", data_dir, *FLAGS]

@@ -101,6 +101,7 @@ def test_nothing_is_trained_before_the_plan_is_checked(tmp_path, start, data_dir
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_demo_takes_its_flags_and_shows_its_methods(tmp_path, capsys, monkeypatch):
     flags = [
         "--task_name",
