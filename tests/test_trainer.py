@@ -225,13 +225,21 @@ def test_regression(tmp_path):
     assert MaskSet.from_zeros(model).sparsity() == 0.75
 
 
+SAVED = {"method": "random", "trial_steps": 2, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run with a checkpoint of every step."""
+    trainer = make_trainer(tmp_path_factory.mktemp("whole"), **SAVED)
+    trainer.train()
+    return trainer
+
+
 @pytest.mark.parametrize("stop", [3, 5, 6, 9])
-def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, stop):
-    changes = {"method": "random", "trial_steps": 2, "save_strategy": "steps", "save_steps": stop}
-    whole = make_trainer(tmp_path, **changes)
-    whole.train()
-    resumed = make_trainer(tmp_path, make(seed=5), **changes)
-    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, whole, stop):
+    resumed = make_trainer(tmp_path, make(seed=5), **SAVED)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-{stop}")
     assert same(weights_of(whole.model), weights_of(resumed.model))
     assert masks_of(whole).digest() == masks_of(resumed).digest()
 

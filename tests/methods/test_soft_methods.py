@@ -34,17 +34,32 @@ def test_accumulated_batches_are_one_batch(tmp_path, method):
         assert runs[0].pruning_state().masks.overlap(other.pruning_state().masks) > 0.999
 
 
+SAVED = {"sparsity": None, "frozen_steps": 3, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """(method, pattern) -> the trainer of a run with a checkpoint of every step; trained once."""
+    trained = {}
+
+    def run(method, pattern):
+        key = method["method"], pattern
+        if key not in trained:
+            trained[key] = make_trainer(tmp_path_factory.mktemp("whole"), **{**method, "pattern": pattern, **SAVED})
+            trained[key].train()
+        return trained[key]
+
+    return run
+
+
 @each_method
 @pytest.mark.parametrize("step", [1, 4, 10])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-def test_a_run_resumes_to_the_bit(tmp_path, method, step, pattern):
+def test_a_run_resumes_to_the_bit(tmp_path, whole_run, method, step, pattern):
     """From the warm-up, the ramp and the frozen phase."""
-    common = {**method, "pattern": pattern, "sparsity": None, "frozen_steps": 3}
-    common |= {"save_strategy": "steps", "save_steps": 1}
-    whole = make_trainer(tmp_path, **common)
-    whole.train()
-    resumed = make_trainer(tmp_path / "again", make(seed=5), **common)
-    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    whole = whole_run(method, pattern)
+    resumed = make_trainer(tmp_path, make(seed=5), **{**method, "pattern": pattern, **SAVED})
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-{step}")
     assert losses(whole) == losses(resumed)
     assert same(weights_of(whole.model), weights_of(resumed.model))
     assert whole.pruning_state().masks.digest() == resumed.pruning_state().masks.digest()

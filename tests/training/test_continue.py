@@ -29,6 +29,7 @@ def frozen_at_zero():
     return model
 
 
+EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
 each_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method["method"])
 
 
@@ -112,15 +113,28 @@ def test_the_plan_tells_where_the_model_begins(tmp_path, capsys):
     assert "whose zeros" not in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """method -> the trainer of a run from a sparse model, with a checkpoint of every step; trained once."""
+    trained = {}
+
+    def run(method):
+        if method["method"] not in trained:
+            trainer = make_trainer(tmp_path_factory.mktemp("whole"), sparse(0.5)[0], **method, **EVERY_STEP)
+            trainer.train()
+            trained[method["method"]] = trainer
+        return trained[method["method"]]
+
+    return run
+
+
 @each_method
 @pytest.mark.parametrize("step", [2, 7, 10])
-def test_a_run_from_a_sparse_model_resumes_to_the_bit(tmp_path, method, step):
+def test_a_run_from_a_sparse_model_resumes_to_the_bit(tmp_path, whole_run, method, step):
     """The plan is that of the start, though the checkpoint is sparser."""
-    saving = {"save_strategy": "steps", "save_steps": 1}
-    whole = make_trainer(tmp_path, sparse(0.5)[0], **method, **saving)
-    whole.train()
-    resumed = make_trainer(tmp_path / "again", sparse(0.5, seed=3)[0], **method, **saving)
-    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    whole = whole_run(method)
+    resumed = make_trainer(tmp_path, sparse(0.5, seed=3)[0], **method, **EVERY_STEP)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-{step}")
     assert resumed.run.plan == whole.run.plan
     assert same(weights_of(whole.model), weights_of(resumed.model))
 
