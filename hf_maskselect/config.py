@@ -16,7 +16,7 @@ from .fields.target import TargetFields
 from .masking.patterns import parse_pattern
 
 _GROUPS = (TargetFields, SearchFields, SoftFields, DistillFields)
-_EMERGENT = 0.5  # stands for a sparsity that is no target; nothing is pruned by it
+_EMERGENT = 0.5  # placeholder of `sparsity` where the method finds it; nothing is pruned by it
 
 
 @dataclass

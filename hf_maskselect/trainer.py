@@ -62,12 +62,12 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
             scored. By default a seeded `selection_fraction` is held out of `train_dataset`. Never pass the data you
             report on.
         score_fn (`Callable`, *optional*): the mask-generation hook, `score_fn(name, weight, grad_stats) -> scores`. It
-            gets the name of the parameter, its `(out, in)` weight, and its [`WeightStats`] (fields are None with
-            `criterion_batches=0`). It returns finite scores of the same shape; larger means more important. It
+            gets the name of the parameter, its `(out, in)` weight, and its [`WeightStats`] (fields are None where no
+            gradients are sampled). It returns finite scores of the same shape; larger means more important. It
             replaces the criterion of `method="random"`; every scope, every pattern and the search work on top of it.
 
     Attributes:
-        run ([`PruningRun`]): what the current run prunes by: its plan, method and search.
+        run ([`PruningRun`]): the plan, method and search of the current run.
 
     Raises:
         ValueError: arguments do not fit together. Most of this is checked here, before training starts.
@@ -354,7 +354,7 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
             model_name: of the repository, if `hub_model_id` is not set.
             *args: further metadata.
             **kwargs: further metadata.
-            scores: metric -> value, or a list with one value a seed. Default: the last evaluation.
+            scores: metric -> value, or a list with one value per seed. Default: the last evaluation.
             dense_scores: the same of the model before pruning.
         """
         tags = with_tags(tags, self.args.method)
@@ -382,7 +382,7 @@ class _StepEvents(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         run, step = self._trainer.run, state.global_step
         level = run.method.level_due(step)
-        if level is not None:  # the only place where masks change
+        if level is not None:  # the only place where a level starts
             run.method.prepare_level()
             run.method.start_level(level, run.choose(level, step, self._trainer.model))
         run.method.on_step_begin(step)

@@ -84,19 +84,19 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
 
 
 def no_meaning(name: str, value: object, beside: str, why: str) -> ValueError:
-    """Return the error for a field that means nothing beside another one; `why` ends with the remedy."""
+    """Return the error for a field that has no meaning beside another one. `why` ends with the remedy."""
     return ValueError(f"{name}={value!r} has no meaning with {beside}, {why}")
 
 
 def check_least(config: object, **least: int) -> None:
-    """Raise a ValueError if a field, by name, is below its least value; None is none."""
+    """Raise a ValueError if a field, by name, is below its least value. None passes."""
     for name, low in least.items():
         if (value := getattr(config, name)) is not None and value < low:
             raise ValueError(f"{name}={value} must be at least {low}")
 
 
 def check_positive(config: object, **examples: float) -> None:
-    """Raise a ValueError with an example if a field, by name, is 0 or below; None is not."""
+    """Raise a ValueError with an example if a field, by name, is 0 or below. None passes."""
     for name, example in examples.items():
         if (value := getattr(config, name)) is not None and value <= 0:
             raise ValueError(f"{name}={value} must be positive, such as {example:g}")

@@ -17,29 +17,28 @@ class SearchFields:
 
     Args:
         num_candidates (`int`, *optional*): masks tried at each level, candidate 0 being the deterministic one.
-            Defaults to 4 for `"random"`; the other methods have one.
+            Defaults to 4 for `"random"` and to 1 for the others; of these, soft methods may have more.
         proposals (`list[str]`, defaults to `["mixed"]`): `"mixed"` varies criterion, scope and randomness; `"paper"`
-            is votes around magnitude per layer; or a list of `criterion:scope[:votes]`, such as `"taylor:global"`.
+            is votes around candidate 0; or a list of `criterion:scope[:votes]`, such as `"taylor:global"`.
         criterion (`str`, *optional*): of candidate 0: `"magnitude"`, `"fisher"` or `"taylor"`. Defaults to `"taylor"`
             for `"random"` (to `"magnitude"` with the paper's proposals).
-        criterion_batches (`int`, defaults to 64): gradient samples a level for fisher and taylor.
+        criterion_batches (`int`, defaults to 64): gradient samples per level for fisher and taylor.
         criterion_batch_size (`int`, defaults to 8): rows of one gradient sample.
         selection (`str`, defaults to `"halving"`): `"halving"` drops the worse half after each rung and doubles the
-            steps, each trial from the same start; in `"survivors"` every candidate goes on from the weights it has
-            trained, and then the run from the winner's; `"early"` gives every candidate one trial and averages its
-            last evaluations (the paper's EMEP).
+            steps; every trial starts from the weights of the run. `"survivors"` lets every candidate continue from the
+            weights it has trained, and the run continues from the winner's. `"early"` gives every candidate one trial
+            and averages its last evaluations (EMEP in the paper).
         trial_steps (`int`, *optional*): optimizer steps of the first rung (of the whole trial for `"early"`). 0 scores
             each mask right after its refit, without training; in our benchmarks this ranked masks as well as training
-            a whole level. It is the default for `"halving"` where matrices are refitted (`refit_rows`) and neither of
-            the next two fields is given. Else a third of the level, since shorter trials of masks without a refit rank
-            them at random (for `"survivors"`: an eighth, and at least 40 or half the level; for `"early"`: one epoch,
-            at most the level).
+            a whole level. Default of `"halving"`: 0 with a refit (unless one of the next two fields is set), else a
+            third of the level. Default of `"survivors"`: an eighth of the level, but at least 40 steps or half the
+            level. Default of `"early"`: one epoch, but at most the level.
         trial_batch_size (`int`, *optional*): rows of one trial step. Defaults to those of a training step over all
             devices, so that the choice does not depend on their number; one device runs a trial alone, so with many
             of them fewer rows are cheaper (`hf-maskselect plan` shows the cost).
-        trial_learning_rate (`float`, *optional*): peak, decayed linearly to 0. Defaults to `learning_rate`, or to that
-            of the first group that learns in an optimizer that the trainer is given (`"early"`: 4x).
-        sampling_ratios (`list[float]`): draws per removed weight of votes, rotating over the candidates.
+        trial_learning_rate (`float`, *optional*): peak, decayed linearly to 0. Defaults to `learning_rate`, or with
+            your own optimizer to its first learning rate above 0 (`"early"`: 4 times that).
+        sampling_ratios (`list[float]`): draws of votes per pruned weight; the candidates take them in turn.
         selection_fraction (`float`, defaults to 0.1): share of the train split held out to choose on, where no
             `selection_dataset` is given and the run chooses anything.
         max_selection_samples (`int`, defaults to 500): at most so many rows are held out; every trial is scored on
@@ -58,7 +57,7 @@ class SearchFields:
     num_candidates: int | None = option(None, "Masks tried at each level (4 for random).")
     proposals: list[str] = option(("mixed",), "mixed, paper, or a list of criterion:scope[:votes].")
     criterion: str | None = option(None, "Of candidate 0: magnitude, fisher or taylor.")
-    criterion_batches: int = option(64, "Gradient samples a level for fisher and taylor.")
+    criterion_batches: int = option(64, "Gradient samples per level for fisher and taylor.")
     criterion_batch_size: int = option(8, "Rows of one gradient sample.")
     selection: str = option("halving", "halving, survivors or early.", SELECTIONS)
     trial_steps: int | None = option(None, "Steps of the first rung (0 where matrices are refitted, else a third).")

@@ -35,7 +35,7 @@ class SoftFields:
             matrix) to its first logit. Defaults to 1, untrained to 0 (the paper).
         gumbel_signed_constant (`bool`, *optional*): replace each weight by its sign times its matrix's standard
             deviation before training. Defaults to `False`, untrained to `True` (the paper).
-        gumbel_rescale (`bool`, defaults to `True`): Smart Rescale, one learned scale a matrix, folded in at the end.
+        gumbel_rescale (`bool`, defaults to `True`): Smart Rescale, one learned scale per matrix, folded in at the end.
         gumbel_learning_rate (`float`, *optional*): of the logits, in an optimizer group of their own that follows
             `lr_scheduler_type`; for Adam. Defaults to 0.5, untrained to 0.05. The paper's 50 belongs to plain SGD.
         gumbel_scale_learning_rate (`float`, defaults to 1e-3): of the scales.
@@ -55,7 +55,7 @@ class SoftFields:
     gumbel_signed_constant: bool | None = option(
         None, "Weights become sign times standard deviation (untrained: true)."
     )
-    gumbel_rescale: bool = option(True, "Smart Rescale: one learned scale a matrix.")
+    gumbel_rescale: bool = option(True, "Smart Rescale: one learned scale per matrix.")
     gumbel_learning_rate: float | None = option(None, "Learning rate of the logits (0.5; untrained 0.05).")
     gumbel_scale_learning_rate: float = option(1e-3, "Learning rate of the scales.")
     gumbel_train_rest: bool | None = option(

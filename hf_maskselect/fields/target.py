@@ -34,7 +34,7 @@ class TargetFields:
         layer_floor (`float`, defaults to 0.125): in a joint ranking every matrix keeps at least this share of what
             `"layer"` would leave it.
         target_modules, exclude_modules (`list[str]`, *optional*): module-name suffixes or regexes, as in PEFT.
-            Default: every `nn.Linear` of the encoder.
+            Default: the linear and convolution layers of the encoder.
         keep_zeros (`bool`, defaults to `True`): weights that are zero in the model a run starts from stay zero, so
             that a pruned model is fine-tuned with its zeros kept, or pruned further. An N:M or channel pattern is
             refused where a group has fewer weights left than it keeps, or a matrix fewer whole rows. `False` lets

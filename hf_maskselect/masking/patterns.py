@@ -163,7 +163,7 @@ class NM(Pattern):
         return Groups(self.m - round(sparsity * self.m), self.m)
 
     def levels(self, sparsity: float, num_levels: int | None = None) -> list[float]:
-        """Levels at which groups lose whole weights (M:M down to N:M); one level by default."""
+        """Levels at which groups lose whole weights, one by default. Equal levels are merged."""
         zeros = {max(1, round(level * self.m)) for level in cubic_levels(sparsity, num_levels or 1)}
         return [count / self.m for count in sorted(zeros)[:-1]] + [sparsity]
 
@@ -226,7 +226,7 @@ class NM(Pattern):
 
 @dataclass(frozen=True)
 class Channel(Pattern):
-    """Whole output channels, at least one a matrix: the rows of a linear weight, the filters of a convolution."""
+    """Whole output channels, at least one per matrix: the rows of a linear weight, the filters of a convolution."""
 
     row_local = True
     unit = "rows"

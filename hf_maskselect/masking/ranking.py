@@ -50,7 +50,7 @@ def kth_largest(tensors: Sequence[Tensor], k: int) -> Tensor:
         if 1 <= k - above <= middle.numel():
             return middle.kthvalue(middle.numel() - (k - above) + 1).values
         if first < 0 and last >= sample.numel():  # the bracket held everything that compares
-            raise ValueError("NaN among the values to be ranked")
+            raise ValueError("NaN among the values to rank: check the weights and the criterion")
         margin *= 8
 
 

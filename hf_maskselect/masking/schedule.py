@@ -1,4 +1,4 @@
-"""From an optimizer step to its level: pure functions of the configuration, so that resuming needs no state."""
+"""From an optimizer step to its level: pure functions of the configuration, the run length and the start sparsity."""
 
 from __future__ import annotations
 

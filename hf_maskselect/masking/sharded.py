@@ -61,7 +61,7 @@ class Shards:
 
         counts = self._summed(torch.stack([_first_digits(pool, first, device) for pool in pools]))
         if counts[:, -1].any():
-            raise ValueError("NaN among the values to be ranked")
+            raise ValueError("NaN among the values to rank: check the weights and the criterion")
         for k, total in zip(ks, counts.sum(1).tolist(), strict=True):
             if not 0 <= k <= total:
                 raise ValueError(f"k must lie in 0..{total} (the number of entries), got {k}")

@@ -84,7 +84,7 @@ def check_module_names(patterns: str | Sequence[str]) -> None:
 
 
 def _is_of_transformers(model: nn.Module) -> bool:
-    # Compared by name, since this package does not import transformers.
+    # Compared by name, since `masking` does not import transformers.
     classes = {(kind.__module__, kind.__name__) for kind in type(model).__mro__}
     return ("transformers.modeling_utils", "PreTrainedModel") in classes
 

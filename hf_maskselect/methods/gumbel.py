@@ -1,7 +1,7 @@
 """Gumbel-Softmax subnetworks with Smart Rescale.
 
 From "Extracting Effective Subnetworks with Gumbel-Softmax" (Dupont, Alaoui, Sahbi, Lebois; ICIP 2022; arXiv
-2202.12986). In the soft phase the weights are frozen; one logit a weight and one scale a matrix are trained. Every
+2202.12986). In the soft phase the weights are frozen; one logit per weight and one scale per matrix are trained. Every
 optimizer step draws one hard mask, and the model computes with `scale * weight * mask`. At the end the weights are
 multiplied by their scale, and the mask is fixed: where `logit >= 0` (the paper; the sparsity emerges), or the best
 logits of an exact budget (ours). The budget also holds in training: one shift of all logits keeps the expected number

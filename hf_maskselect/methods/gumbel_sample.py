@@ -64,7 +64,7 @@ def budget_shift(logits: Sequence[Tensor], keep: float, start: float = 0.0, tole
     allowed = max(tolerance * min(keep, total - keep), 0.5)
     smallest, largest = [float(t.min()) for t in logits], [float(t.max()) for t in logits]
     if not all(map(math.isfinite, smallest + largest)):
-        raise ValueError("NaN or infinity among the logits")
+        raise ValueError("NaN or infinity among the logits: lower gumbel_learning_rate")
     # At these ends even the extreme logits are surely kept or surely dropped.
     low, high = min(smallest) - 40.0, max(largest) + 40.0
     theta = min(max(start, low), high)

@@ -78,7 +78,7 @@ def card_text(
         pictures: folder of the card, with its pictures if they were drawn.
         options: fields of the configuration, and `teacher`, the teacher's name, if there was one. The card shows
             those that concern pruning.
-        scores: metric -> value, or one value a seed. Defaults to those of `all_results.json`, or of the last
+        scores: metric -> value, or one value per seed. Defaults to those of `all_results.json`, or of the last
             evaluation of the run.
         dense_scores: the same for the model before pruning. Defaults to `dense_eval_*` in `all_results.json`.
     """

@@ -16,7 +16,7 @@ def race(candidates: Sequence[Candidate], rungs: Sequence[tuple[int, int]], scor
     Args:
         candidates: candidate 0, the deterministic mask, comes first.
         rungs: (candidates, steps) of each round; see `search_rungs`.
-        score_all: tries some candidates; journal, processes and disk are its business.
+        score_all: scores some candidates; it handles the journal, the processes and the disk.
     """
     racing = list(candidates)
     for count, steps in rungs:

@@ -16,7 +16,7 @@ SHORTEST_TRIAL = 40  # steps of "survivors", if the level is long enough: shorte
 def halving_rungs(candidates: int, first_steps: int, longest: int) -> list[tuple[int, int]]:
     """Return (candidates, steps) of each rung of `selection="halving"`.
 
-    The better half goes on with twice the steps, until two candidates have met or trials are `longest` steps long.
+    The better half continues with twice the steps, up to a rung of two candidates or of `longest` steps.
     All trials of a rung start from the run's weights and have the same length.
 
     >>> halving_rungs(8, 40, 240)
@@ -32,8 +32,8 @@ def halving_rungs(candidates: int, first_steps: int, longest: int) -> list[tuple
 def survivor_rungs(candidates: int, first_steps: int, longest: int) -> list[tuple[int, int]]:
     """Return (candidates, further steps) of each rung of `selection="survivors"`.
 
-    All are trained for `first_steps`; the better half goes on from its own weights to twice as many, until two
-    candidates have met or `longest` steps are reached.
+    All are trained for `first_steps`. The better half continues from its own weights to twice as many, up to a rung
+    of two candidates or of `longest` steps.
 
     >>> survivor_rungs(8, 10, 40)
     [(8, 10), (4, 10), (2, 20)]
@@ -48,9 +48,9 @@ def search_rungs(
 ) -> list[tuple[int, int]]:
     """Return (candidates, steps) of each rung at a level: one rung of 0 steps if masks are scored after refit.
 
-    The list is empty when nothing is chosen. `epoch` is its length in trial steps, `refits` whether any matrix can be
-    refitted. If none can, trials train, since masks right after the cut score too much alike, unless `trial_steps` is
-    0.
+    The list is empty when nothing is chosen. `epoch`: trial steps per epoch. `refits`: whether any matrix can be
+    refitted. If none can, trials train, since masks right after the cut score too much alike, unless
+    `trial_steps` is 0.
     """
     settings = config.resolved()
     candidates = settings.num_candidates

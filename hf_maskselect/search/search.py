@@ -197,9 +197,9 @@ class MaskSearch:
         others = len(method.weights) - errors.matrices
         if others and team.processes.rank == 0:
             logger.warning_once(
-                f"{others} of {len(method.weights)} matrices are cut without a refit: refit_rows needs linear layers "
-                "that are used once a pass, see at least twice as many tokens as an output keeps weights, and get "
-                "better by it"
+                f"{others} of {len(method.weights)} matrices were not refitted: a refit needs a linear layer that "
+                "runs once per forward pass, and at least two tokens per kept weight of an output (raise refit_rows), and "
+                "it must lower the error"
             )
 
     # -- the tables --------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def solve_masked(gram: Tensor, cross: Tensor, keep: Tensor) -> Tensor:
         keep: the mask, `(out, in)`, of 1 and 0.
 
     Returns:
-        `(out, in)`, zero where `keep` is.
+        `(out, in)`, zero where `keep` is zero.
     """
     gram = gram + ridge(gram) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     # An input that is always 0 gets no change, instead of a division by 0.

@@ -131,8 +131,8 @@ def refit(
 def refittable(model: nn.Module, weights: Mapping[str, nn.Parameter], inputs: Mapping[str, Any]) -> dict[str, int]:
     """Find the matrices that can be refitted, in the order of a forward pass.
 
-    They are the weights of linear layers (also `Conv1D`) that take a gradient and are used once a pass, on an input
-    that is the rows of the batch one after the other. This excludes convolutions, layers shared between depths
+    They are the weights of linear layers (also `Conv1D`) that take a gradient and run once per forward pass, on an
+    input that is the rows of the batch one after the other. This excludes convolutions, layers shared between depths
     (ALBERT), tied matrices, and projections that also get other inputs (DeBERTa's of distances).
 
     Args:

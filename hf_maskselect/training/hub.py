@@ -42,7 +42,7 @@ def complete_card(
         folder: the folder of the saved model that the card describes: `output_dir` or a checkpoint.
         teacher: named in the card.
         model_name: name of the repository, where `hub_model_id` is not set.
-        scores: metric -> value, or a list with one value a seed. Default: the last evaluation of this run.
+        scores: metric -> value, or a list with one value per seed. Default: the last evaluation of this run.
         dense_scores: the same of the model before pruning.
     """
     config, history, output = trainer.args, trainer.state.log_history, Path(trainer.args.output_dir or "")

@@ -1,4 +1,4 @@
-"""`PruningRun`: what one run prunes by, and where it stands."""
+"""`PruningRun`: the plan, the method and the search of one run, and where it stands."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Log = Callable[[dict[str, float]], None]
 
 
 def run_fields(config: PruningConfig) -> dict[str, object]:
-    """The arguments that the parts of a run, and the held-out rows, are made from."""
+    """The arguments on which the parts of a run and the held-out rows depend."""
     return {**config.pruning_fields(), "seed": config.seed, "output_dir": config.output_dir}
 
 

@@ -148,7 +148,7 @@ def nan_on_one_rank(group):
                 assert tensors[1].isnan().any()
             for pools, ks in (([tensors], [9]), ([[t] for t in tensors], [0] * 5)):
                 message = error(lambda pools=pools, ks=ks: ranks.top_k_masks(pools, ks))  # noqa: B023
-                assert message == "NaN among the values to be ranked"
+                assert message.startswith("NaN among the values to rank")
     assert ranks.sums([1]) == [dist.get_world_size(group)]  # nobody was left behind
 
 
