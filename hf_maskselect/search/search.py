@@ -198,8 +198,8 @@ class MaskSearch:
         if others and team.processes.rank == 0:
             logger.warning_once(
                 f"{others} of {len(method.weights)} matrices were not refitted: a refit needs a linear layer that "
-                "runs once per forward pass, and at least two tokens per kept weight of an output (raise refit_rows), and "
-                "it must lower the error"
+                "runs once per forward pass, at least two tokens per kept weight of an output (raise refit_rows), "
+                "and it must lower the error"
             )
 
     # -- the tables --------------------------------------------------------------------------------------------------
