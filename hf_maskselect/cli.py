@@ -1,7 +1,5 @@
 """The console command `hf-maskselect COMMAND PATH`. Exit code 0: success, 1: the command failed, 2: bad usage."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable, Sequence

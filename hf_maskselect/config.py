@@ -1,7 +1,5 @@
 """`PruningConfig`: `TrainingArguments` plus what to prune, how, and how to choose among masks."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass, fields
 

@@ -1,7 +1,5 @@
 """`PruningTrainer`: a `Trainer` that prunes the model it fine-tunes. Overrides are short and call `super()`."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping
 from typing import Any

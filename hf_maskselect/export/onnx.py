@@ -1,7 +1,5 @@
 """Export to ONNX by the exporter of transformers, for portability: ONNX Runtime has no kernels that use zeros."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import io

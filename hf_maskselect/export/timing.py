@@ -1,7 +1,5 @@
 """Time an exported 2:4 model against dense on this GPU, and choose the layers that are worth being sparse."""
 
-from __future__ import annotations
-
 import copy
 import os
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Distillation from a teacher: the fields."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from .rules import check_types, option

@@ -1,7 +1,5 @@
 """`ResolvedConfig`: what a run reads, with every default filled in."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 
 from ..masking.base import Pattern

@@ -1,7 +1,5 @@
 """Rules that the groups of fields share: types, choices and ranges."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import math

@@ -1,7 +1,5 @@
 """Which candidate is chosen, and the refit after a cut: the fields and their rules."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..masking.proposals import parse_proposal

@@ -1,7 +1,5 @@
 """Soft masks (`"pdp"`, `"gumbel"`): the fields and their rules."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 
 from ..methods.gumbel import GumbelOptions

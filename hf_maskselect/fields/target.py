@@ -1,7 +1,5 @@
 """What is pruned, how far and when: the fields and their rules."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..masking.base import Pattern

@@ -1,7 +1,5 @@
 """How many weights every matrix keeps, and the joint ranking of several matrices."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import torch

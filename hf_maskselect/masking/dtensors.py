@@ -3,8 +3,6 @@
 A function that gathers is a collective: all processes call it, in the same order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """Candidates of a search: pure functions of weights, statistics, masks, level, index and seed, on any process."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

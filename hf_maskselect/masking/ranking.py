@@ -1,7 +1,5 @@
 """The k largest entries of several tensors together: exact, ties by index, a few passes over memory."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

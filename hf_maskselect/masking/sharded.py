@@ -5,8 +5,6 @@ of 32 bits in the same order. The processes add up how many of their keys begin 
 digit of the k-th largest, and only the keys that begin with it count for the next digit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The prunable weights of a model."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Sequence
 

@@ -6,8 +6,6 @@ includes entry i with probability close to `pi_i = 1 - exp(-p_i * tau)`, with ta
 draws are independent, so the counts are Binomial(T, pi_i): one draw per entry has the same law and costs O(n).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

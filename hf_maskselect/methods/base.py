@@ -1,7 +1,5 @@
 """The interface between the trainer and a pruning method."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import torch

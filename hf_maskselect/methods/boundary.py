@@ -1,7 +1,5 @@
 """The gap in a ranking where a mask is cut: between the largest pruned value and the smallest kept one."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

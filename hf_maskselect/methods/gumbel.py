@@ -8,8 +8,6 @@ logits of an exact budget (ours). The budget also holds in training: one shift o
 of kept weights on the ramp. So logits only compete with each other, and no penalty has to be tuned.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ Log Parametrization) needs only the difference of its two Gumbels, which is logi
 `logit + L > 0`; its gradient is that of `sigmoid((logit + L) / tau)` (straight-through).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ They come from one criterion (magnitude, fisher, taylor, a user's `score_fn`), o
 "Randomized Pruning Mask Generation and Selection" (Li, Gao, Lei, Xu; EMNLP Findings 2023; arXiv 2310.13183).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

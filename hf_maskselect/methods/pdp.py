@@ -6,8 +6,6 @@ number pruned rises linearly to it. At every step t is computed from the weights
 and the smallest kept magnitude.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 import torch

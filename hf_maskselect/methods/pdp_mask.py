@@ -6,8 +6,6 @@ pruned together share the mask of their root mean square. `threshold` is t, a nu
 functions compute in float32 or wider.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

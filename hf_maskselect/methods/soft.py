@@ -1,7 +1,5 @@
 """The base of differentiable methods: soft masks while the weights train, the exact hard mask at the end."""
 
-from __future__ import annotations
-
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The model card: task, scores, size and loading first, then how the model was pruned."""
 
-from __future__ import annotations
-
 import os
 import re
 import statistics

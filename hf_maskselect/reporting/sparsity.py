@@ -1,7 +1,5 @@
 """The sparsity report: zeros counted in the weights themselves, per tensor and over the model."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 

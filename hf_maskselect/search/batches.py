@@ -1,7 +1,5 @@
 """Batches for trials, refits and scores: the trainer's rows, order and collator, none of which they move on."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """Trials of masks on the trainer's own model: gradient samples, refits, short trainings and scores."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The names of the trainer that trials, refits and scores use, as one type."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol

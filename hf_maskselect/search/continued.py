@@ -1,7 +1,5 @@
 """Trials that go on from the weights which earlier rungs have trained (`selection="survivors"`)."""
 
-from __future__ import annotations
-
 import functools
 import json
 import shutil

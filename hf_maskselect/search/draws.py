@@ -1,7 +1,5 @@
 """The masks of the candidates of one level: drawn, shared among processes, and kept on disk until one is chosen."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A digest of all that a search depends on: a killed run keeps its trials only if none of that has changed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Mapping

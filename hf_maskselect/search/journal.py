@@ -1,7 +1,5 @@
 """The journal of finished trials, so that a killed run repeats none."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The proposals that a run compares at every level, and the gradient statistics that they need."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """The race between candidates: a pure function of their scores."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 from .results import Candidate

@@ -1,7 +1,5 @@
 """The record of the search at one level: its candidates, scores and cost, on disk and as a table."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A sandbox around the trainer's own model: what happens inside leaves the run untouched, to the bit."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 import tempfile

@@ -3,8 +3,6 @@
 "Early mask evaluation" of arXiv 2310.13183, successive halving, and halving that goes on from the trained weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from ..config import PruningConfig

@@ -1,7 +1,5 @@
 """The score of the model on the held-out rows."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from transformers import EvalPrediction, set_seed

@@ -3,8 +3,6 @@
 "Mask candidate selection strategy" and "early mask evaluation pipeline" of arXiv 2310.13183, and successive halving.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os

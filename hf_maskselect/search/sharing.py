@@ -1,7 +1,5 @@
 """The processes of a search, and trials shared among them."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """Find model folders, on disk or on the Hub, and prepare the folders that models are written to."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Load a pruned model with its masks, packed or not, from a folder or the Hub."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Build and load the model class that `config.json` names."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """Write model folders as packed files, and packed files as model folders."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator, Mapping

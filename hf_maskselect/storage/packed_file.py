@@ -4,8 +4,6 @@ It is a safetensors file with a name and keys that `from_pretrained` does not lo
 format finds no model, instead of one with random weights.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Read the saved weights of a model and compare them with masks."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Set

@@ -5,8 +5,6 @@ keeps more. Here all groups are paired at random in every round. Every pair trie
 groups of four), so that a round is a few hundred operations on whole matrices.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from itertools import combinations

@@ -1,7 +1,5 @@
 """Least squares over the kept weights of a matrix, all outputs at once."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ block, and the value channels inside each attention head. The rows of the produc
 the consumer move together, so that the outputs change by rounding only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ asymmetric, as for channels in arXiv 1707.06168: the input of a matrix comes fro
 its target from the uncut model, so that later matrices correct the errors of earlier ones.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections import Counter

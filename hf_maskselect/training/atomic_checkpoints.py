@@ -1,7 +1,5 @@
 """Saved folders that are complete or not there at all."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

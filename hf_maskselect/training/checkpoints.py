@@ -1,7 +1,5 @@
 """What a saved model of a pruning run holds: exactly sparse weights, and the run in its configuration."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

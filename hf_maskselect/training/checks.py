@@ -3,8 +3,6 @@
 Every check raises a `ValueError` that names what is wrong and how to mend it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import transformers

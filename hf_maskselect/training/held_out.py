@@ -1,7 +1,5 @@
 """The held-out rows that a run chooses on. They come from train, never from the data that is reported."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

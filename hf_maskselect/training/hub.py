@@ -1,7 +1,5 @@
 """What a repository on the Hub holds besides the weights: the model card, its pictures and the pruning state."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The user's own optimizer: its learning rate, and a fresh one of the same kind for a trial."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch.optim import Optimizer

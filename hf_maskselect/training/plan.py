@@ -1,7 +1,5 @@
 """The plan of a run as a table, and the learning rate that restarts at every level."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

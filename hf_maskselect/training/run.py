@@ -1,7 +1,5 @@
 """`PruningRun`: the plan, the method and the search of one run, and where it stands."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path

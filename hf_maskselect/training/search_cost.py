@@ -1,7 +1,5 @@
 """The cost of a search, computed before a run: training steps, time, memory and bytes sent."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Sequence

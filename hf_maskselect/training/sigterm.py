@@ -1,7 +1,5 @@
 """A last checkpoint when the machine is about to be taken away (`enable_jit_checkpoint`)."""
 
-from __future__ import annotations
-
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from ..utils.processes import Processes

@@ -1,7 +1,5 @@
 """Exchange small values between the processes of one run, and divide work among them."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
