@@ -94,8 +94,8 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
     ) -> None:
         args = PruningConfig() if args is None else args
         check_arguments(args, model, score_fn, kwargs.get("compute_metrics"))
-        self._rows = RowSplit(selection_dataset)
-        train_dataset, self.selection_dataset = self._rows.split(args, train_dataset)
+        self._rows = RowSplit()
+        train_dataset, self.selection_dataset = self._rows.split(args, train_dataset, selection_dataset)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         self._score_fn = score_fn
         check_engine(args, self, score_fn)
@@ -135,7 +135,8 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
     def _hp_search_setup(self, trial) -> None:
         super()._hp_search_setup(trial)
         # `train` calls this before anything else that reads our arguments, which may have been set since the last run.
-        args, changed = self.args, self.run.made_from != run_fields(self.args)
+        args, rows = self.args, (self.train_dataset, self.selection_dataset)
+        changed = self.run.made_from != run_fields(args) or self._rows.changed(*rows)
         if not changed and self.model_init is None:
             return
         check_arguments(args, self.model, self._score_fn, self.compute_metrics)
@@ -144,7 +145,7 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
         check_proposals(args, self._criteria)
         self.run.made_from = {}  # until a new run is made: what follows may raise
         if changed:
-            self.train_dataset, self.selection_dataset = self._rows.split(args, self.train_dataset)
+            self.train_dataset, self.selection_dataset = self._rows.split(args, *rows)
             if self.given_optimizer is None and self.run.method.parameter_groups():  # they are of the last run
                 self.optimizer = None
         teacher = self.teacher

@@ -347,6 +347,24 @@ def test_rows_are_held_out_once_a_run_chooses(tmp_path):
     assert scores_of(trainer)
 
 
+def test_rows_assigned_between_runs_are_the_ones_to_choose_on(tmp_path):
+    trainer = make_trainer(tmp_path, method="random", num_candidates=3, max_steps=4)
+    first, rows = trainer.selection_dataset, make_rows(16, seed=5)
+    trainer.selection_dataset = rows
+    trainer.train()
+    assert trainer.selection_dataset is trainer.run.bench.batches.held_out is rows
+    assert len(trainer.train_dataset) == 96  # nothing is held out of them any more
+    trainer.selection_dataset = None
+    trainer.train()
+    assert (len(trainer.train_dataset), list(trainer.selection_dataset)) == (86, list(first))
+    trainer.train_dataset = make_rows(40, seed=7)  # which may hold rows that were held out before
+    trainer.train()
+    assert (len(trainer.train_dataset), len(trainer.selection_dataset)) == (36, 4)
+    unchanged = trainer.selection_dataset
+    trainer.train()
+    assert trainer.selection_dataset is unchanged
+
+
 def test_scores_follow_another_evaluation_batch_size(tmp_path):
     trainer = make_trainer(tmp_path, keywords={"teacher": make(seed=3)}, **SEARCHES[0])
     before = trainer.run.bench.score()

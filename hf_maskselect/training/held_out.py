@@ -12,27 +12,31 @@ from ..utils.seeds import key_seed
 
 
 class RowSplit:
-    """Splits the user's train rows, again for every run whose arguments have changed.
+    """Splits the user's train rows, again for every run whose arguments or rows have changed."""
 
-    Args:
-        selection: the user's `selection_dataset`; None to hold rows out.
-    """
+    def __init__(self) -> None:
+        self._given: tuple[Any, Any] = (None, None)  # the user's train and selection rows
+        self._made: tuple[Any, Any] = (None, None)  # those that the last split made of them
 
-    def __init__(self, selection: Dataset | None) -> None:
-        self._selection = selection
-        self._train: Any = None  # before the split
-        self._rest: Any = None  # after it
+    def changed(self, train: Any, selection: Any) -> bool:
+        """Whether the user has assigned other rows since the last split."""
+        return train is not self._made[0] or selection is not self._made[1]
 
-    def split(self, args: PruningConfig, train: Any) -> tuple[Any, Any]:
-        """Return (train rows, held-out rows). `train`: the rows as they are now, split or not.
+    def split(self, args: PruningConfig, train: Any, selection: Any) -> tuple[Any, Any]:
+        """Return (train rows, held-out rows).
+
+        Args:
+            args: say whether rows are held out, how many, and the seed.
+            train: the train rows as they are now: the user's, or those of the last split.
+            selection: the held-out rows as they are now; None to hold rows out of `train`.
 
         Raises:
             ValueError: rows cannot be drawn from a dataset, or none are left to choose on.
         """
-        if train is not self._rest:  # the first split, or the user has assigned other rows
-            self._train = train
-        self._rest, held_out = selection_rows(args, self._train, self._selection)
-        return self._rest, held_out
+        pairs = zip((train, selection), self._made, self._given, strict=True)
+        self._given = tuple(given if now is made else now for now, made, given in pairs)
+        self._made = selection_rows(args, *self._given)
+        return self._made
 
 
 def selection_rows(args: PruningConfig, train: Any, selection: Any) -> tuple[Any, Any]:
