@@ -244,6 +244,7 @@ def reference(tmp_path_factory):
 
 
 @each_later
+@pytest.mark.slow
 def test_what_is_set_later_counts_for_a_model_init(tmp_path, reference, method, later):
     keywords = {"model_init": lambda: make(), "teacher": make(seed=3)}
     asked = make_trainer(tmp_path, keywords=keywords, trainer=fresh, **method)

@@ -60,6 +60,7 @@ def test_score_fn(run):
     assert "score_fn" in json.dumps(searches)
 
 
+@pytest.mark.slow
 def test_resume(run):
     _, equal = run("resume", *SMALL_SEARCH)
     assert equal

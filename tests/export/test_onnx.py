@@ -19,7 +19,7 @@ needs_onnx = pytest.mark.skipif(
 
 
 @needs_onnx
-@pytest.mark.parametrize("family", ["Bert", "ModernBert"])
+@pytest.mark.parametrize("family", ["Bert", pytest.param("ModernBert", marks=pytest.mark.slow)])
 def test_zeros_and_outputs_are_kept(tmp_path, family):
     import onnxruntime
 
@@ -61,6 +61,7 @@ def test_a_graph_that_computes_something_else_is_refused(tmp_path, monkeypatch):
 
 
 @needs_onnx
+@pytest.mark.slow
 def test_a_saved_bfloat16_model_is_read_as_float32(tmp_path):
     save_pruned(tmp_path / "in", dtype=torch.bfloat16)
     assert export_onnx(tmp_path / "in", tmp_path / "out").difference < 1e-5

@@ -163,6 +163,7 @@ def test_a_panel_goes_on_from_its_records_where_the_models_are_gone(tmp_path, st
     assert (tmp_path / "e" / "table.md").is_file()  # of what is known
 
 
+@pytest.mark.slow
 def test_cells_of_an_earlier_call_are_recorded(tmp_path, start, data_dir, monkeypatch):
     """Their dense model is recorded too, and no cell runs again."""
     flags = [

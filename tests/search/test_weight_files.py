@@ -103,6 +103,7 @@ def test_a_longer_training_sees_other_rows(tmp_path):
     assert torch.equal(first, again) and not torch.equal(first, later)
 
 
+@pytest.mark.slow
 def test_a_search_that_was_killed_repeats_no_trial(tmp_path):
     def run(folder, stop_after=None):
         trainer = make_trainer(folder, make(), keywords={"selection_dataset": make_rows(16, seed=2)}, **RUN)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import make, make_trainer, same, weights_of
+from tiny import make, make_rows, make_trainer, same, weights_of
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 SEARCH = {"method": "random", "num_candidates": 2, "trial_steps": 2, "refit_rows": 0, "num_levels": 1}
@@ -80,8 +80,7 @@ def test_a_search_leaves_a_given_optimizer_alone(tmp_path, kind):
         model = make()
         keywords = {"optimizers": (own(model, kind), None)}
         changes = {**SEARCH, "num_candidates": 2 if trials else 1, "trial_steps": 2 if trials else None}
-        trainer = make_trainer(tmp_path, model, keywords={**keywords, "selection_dataset": [0]}, **changes)
-        trainer.selection_dataset = trainer.run.bench.batches.held_out = trainer.eval_dataset
+        trainer = make_trainer(tmp_path, model, keywords={**keywords, "selection_dataset": make_rows(16)}, **changes)
         trainer.run.bench.score = lambda: 0.0
         trainer.train()
         ends.append(weights_of(model))
