@@ -41,7 +41,7 @@ from .training.checks import (
 )
 from .training.held_out import RowSplit
 from .training.hub import complete_card, prepare_push, with_tags
-from .training.optimizers import check_renewable, first_rate, renewed
+from .training.optimizers import check_renewable, first_rate, remove_groups, renewed
 from .training.plan import plan_text, rewound_rate
 from .training.run import PruningRun, make_method, run_fields
 from .training.sigterm import CheckpointTogether
@@ -137,16 +137,19 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
         # `train` calls this before anything else that reads our arguments, which may have been set since the last run.
         args, rows = self.args, (self.train_dataset, self.selection_dataset)
         changed = self.run.made_from != run_fields(args) or self._rows.changed(*rows)
+        check_arguments(args, self.model, self._score_fn, self.compute_metrics)
         if not changed and self.model_init is None:
             return
-        check_arguments(args, self.model, self._score_fn, self.compute_metrics)
         check_model(args, self.model, self.find_weights(self.model))
         check_fsdp(args, self, self._score_fn)
         check_proposals(args, self._criteria)
         self.run.made_from = {}  # until a new run is made: what follows may raise
         if changed:
             self.train_dataset, self.selection_dataset = self._rows.split(args, *rows)
-            if self.given_optimizer is None and self.run.method.parameter_groups():  # they are of the last run
+            self.run.method.restore_trained()
+            if self.given_optimizer is not None:
+                remove_groups(self.given_optimizer, self.run.method.parameter_groups())
+            elif self.run.method.parameter_groups():  # they are of the last run
                 self.optimizer = None
         teacher = self.teacher
         if self.distiller is not None:
@@ -228,7 +231,7 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
         check_rows(self.args, self.train_dataset, self.selection_dataset, draws=run.resumed or not run.at_target)
         rungs = run.open(self.state.global_step)
         if self.given_optimizer is not None and any(steps for level in rungs for _, steps in level):
-            check_renewable(self.given_optimizer, self.lr_scheduler)
+            check_renewable(self.given_optimizer, self.lr_scheduler if own_schedule else None)
         self.accelerator.wait_for_everyone()
         own = [self.given_optimizer, self.lr_scheduler if own_schedule else None]
         held_out = len(self.selection_dataset) if settings.needs_selection_split else 0

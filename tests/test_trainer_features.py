@@ -366,6 +366,49 @@ def test_rows_assigned_between_runs_are_the_ones_to_choose_on(tmp_path):
     assert trainer.selection_dataset is unchanged
 
 
+def test_batch_options_are_checked_before_every_run(tmp_path):
+    search = {"method": "random", "num_candidates": 3, "trial_steps": 2, "refit_rows": 0}
+    trainer = make_trainer(tmp_path, **search, trial_batch_size=16)
+    trainer.args.per_device_train_batch_size = 3
+    with pytest.raises(ValueError, match="trial_batch_size=16 is no multiple of per_device_train_batch_size=3"):
+        trainer.train()
+    trainer = make_trainer(tmp_path, **search)
+    trainer.args.train_sampling_strategy = "batch_rebalance"
+    with pytest.raises(ValueError, match="train_sampling_strategy='batch_rebalance'"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("method", METHODS[2:], ids=lambda method: method["method"])
+def test_a_run_after_an_interrupted_step_begins_from_the_trained_weights(tmp_path, method):
+    """With other arguments, for which another method is made."""
+    trainer, calls = make_trainer(tmp_path, **method), []
+    compute_loss = trainer.compute_loss
+
+    def interrupted(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return compute_loss(*args, **kwargs)
+
+    trainer.compute_loss = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    old = trainer.run.method
+    trained = {name: rows.clone() for name, rows in old._trained.items()}
+    assert trained and any(not torch.equal(trained[name], weight) for name, weight in old.weights.items())
+    trainer.compute_loss, trainer.args.seed, seen = compute_loss, 8, {}
+    begin = type(old).begin
+
+    def begins(self, *args):
+        seen.update({name: weight.detach().clone() for name, weight in self.weights.items()})
+        return begin(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(old), "begin", begins)
+        trainer.train()
+    assert trainer.run.method is not old and same(seen, trained)
+
+
 def test_scores_follow_another_evaluation_batch_size(tmp_path):
     trainer = make_trainer(tmp_path, keywords={"teacher": make(seed=3)}, **SEARCHES[0])
     before = trainer.run.bench.score()

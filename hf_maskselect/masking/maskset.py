@@ -250,6 +250,6 @@ def unpack_bits(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
 
 
 def diverged(what: str, when: str = "") -> str:
-    """Error message for NaN or infinity in `what` was trained; `when` is a suffix such as " at step 3"."""
+    """Error message for NaN or infinity in `what`, which was trained; `when` is a suffix such as " at step 3"."""
     remedy = "use a lower learning_rate or a smaller max_grad_norm"
     return f"{what} holds NaN or infinity{when}, training has diverged: {remedy}"

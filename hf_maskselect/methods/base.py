@@ -35,8 +35,9 @@ class Method(Protocol):
     def attach(self, model: nn.Module) -> None:
         """Find the model's prunable parameters. It may be called again with the same model, which changes nothing."""
 
-    def detach(self) -> None:
-        """Forget the model, so that the next `attach` reads its zeros again."""
+    def restore_trained(self) -> None:
+        """Give the model its trained weights back, if a step was interrupted."""
+        return None
 
     def parameter_groups(self) -> list[dict]:
         """Optimizer groups of the parameters that the method adds to the model's own. Call `attach` first."""

@@ -50,10 +50,6 @@ class HardMethod(Method):
         if self.shards is None:
             self._keep = {name: keep.to(self.weights[name]) for name, keep in self._keep.items()}
 
-    def detach(self) -> None:
-        """Forget the model, so that the next `attach` reads its zeros again."""
-        self.weights = {}
-
     def _zeros_of_the_start(self) -> dict[str, Tensor]:
         """Masks of the zeros that stay; empty if there are none, as in a dense model."""
         stay = {name: weight for name, weight in self.weights.items() if self._keep_zeros or not weight.requires_grad}

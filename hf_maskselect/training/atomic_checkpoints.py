@@ -46,9 +46,8 @@ class AtomicCheckpoints(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        if (
-            self.state.global_step < self.state.max_steps
-        ):  # `Trainer` would train one step more after a resume from the last step
+        # `Trainer` would train one step more after a resume from the last step.
+        if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
 
     def _get_output_dir(self, trial) -> str:

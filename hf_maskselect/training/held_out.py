@@ -73,9 +73,7 @@ def hold_out(dataset: Any, fraction: float, seed: int, most: int) -> tuple[Datas
         ValueError: the dataset is not map-style, or one of the parts would be empty.
     """
     if lack := _lack(dataset):
-        raise ValueError(
-            f"train_dataset {lack}, so no selection split can be held out of it: pass a map-style dataset"
-        )
+        raise ValueError(f"train_dataset {lack}, so no rows can be held out of it: pass a map-style dataset")
     rows = len(dataset)
     count = min(round(rows * fraction), most)
     if not 0 < count < rows:

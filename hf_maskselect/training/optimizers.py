@@ -1,5 +1,6 @@
 """The user's own optimizer: its learning rate, and a fresh one of the same kind for a trial."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -37,3 +38,12 @@ def renewed(optimizer: Optimizer) -> Optimizer:
         groups.append({**options, "lr": float(group.get("initial_lr", group["lr"]))})
     cls: Any = type(optimizer)  # every optimizer but the base class needs no defaults
     return cls(groups)
+
+
+def remove_groups(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Remove parameter groups, and the moments of their parameters, from an optimizer."""
+    gone = {id(parameter) for group in groups for parameter in group["params"]}
+    kept = [group for group in optimizer.param_groups if not gone & {id(parameter) for parameter in group["params"]}]
+    optimizer.param_groups[:] = kept
+    for parameter in [parameter for parameter in optimizer.state if id(parameter) in gone]:
+        del optimizer.state[parameter]

@@ -204,13 +204,15 @@ class PruningRun:
 
         All ranks call it together, since sharded masks are gathered; rank 0 warns.
         """
-        if self.settings.emergent or self.at_target or self.processes.rank:
+        if self.settings.emergent or self.at_target:
+            return
+        sparsity = self.method.masks.sparsity()
+        if self.processes.rank:
             return
         warnings.warn(
             f"training ended after {step} of {self.plan.max_steps} steps at sparsity "
-            f"{self.method.masks.sparsity():.4f}, before the last level with the target "
-            f"{self.settings.sparsity:g}: resume from a checkpoint (resume_from_checkpoint), or start a new run from "
-            "this model",
+            f"{sparsity:.4f}, before the last level with the target {self.settings.sparsity:g}: resume from a "
+            "checkpoint (resume_from_checkpoint), or start a new run from this model",
             stacklevel=2,
         )
 

@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "glue_scripts")]
 from tiny import losses, make, make_config, make_rows  # noqa: E402
@@ -31,13 +32,23 @@ FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"], "state_dic
 FSDP |= {"reshard_after_forward": False, "cpu_ram_efficient_loading": False}
 
 
-def run(folder, engine, resume=None, fsdp=None, **changes):
+class Stop(TrainerCallback):
+    """End the training after some step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self.step
+
+
+def run(folder, engine, resume=None, fsdp=None, stop=None, **changes):
     engines = {"fsdp": {"fsdp": True, "fsdp_config": {**FSDP, **(fsdp or {})}}, "ddp": {}}
     config = make_config(folder / "out", **{"ddp_find_unused_parameters": False, **engines[engine], **changes})
     if engine == "fsdp":  # accelerate looks at FSDP only where it sees GPUs; everything after that runs on any device
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     rows = make_rows()
-    trainer = PruningTrainer(make(), config, train_dataset=rows, eval_dataset=rows[:32])
+    trainer = PruningTrainer(make(), config, train_dataset=rows, eval_dataset=rows[:32], callbacks=[Stop(stop)])
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     state = trainer.pruning_state()

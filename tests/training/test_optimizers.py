@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from tiny import make, make_rows, make_trainer, same, weights_of
+from tiny import METHODS, make, make_rows, make_trainer, same, weights_of
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
+GUMBEL = METHODS[3]
 SEARCH = {"method": "random", "num_candidates": 2, "trial_steps": 2, "refit_rows": 0, "num_levels": 1}
 
 
@@ -85,6 +86,17 @@ def test_a_search_leaves_a_given_optimizer_alone(tmp_path, kind):
         trainer.train()
         ends.append(weights_of(model))
     assert same(*ends)
+
+
+def test_a_given_optimizer_loses_the_logits_of_the_last_run(tmp_path):
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    trainer = make_trainer(tmp_path, model, keywords={"optimizers": (optimizer, None)}, **GUMBEL)
+    trainer.train()
+    groups, states = len(optimizer.param_groups), len(optimizer.state)
+    trainer.args.seed = 9
+    trainer.train()
+    assert (len(optimizer.param_groups), len(optimizer.state)) == (groups, states)
 
 
 @pytest.mark.parametrize(
