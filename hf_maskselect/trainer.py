@@ -1,12 +1,11 @@
 """`PruningTrainer`: a `Trainer` that prunes the model it fine-tunes. Overrides are short and call `super()`."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
@@ -35,20 +34,22 @@ from .training.checks import (
     check_fsdp,
     check_model,
     check_own_loss,
+    check_planned,
     check_proposals,
     check_rows,
     selection_metric,
 )
 from .training.held_out import RowSplit
 from .training.hub import complete_card, prepare_push, with_tags
-from .training.optimizers import check_renewable, first_rate, remove_groups, renewed
-from .training.plan import plan_text, rewound_rate
+from .training.optimizers import check_rate, check_renewable
+from .training.plan import plan_text
 from .training.run import PruningRun, make_method, run_fields
+from .training.run_optimizers import RunOptimizers
 from .training.sigterm import CheckpointTogether
 from .utils.processes import Processes
 
 
-class PruningTrainer(AtomicCheckpoints, Trainer):
+class PruningTrainer(RunOptimizers, AtomicCheckpoints, Trainer):
     """Fine-tune and prune in one `train()`. The model ends with exactly the requested share of zeros.
 
     Takes every argument of `Trainer`, and:
@@ -76,6 +77,8 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
     distiller: Any  # a `Distiller`; None without a teacher
     optimizer: torch.optim.Optimizer
     run: PruningRun
+    _teacher_only: Set[str] = frozenset()  # inputs of the teacher that the student does not take
+    _gradients_are_ready = False  # whether the method has changed those of this step
     loss_is_scaled_for_ga: bool | None = None  # `Trainer` of the oldest supported transformers has no such attribute
 
     def __init__(
@@ -100,9 +103,8 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
         self._score_fn = score_fn
         check_engine(args, self, score_fn)
         check_model(args, self.model, self.find_weights(self.model))
-        self.given_optimizer = self.optimizer  # None where `Trainer` makes it
-        if self.given_optimizer is not None and args.resolved().searches and not args.resolved().scores_after_refit:
-            check_renewable(self.given_optimizer, self.lr_scheduler)
+        if self.optimizer is not None and args.resolved().searches and not args.resolved().scores_after_refit:
+            check_renewable(self.optimizer, self.lr_scheduler)
         if not self.loss_is_scaled_for_ga:  # else a subclass counts the labels itself
             # BERT-family heads take **kwargs but ignore num_items_in_batch. Believing them would scale the loss by the
             # accumulation steps and by the ranks (transformers#47688).
@@ -135,6 +137,12 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
     def _hp_search_setup(self, trial) -> None:
         super()._hp_search_setup(trial)
         # `train` calls this before anything else that reads our arguments, which may have been set since the last run.
+        if not any(isinstance(callback, _StepEvents) for callback in self.callback_handler.callbacks):
+            self.add_callback(_StepEvents(self))  # the user has replaced them
+        self._renew()
+
+    def _renew(self) -> None:
+        """Make the parts of the run again if arguments or rows have changed since the last one."""
         args, rows = self.args, (self.train_dataset, self.selection_dataset)
         changed = self.run.made_from != run_fields(args) or self._rows.changed(*rows)
         check_arguments(args, self.model, self._score_fn, self.compute_metrics)
@@ -147,10 +155,7 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
         if changed:
             self.train_dataset, self.selection_dataset = self._rows.split(args, *rows)
             self.run.method.restore_trained()
-            if self.given_optimizer is not None:
-                remove_groups(self.given_optimizer, self.run.method.parameter_groups())
-            elif self.run.method.parameter_groups():  # they are of the last run
-                self.optimizer = None
+            self._forget_groups()
         teacher = self.teacher
         if self.distiller is not None:
             self.distiller.release()
@@ -174,53 +179,13 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
         if self.is_world_process_zero():
             tqdm.write(text)
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns: Any = self._signature_columns
-        self._signature_columns = columns + sorted(self._teacher_only - set(columns))
-
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """Make the optimizer, with the groups that the method adds."""
-        self.run.method.attach(self.model)
-        optimizer = super().create_optimizer(model)
-        present = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for group in self.run.method.parameter_groups():
-            if not present & {id(parameter) for parameter in group["params"]}:
-                optimizer.add_param_group(group)
-        return optimizer
-
-    @property
-    def peak_rate(self) -> Any:
-        """Learning rate of the run before its schedule. Of the user's optimizer, the first above 0."""
-        if self.optimizer is None or (self.given_optimizer is None and self.optimizer_cls_and_kwargs is None):
-            return self.args.learning_rate
-        return first_rate(self.optimizer)
-
-    def new_optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
-        """A fresh optimizer of the run's own class and parameter groups, for a trial."""
-        if self.given_optimizer is not None:
-            optimizer = renewed(self.given_optimizer)
-        else:
-            kept, self.optimizer = self.optimizer, None
-            optimizer, self.optimizer = super().create_optimizer(), kept
-        for group in optimizer.param_groups:
-            group["lr"] *= learning_rate / self.peak_rate
-        return optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """Plan the run, and make the schedule that restarts at every level."""
-        self.run.make_plan(self.model, num_training_steps)  # the schedule starts again at every level of the plan
-        if self.lr_scheduler is None and self.args.lr_rewind:
-            rate = rewound_rate(self.args, self.run.plan)
-            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, rate)
-            self._created_lr_scheduler = True
-        return super().create_scheduler(num_training_steps, optimizer)
-
     def _prepare_for_training(self, max_steps: int, train_dataloader, resume_from_checkpoint: str | None):
         if resume_from_checkpoint is not None and self.is_fsdp_enabled:
             self.run.expect(resume_from_checkpoint)
+        elif resume_from_checkpoint is not None and not self.run.resumed:  # a subclass has loaded the weights
+            self.run.resume(resume_from_checkpoint, self.model)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        self._announce(own_schedule=not self._created_lr_scheduler)
+        self._announce(own_schedule=self.lr_scheduler is not self._made_schedule)
         self.run.method.begin(self.run.plan, self.optimizer)
         self.run.resumed = False
         return prepared
@@ -230,8 +195,10 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
         run, settings = self.run, self.run.settings
         check_rows(self.args, self.train_dataset, self.selection_dataset, draws=run.resumed or not run.at_target)
         rungs = run.open(self.state.global_step)
-        if self.given_optimizer is not None and any(steps for level in rungs for _, steps in level):
-            check_renewable(self.given_optimizer, self.lr_scheduler if own_schedule else None)
+        if any(steps for level in rungs for _, steps in level):
+            check_rate(self.peak_rate, self.optimizer)
+            if self.given_optimizer is not None:
+                check_renewable(self.given_optimizer, self.lr_scheduler if own_schedule else None)
         self.accelerator.wait_for_everyone()
         own = [self.given_optimizer, self.lr_scheduler if own_schedule else None]
         held_out = len(self.selection_dataset) if settings.needs_selection_split else 0
@@ -239,6 +206,16 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
         self._say(plan_text(self.args, run.plan, rungs, peak, own, held_out, run.start))
         if settings.needs_selection_split and self.selection_metric not in SELECTION_LOSSES and not run.resumed:
             run.bench.score()  # a metric that fails must fail now, not when the first search begins
+
+    @property
+    def _signature_columns(self) -> Any:
+        """The columns that reach the collator, with those for the teacher, whoever found out the others."""
+        columns = self._student_columns
+        return columns if columns is None else columns + sorted(self._teacher_only - set(columns))
+
+    @_signature_columns.setter
+    def _signature_columns(self, columns: Any) -> None:
+        self._student_columns = columns
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -257,13 +234,18 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
             loss = self.distiller.loss(inputs, outputs, label_loss)
         return (loss, outputs) if return_outputs else loss
 
+    def before_clipping(self) -> None:
+        """Let the method change the gradients of a step, once. A subclass that clips by itself may call it first."""
+        if not self._gradients_are_ready:
+            self.run.method.before_clipping()
+        self._gradients_are_ready = True
+
     def _clip_grad_norm(self, model):
-        self.run.method.before_clipping()
+        self.before_clipping()
         return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        if grad_norm is None:  # clipping is off
-            self.run.method.before_clipping()
+        self.before_clipping()  # clipping may be off
         return super()._get_grad_norm(model, grad_norm)
 
     def _finalize_training(self, *args, **kwargs):
@@ -294,6 +276,10 @@ class PruningTrainer(AtomicCheckpoints, Trainer):
         if prepares:
             forget_preparation(self)
         return output
+
+    def _evaluate(self, *args, **kwargs):
+        with baked(self.run.method):  # `evaluate` of a subclass may not call `evaluation_loop`
+            return super()._evaluate(*args, **kwargs)
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         # The denser models of early levels score best and must not win.
@@ -381,6 +367,9 @@ class _StepEvents(TrainerCallback):
     def __init__(self, trainer: PruningTrainer) -> None:
         self._trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        check_planned(self._trainer, PruningTrainer, self._trainer.run.planned)
+
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         run, step = self._trainer.run, state.global_step
         level = run.method.level_due(step)
@@ -389,7 +378,11 @@ class _StepEvents(TrainerCallback):
             run.method.start_level(level, run.choose(level, step, self._trainer.model))
         run.method.on_step_begin(step)
 
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self._trainer.before_clipping()  # a subclass may clip in its own way
+
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self._trainer._gradients_are_ready = False
         self._trainer.run.method.on_optimizer_step()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:

@@ -22,11 +22,13 @@ class Method(Protocol):
         weights: the prunable parameters by name; empty before `attach`.
         level: the index of the level in force; -1 before the first.
         shards: the processes that hold the rows of the weights; None where each holds all of them.
+        aside: what the weights hold otherwise, while the model has its `baked_state_dict`; empty at other times.
     """
 
     weights: dict[str, nn.Parameter]
     level: int
     shards: Shards | None
+    aside: dict[str, Tensor]
 
     @property
     def masks(self) -> MaskSet:

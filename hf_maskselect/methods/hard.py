@@ -35,6 +35,7 @@ class HardMethod(Method):
         self._find_weights, self._keep_zeros = find_weights, keep_zeros
         self.weights: dict[str, nn.Parameter] = {}
         self.shards: Shards | None = None
+        self.aside: dict[str, Tensor] = {}
         self._keep: dict[str, Tensor] = {}  # empty if every weight is kept
         self._steps_done = 0
         self.level = -1

@@ -171,7 +171,8 @@ class SoftMethod(HardMethod):
 
     def _weight(self, name: str) -> Tensor:
         """The local rows of a trained weight, also where a step was interrupted half-way."""
-        return self._trained[name] if name in self._trained else local_rows(self.weights[name].detach())
+        held = self._trained if name in self._trained else self.aside
+        return held[name] if name in held else local_rows(self.weights[name].detach())
 
     @property
     def masks(self) -> MaskSet:

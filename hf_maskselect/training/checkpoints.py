@@ -19,13 +19,17 @@ FORMAT_VERSION = 1  # of config.pruning
 @contextlib.contextmanager
 def baked(method: Method) -> Iterator[None]:
     """Inside, the model holds what a user would get: exactly sparse weights, whatever the method trains on."""
+    if method.aside:  # it does already
+        yield
+        return
     sparse = method.baked_state_dict() or {}
-    trained = {name: swap_data(method.weights[name], local_rows(tensor)) for name, tensor in sparse.items()}
+    method.aside = {name: swap_data(method.weights[name], local_rows(tensor)) for name, tensor in sparse.items()}
     try:
         yield
     finally:
-        for name, tensor in trained.items():
+        for name, tensor in method.aside.items():
             swap_data(method.weights[name], tensor)
+        method.aside = {}
 
 
 def forget_preparation(trainer: Trainer) -> None:

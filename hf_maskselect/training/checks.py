@@ -99,6 +99,17 @@ def check_metric(args: PruningConfig, compute_metrics) -> None:
         )
 
 
+def check_planned(trainer: Trainer, base: type[Trainer], planned: bool) -> None:
+    """Refuse a subclass that leaves out `super()` where nothing else can plan its run."""
+    if not planned:
+        names = ("train", "_inner_training_loop", "_prepare_for_training")
+        own = [name for name in names if getattr(type(trainer), name) is not getattr(base, name)]
+        raise ValueError(
+            f"{type(trainer).__name__} overrides {' and '.join(own)} without super(), so that nothing "
+            "plans the run and no weight would be pruned: call super() in it"
+        )
+
+
 def check_own_loss(trainer: Trainer) -> None:
     """Refuse a loss of the user's own beside a teacher."""
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # the oldest supported transformers has no such attribute
