@@ -47,6 +47,7 @@ from .training.run import PruningRun, make_method, run_fields
 from .training.run_optimizers import RunOptimizers
 from .training.sigterm import CheckpointTogether
 from .utils.processes import Processes
+from .utils.wrappers import plain_model
 
 
 class PruningTrainer(RunOptimizers, AtomicCheckpoints, Trainer):
@@ -95,7 +96,7 @@ class PruningTrainer(RunOptimizers, AtomicCheckpoints, Trainer):
         score_fn: ScoreFn | None = None,
         **kwargs,
     ) -> None:
-        args = PruningConfig() if args is None else args
+        args, model = PruningConfig() if args is None else args, plain_model(model)
         check_arguments(args, model, score_fn, kwargs.get("compute_metrics"))
         self._rows = RowSplit()
         train_dataset, self.selection_dataset = self._rows.split(args, train_dataset, selection_dataset)
@@ -144,7 +145,7 @@ class PruningTrainer(RunOptimizers, AtomicCheckpoints, Trainer):
     def _renew(self) -> None:
         """Make the parts of the run again if arguments or rows have changed since the last one."""
         args, rows = self.args, (self.train_dataset, self.selection_dataset)
-        changed = self.run.made_from != run_fields(args) or self._rows.changed(*rows)
+        changed = self._take_model() or self.run.made_from != run_fields(args) or self._rows.changed(*rows)
         check_arguments(args, self.model, self._score_fn, self.compute_metrics)
         if not changed and self.model_init is None:
             return
@@ -160,6 +161,10 @@ class PruningTrainer(RunOptimizers, AtomicCheckpoints, Trainer):
         if self.distiller is not None:
             self.distiller.release()
         self._begin(teacher)
+
+    def call_model_init(self, trial=None) -> nn.Module:
+        """Make the model of a trial of a hyper-parameter search, without a wrapper that `model_init` put around it."""
+        return plain_model(super().call_model_init(trial))
 
     def make_method(self) -> Method:
         """Make the method that keeps the masks in force. Override it to train under another one."""

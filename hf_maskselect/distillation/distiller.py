@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..config import PruningConfig
+from ..utils.wrappers import plain_model
 from .losses import DistillWeights, Outputs, distill_loss, soft_cross_entropy
 from .teacher import Teacher, argument_names, check_fit, check_states, load_teacher, problem_type
 
@@ -38,6 +39,7 @@ class Distiller:
     """
 
     def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, **weights: float) -> None:
+        teacher, student = plain_model(teacher), plain_model(student)
         self.weights = DistillWeights(**weights)
         self.layer_ratio = check_fit(teacher, student, self.weights)
         # The config, not its problem type: the student's first forward with labels may still fill that in.

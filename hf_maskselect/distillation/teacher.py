@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAP
 from transformers.utils.generic import find_labels
 
 from ..storage.models import architecture_of, load_strictly, named_class
+from ..utils.wrappers import plain_model
 from .losses import FIELDS, DistillWeights, Outputs
 
 
@@ -63,6 +64,7 @@ def load_teacher(teacher: PreTrainedModel | str | os.PathLike, student: PreTrain
             lacks some of its weights, which would be random (usually the head of a model that was not fine-tuned).
         OSError: from transformers, if there is no checkpoint or it has no safetensors file.
     """
+    teacher = plain_model(teacher)
     if isinstance(teacher, PreTrainedModel):
         return teacher
     if not isinstance(teacher, str | os.PathLike):

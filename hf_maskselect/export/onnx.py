@@ -18,6 +18,7 @@ from ..storage.folders import check_output, copy_companions, find_folder
 from ..storage.models import load_strictly, model_class
 from ..storage.state import PruningState
 from ..storage.weights import check_unpacked
+from ..utils.wrappers import eager, plain_model
 
 ONNX_FILE = "model.onnx"
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime", "transformers.exporters")
@@ -67,6 +68,7 @@ def export_onnx(
         raise ValueError(f"export to ONNX needs {', '.join(missing)}: pip install -U 'hf_maskselect[onnx]'")
     output = Path(output)
     folder: Path | None = None
+    model_or_path = plain_model(model_or_path)
     if isinstance(model_or_path, PreTrainedModel):
         model = model_or_path
     elif isinstance(model_or_path, nn.Module):
@@ -108,7 +110,7 @@ def _export(model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor] |
     else:
         batch = {name: tensor.cpu() for name, tensor in inputs.items()}
         other_batch = {name: torch.cat([tensor, tensor[:1]]) for name, tensor in batch.items()}
-    with contextlib.redirect_stdout(io.StringIO()):  # the exporter prints its progress
+    with eager(), contextlib.redirect_stdout(io.StringIO()):  # the exporter prints its progress
         exported = OnnxExporter().export(model, dict(batch), config=OnnxConfig(dynamic=True))
     exported.save_pretrained(folder)
     zeros, folded = _find_zeros(folder / ONNX_FILE, model)

@@ -32,6 +32,7 @@ from ..storage.two_of_four import check_groups, compress, layout_of
 from ..storage.weights import check_present, saved_tensors
 from ..utils.files import read_json, write_json
 from ..utils.tables import without_section
+from ..utils.wrappers import plain_model
 
 SEMI_STRUCTURED_FILE = "semi_structured_model.safetensors"
 TIMING_FILE = "semi_structured_timing.json"
@@ -122,6 +123,7 @@ def export_semi_structured(
     """
     if dtype not in EXPORT_DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(EXPORT_DTYPES)}")
+    model_or_path = plain_model(model_or_path)
     if isinstance(model_or_path, nn.Module):
         if not isinstance(model_or_path, PreTrainedModel):
             raise ValueError(

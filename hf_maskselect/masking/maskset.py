@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..utils.digests import header_checksum
+from ..utils.wrappers import plain_model
 from .base import Pattern
 from .dtensors import gathered
 
@@ -112,7 +113,10 @@ class MaskSet(Mapping[str, Tensor]):
     @torch.no_grad()
     def apply_(self, model: nn.Module | Mapping[str, Tensor]) -> None:
         """Zero the pruned weights in place."""
-        weights = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else model
+        if isinstance(model, nn.Module):
+            weights: Mapping[str, Tensor] = dict(plain_model(model).named_parameters(remove_duplicate=False))
+        else:
+            weights = model
         for name, mask in self.items():
             weights[name].mul_(mask.to(weights[name].device, weights[name].dtype))
 

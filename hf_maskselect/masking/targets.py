@@ -5,6 +5,8 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 
+from ..utils.wrappers import plain_model
+
 # A module name holding one of these is read as a regex, any other as a suffix.
 _REGEX_CHARACTERS = frozenset("*+?[](){}|^$\\")
 
@@ -23,7 +25,7 @@ def prunable_weights(
     heads.
 
     Args:
-        model: any `nn.Module`, not wrapped (unwrap DDP or `torch.compile` first).
+        model: any `nn.Module`. Wrappers (DDP, `torch.compile`) do not count, nor do their prefixes in names.
         target_modules: module names to prune instead of the default choice, as in PEFT: a suffix (`"query"`,
             `"output.dense"`) or a regex that must match the full module name (`r".*layer\.[0-5]\..*"`), or a list.
         exclude_modules: module names, in the same notation, that stay dense.
@@ -39,6 +41,7 @@ def prunable_weights(
     """
     for patterns in (target_modules, exclude_modules):
         check_module_names(patterns or ())
+    model = plain_model(model)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     lists = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     stacks = tuple(name for name in lists if name.startswith(_body(model)))

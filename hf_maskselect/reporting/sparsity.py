@@ -11,6 +11,7 @@ from ..storage.models import skeleton
 from ..storage.state import PruningState
 from ..storage.weights import check_present, saved_tensors
 from ..utils.tables import text_table
+from ..utils.wrappers import plain_model
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def sparsity_report(
     Raises:
         ValueError: the folder holds no safetensors weights.
     """
+    model_or_path = plain_model(model_or_path)
     if isinstance(model_or_path, nn.Module):
         names = {id(w): n for n, w in prunable_weights(model_or_path, target_modules, exclude_modules).items()}
         named = ((names.get(id(p), n), p) for n, p in model_or_path.named_parameters())

@@ -16,6 +16,7 @@ from ..masking.scores import GradientStats
 from ..methods.base import Method
 from ..surgery.refit import Refit, refit, refittable
 from ..utils.seeds import key_seed
+from ..utils.wrappers import eager
 from .batches import Batches
 from .borrowed import BorrowedTrainer, Inputs
 from .fingerprint import search_fingerprint
@@ -159,7 +160,8 @@ class TrialBench:
         available = len(trainer.train_dataset)
         indices = torch.cat([torch.randperm(available, generator=order) for _ in range(-(-rows // available))])[:rows]
         stats = GradientStats(trainer.model, self.method.weights, needs)
-        with self.sandbox.random_state(), self.sandbox.alone(), deterministic(self.trainer.args.device), stats:
+        device = self.trainer.args.device
+        with self.sandbox.random_state(), self.sandbox.alone(), deterministic(device), eager(), stats:
             set_seed(key_seed(args.seed, "gradients", level) % 2**32)  # for a collator that draws
             trainer.model.eval()
             for inputs in self.batches.load(trainer.train_dataset, args.criterion_batch_size, indices.tolist()):

@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..masking.maskset import MaskSet
 from ..masking.targets import prunable_weights
+from ..utils.wrappers import plain_model
 
 if TYPE_CHECKING:  # peft is optional
     from peft import PeftModel
@@ -39,6 +40,7 @@ def merge_adapter_with_masks(model: PeftModel, masks: MaskSet | None = None) -> 
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
+    model = plain_model(model)
     if not isinstance(model, PeftModel):
         raise ValueError(
             f"{type(model).__name__} is no PeftModel, so there is no adapter to merge: pass the result of "

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..masking.patterns import NM, parse_pattern
 from ..utils.tables import text_table
+from ..utils.wrappers import plain_model
 from .column_order import kept_magnitude, search_permutation
 
 
@@ -90,7 +91,7 @@ def permute_channels(
     Raises:
         ValueError: `pattern` is no N:M pattern, or the model has no channels that are known to be free to move.
     """
-    groups = parse_pattern(pattern)
+    model, groups = plain_model(model), parse_pattern(pattern)
     if not isinstance(groups, NM):
         raise ValueError(f"pattern={pattern!r} has no groups of columns to permute: use 'N:M'")
     rows = []

@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 from transformers.trainer_pt_utils import find_batch_size
 
 from ..masking.targets import is_layer, transposed_weights
+from ..utils.wrappers import eager, plain_model
 from .least_squares import solve_masked
 
 Forward = Callable[..., Tensor]
@@ -63,7 +64,7 @@ def refit(
     refit is not finite or no better than the cut.
 
     Args:
-        model: in eval mode, not wrapped.
+        model: in eval mode.
         weights: the weights that were cut, by name, as `prunable_weights` returns them.
         before: their values before the cut, by name; may hold more.
         inputs: keyword arguments of one forward pass. Positions where `attention_mask` is 0 are left out, if the mask
@@ -72,6 +73,7 @@ def refit(
     Raises:
         ValueError: the model is in training mode, or `weights` or `before` do not belong to its layers.
     """
+    model = plain_model(model)
     if model.training:
         raise ValueError(
             "refit needs a model in eval mode, because dropout would spoil the targets: call model.eval()"
@@ -134,13 +136,14 @@ def refittable(model: nn.Module, weights: Mapping[str, nn.Parameter], inputs: Ma
     (ALBERT), tied matrices, and projections that also get other inputs (DeBERTa's of distances).
 
     Args:
-        model: in eval mode, not wrapped.
+        model: in eval mode.
         weights: the weights to look at, by name.
         inputs: keyword arguments of one forward pass; the first row goes through the model, twice.
 
     Returns:
         name -> length of its input's first dimension per row of the batch (1, or the choices of a multiple choice).
     """
+    model = plain_model(model)
     multiples: dict[str, int] = {}
     uses: dict[str, int] = {}
 
@@ -216,7 +219,8 @@ def _replaced(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
     for module, forward in forwards.items():
         module.forward = forward
     try:
-        yield
+        with eager():
+            yield
     finally:
         for module, original in own.items():
             del module.forward

@@ -10,6 +10,7 @@ from transformers.optimization import Adafactor, AdafactorSchedule
 
 from ..config import PruningConfig
 from ..utils.swapped import swapped
+from ..utils.wrappers import plain_model
 from .optimizers import add_groups, first_rate, plain, remove_groups, renewed
 from .plan import rewound_rate
 from .run import PruningRun
@@ -90,6 +91,16 @@ class RunOptimizers(Trainer):
             self._created_lr_scheduler = self.lr_scheduler is not None
             self._made_schedule = super().create_scheduler(num_training_steps, optimizer)
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def _take_model(self) -> bool:
+        """Take a model that the user has assigned to `model` since the last run; return whether there is one."""
+        model = plain_model(self.model)
+        if self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False) is model:
+            return False
+        self.model = self.model_wrapped = model
+        if plain(self.optimizer) is self._made_optimizer:  # it has the parameters of the other model
+            self.optimizer = None
+        return True
 
     def _forget_groups(self) -> None:
         """Remove the groups of the last run's method; an optimizer that had some is made anew, if it is not given."""
