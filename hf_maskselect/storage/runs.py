@@ -1,4 +1,4 @@
-"""Find the checkpoints of a run."""
+"""Find the checkpoints of a run, in the order of their steps, and delete old ones."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,18 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..utils.folders import remove_folder, remove_leftovers
 from .state import STATE_FILE
+
+
+def checkpoints(folder: str | os.PathLike) -> dict[int, Path]:
+    """Return the folders `checkpoint-STEP` of an output folder by their step, the fewest steps first."""
+    found = {}
+    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if step.isascii() and step.isdigit() and path.is_dir():
+            found[int(step)] = path
+    return dict(sorted(found.items()))
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str | None:
@@ -14,9 +25,29 @@ def last_checkpoint(folder: str | os.PathLike) -> str | None:
 
     Folders without the trainer's state or without the pruning state are skipped: they are not ours, or incomplete.
     """
-    checkpoints = {}
-    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if step.isdigit() and (path / STATE_FILE).is_file() and (path / TRAINER_STATE_NAME).is_file():
-            checkpoints[int(step)] = str(path)
-    return checkpoints[max(checkpoints)] if checkpoints else None
+    for path in reversed(checkpoints(folder).values()):
+        if (path / STATE_FILE).is_file() and (path / TRAINER_STATE_NAME).is_file():
+            return str(path)
+    return None
+
+
+def rotate(folder: str | os.PathLike, limit: int | None, newest: int, best: int | None = None) -> None:
+    """Delete the oldest checkpoints of an output folder, so that `limit` stay.
+
+    The order is that of the steps, since clocks can be wrong. Checkpoints beyond the newest are of an earlier run and
+    go first.
+
+    Args:
+        folder: the output folder.
+        limit: number of checkpoints to keep; None or 0 keeps all.
+        newest: step of the checkpoint that was written last. It stays.
+        best: step of the best checkpoint, if there is one. It stays too.
+    """
+    remove_leftovers(Path(folder))
+    if limit is None or limit <= 0:
+        return
+    found = checkpoints(folder)
+    others = [step for step in found if step not in (newest, best)]
+    others.sort(key=lambda step: (step < newest, step))
+    for step in others[: max(0, len(found) - limit)]:
+        remove_folder(found[step])

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..storage.packed_file import PACKED_FILE
-from ..storage.runs import last_checkpoint
+from ..storage.runs import last_checkpoint, rotate
 from ..utils.files import sync
 
 _WEIGHTS = re.compile(
@@ -86,8 +86,14 @@ class AtomicCheckpoints(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:
-            limit, best_path = self.args.save_total_limit, self.state.best_model_checkpoint
-            rotate_checkpoints(str(folder), save_total_limit=limit, best_model_checkpoint=best_path, use_mtime=True)
+            rotate(folder, self.args.save_total_limit, self.state.global_step, self.state.best_global_step)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        best = self.state.best_global_step
+        if self.args.should_save and self.args.save_total_limit == 1 and best:
+            # `Trainer` would delete the others now, file by file.
+            rotate(Path(self.state.best_model_checkpoint or "").parent, 1, best)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._checkpointing:  # else the folder does not have its name yet
