@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from arguments import ModelArguments
 from hf_maskselect import PruningConfig
-from hf_maskselect.utils.files import read_object
+from hf_maskselect.utils.reading import read_object
 from job import Job, evaluate, load_model
 
 # Fields of `TrainingArguments` that change the dense weights; fields that people hardly ever change are left out.

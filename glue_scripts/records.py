@@ -15,7 +15,7 @@ import transformers
 import hf_maskselect
 from cells import Cell
 from dense import read_dense
-from hf_maskselect.utils.files import read_object
+from hf_maskselect.utils.reading import read_object
 
 CELL, COMMAND, MADE_WITH = "cell.json", "command.txt", "made_with.json"
 

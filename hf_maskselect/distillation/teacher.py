@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 from transformers.utils.generic import find_labels
 
+from ..storage.configs import find_config
 from ..storage.models import architecture_of, load_strictly, named_class
 from ..utils.wrappers import plain_model
 from .losses import FIELDS, DistillWeights, Outputs
@@ -72,7 +73,7 @@ def load_teacher(teacher: PreTrainedModel | str | os.PathLike, student: PreTrain
             f"the teacher must be a transformers model or the name of one, got {type(teacher).__name__}: pass one of "
             f"the task of this {type(student).__name__}"
         )
-    config = AutoConfig.from_pretrained(teacher, trust_remote_code=False)
+    config = find_config(teacher)
     cls, name = named_class(config), architecture_of(config)
     if cls is None:
         raise ValueError(

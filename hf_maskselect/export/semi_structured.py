@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from ..storage.state import PruningState
 from ..storage.two_of_four import check_groups, compress, layout_of
 from ..storage.weights import check_present, saved_tensors
 from ..utils.files import read_json, write_json
+from ..utils.reading import build, typed
 from ..utils.tables import without_section
 from ..utils.wrappers import plain_model
 
@@ -69,8 +71,11 @@ class Timing:
         path = Path(folder) / TIMING_FILE
         if not path.is_file():
             return None
-        stored = read_json(path, "delete it, and time the file again")
-        return cls(stored["device"], {mode: Choice(**choice) for mode, choice in stored["choices"].items()})
+        remedy = "delete it, and time the file again"
+        stored = typed(read_json(path, remedy), dict, path, remedy)
+        choices = typed(stored.get("choices"), dict[str, Any], f"{path}: choices", remedy)
+        chosen = {mode: build(Choice, choice, path, remedy) for mode, choice in choices.items()}
+        return build(cls, {**stored, "choices": chosen}, path, remedy)
 
 
 @dataclass(frozen=True)
@@ -226,7 +231,7 @@ def load_semi_structured(
     packed = open_packed(folder, SEMI_STRUCTURED_FILE, "export")
     tensors = {name: packed.tensor(name) for name in packed.entries}
     cls, config = model_class(folder)
-    dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
     model = load_strictly(cls, folder, config=config, state_dict=tensors, dtype=dtype)
     nn.Module.to(model, device).eval()
     names = sparse_names(packed)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -16,9 +16,11 @@ from ..utils.digests import header_checksum
 from ..utils.wrappers import plain_model
 from .base import Pattern
 from .dtensors import gathered
+from .tensor_files import TensorFile
 
 FORMAT_VERSION = 1
 _BESIDE = "beside/"  # no parameter name holds a slash
+_SIZES = re.compile(r"[0-9]{1,18}(,[0-9]{1,18})*")
 # Gathers the low bits of eight little-endian bytes into the top byte of their product, first byte highest.
 _BITS = 0x8040201008040201 - (1 << 64)
 
@@ -173,15 +175,8 @@ class MaskSet(Mapping[str, Tensor]):
         path: str | os.PathLike,
     ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]], dict[str, str]]:
         """Packed masks, their shapes and the metadata: `load` with an eighth of its memory."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                names = [name for name in file.keys() if not name.startswith(_BESIDE)]  # noqa: SIM118 (not a dict)
-                packed = {name: file.get_tensor(name) for name in names}
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"{path} cannot be read as masks ({error}); restore the file or point to another checkpoint"
-            ) from error
+        file = TensorFile(path, "masks", "restore the file or point to another checkpoint")
+        header = file.metadata
         if header.get("format") != "hf_maskselect.masks" or header.get("format_version") != str(FORMAT_VERSION):
             raise ValueError(
                 f"{path} does not hold masks of format version {FORMAT_VERSION} (header says {header.get('format')!r} "
@@ -189,10 +184,12 @@ class MaskSet(Mapping[str, Tensor]):
             )
         if header_checksum({k: v for k, v in header.items() if k != "checksum"}) != header.get("checksum"):
             raise ValueError(f"{path} is damaged: its header does not match its checksum; restore the file")
-        written = {k.removeprefix("shape."): v.split(",") for k, v in header.items() if k[:6] == "shape."}
-        sizes = [size for shape in written.values() for size in shape]
-        shapes = {k: tuple(map(int, v)) for k, v in written.items()} if all(map(str.isdigit, sizes)) else {}
-        if shapes.keys() != packed.keys() or any(
+        written = {k.removeprefix("shape."): v for k, v in header.items() if k.startswith("shape.")}
+        shapes = {
+            name: tuple(map(int, sizes.split(","))) for name, sizes in written.items() if _SIZES.fullmatch(sizes)
+        }
+        packed = file.tensors(name for name in file.shapes if not name.startswith(_BESIDE))
+        if not shapes.keys() == written.keys() == packed.keys() or any(
             packed[n].dtype != torch.uint8 or packed[n].dim() != 1 or packed[n].numel() != (math.prod(s) + 7) // 8
             for n, s in shapes.items()
         ):
@@ -208,11 +205,9 @@ class MaskSet(Mapping[str, Tensor]):
         Raises:
             ValueError: they do not match the digest in the header.
         """
-        with safe_open(path, framework="pt") as file:
-            digest = file.metadata().get("beside")
-            names = [name for name in file.keys() if name.startswith(_BESIDE)]  # noqa: SIM118 (not a dict)
-            beside = {name: file.get_tensor(name) for name in names}
-        if (_tensor_digest(beside) if beside else None) != digest:
+        file = TensorFile(path, "masks")
+        beside = file.tensors(name for name in file.shapes if name.startswith(_BESIDE))
+        if (_tensor_digest(beside) if beside else None) != file.metadata.get("beside"):
             raise ValueError(f"{path} is damaged: its tensors do not match their digest; restore the file")
         return {name.removeprefix(_BESIDE): tensor for name, tensor in beside.items()}
 

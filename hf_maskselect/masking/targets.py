@@ -77,7 +77,7 @@ def prunable_weights(
 def check_module_names(patterns: str | Sequence[str]) -> None:
     """Raise a ValueError if a module name is neither a suffix nor a regex."""
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if _REGEX_CHARACTERS & set(pattern):
+        if is_regex(pattern):
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -128,6 +128,21 @@ def known_modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return [pattern for pattern, matched in _matched(names, patterns).items() if matched]
 
 
+def without_regexes(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """The module names with the layers that each regex matches in its place, as suffixes that need no head."""
+    names = [name for name, module in model.named_modules() if is_layer(module)]
+    plain: list[str] = []
+    for pattern, matched in _matched(names, patterns).items():
+        found = [name.removeprefix(_body(model)) for name in names if name in matched]
+        plain += found if is_regex(pattern) else [pattern]
+    return list(dict.fromkeys(plain))
+
+
+def is_regex(pattern: str) -> bool:
+    """Whether a module name is read as a regex, and not as a suffix."""
+    return bool(_REGEX_CHARACTERS & set(pattern))
+
+
 def _matched(names: Collection[str], patterns: str | Sequence[str] | None) -> dict[str, set[str]]:
     """For each pattern, the names that it matches."""
     patterns = [patterns] if isinstance(patterns, str) else patterns or ()
@@ -135,7 +150,7 @@ def _matched(names: Collection[str], patterns: str | Sequence[str] | None) -> di
 
 
 def _matches(name: str, pattern: str) -> bool:
-    if _REGEX_CHARACTERS & set(pattern):
+    if is_regex(pattern):
         return re.fullmatch(pattern, name) is not None
     return name == pattern or name.endswith(f".{pattern}")
 

@@ -1,16 +1,18 @@
 """The model card: task, scores, size and loading first, then how the model was pruned."""
 
+import json
 import os
 import re
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from ..storage.models import model_class, of_transformers, pruned_modules
 from ..storage.pack import PackReport, pack
 from ..storage.packed_file import PACKED_FILE
-from ..utils.tables import markdown_table
+from ..utils.tables import code, escaped, markdown_table, visible
 from .plots import DENSITY, HISTORY, search_pictures
 from .record import RunRecord, best_first, metrics_of
 
@@ -83,7 +85,7 @@ def card_text(
     method = "" if record.state is None else record.state.method
     size = _pack_report(record.folder)
     parts = [
-        f"# {name}",
+        f"# {escaped(name)}",
         _summary(record),
         _results(record, size, scores, dense_scores),
         "## How to load it",
@@ -109,7 +111,7 @@ def task_of(class_name: str) -> str | None:
 
 
 def _picture(path: Path, text: str) -> str:
-    return f"![{text}]({path.name})" if path.is_file() else ""
+    return f"![{text}]({quote(path.name)})" if path.is_file() else ""
 
 
 def _summary(record: RunRecord) -> str:
@@ -118,7 +120,7 @@ def _summary(record: RunRecord) -> str:
     if of_transformers(record.folder):
         kind = model_class(record.folder)[0].__name__
         model = f"{(task_of(kind) or '').replace('-', ' ')} model (`{kind}`)".strip()
-    made = f" with `method={state.method!r}`, `pattern={state.pattern!r}`" if state else ""
+    made = f" with {code(f'method={state.method!r}')}, {code(f'pattern={state.pattern!r}')}" if state else ""
     return (
         f"A sparse {model}: {report.prunable_zeros:,} of {report.prunable_total:,} prunable weights are zero "
         f"(**{report.sparsity:.4%}**), which is {report.zeros / report.total:.1%} of all {report.total:,} parameters. "
@@ -138,7 +140,7 @@ def _results(record: RunRecord, size: PackReport | None, scores: Scores | None, 
     for metric, value in scores.items():
         before = dense.get(metric)
         share = f"{mean(value) / mean(before):.1%}" if before is not None and mean(before) > 0 else "-"
-        rows.append([metric, "-" if before is None else _show(before), _show(value), share])
+        rows.append([escaped(metric), "-" if before is None else _show(before), _show(value), share])
     rows.append(["sparsity", "0.0000", f"{record.report.sparsity:.4f}", "-"])
     if size:
         sizes = f"{size.dense / 1e6:,.2f}", f"{size.packed / 1e6:,.2f}", f"{size.packed / size.dense:.1%}"
@@ -173,13 +175,14 @@ def _loading(folder: Path, name: str) -> str:
         )
     cls, config = model_class(folder)
     kind = cls.__name__
+    loaded = json.dumps(visible(name), ensure_ascii=False)
     fields = ["sparsity=masks.sparsity()", *(f"{field}={value!r}" for field, value in pruned_modules(config).items())]
     text = (
-        f'```python\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained("{name}")\n```\n\n'
+        f"```python\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained({loaded})\n```\n\n"
         "The zeros are stored in ordinary dense tensors. They do not make the model faster by themselves. To fine-tune"
         " it and keep the zeros, or to prune it further with a higher `sparsity`, load it with its masks:\n\n"
         "```python\nfrom hf_maskselect import PruningConfig, PruningTrainer, load_pruned\n\n"
-        f'model, masks = load_pruned("{name}")\n'
+        f"model, masks = load_pruned({loaded})\n"
         f"trainer = PruningTrainer(model, PruningConfig({', '.join(fields)}), train_dataset=...)\n```"
     )
     smaller = (folder / PACKED_FILE).is_file()
@@ -188,7 +191,7 @@ def _loading(folder: Path, name: str) -> str:
 
 def _sparsity(record: RunRecord) -> str:
     rows = [
-        [f"`{t.name}`", "x".join(map(str, t.shape)), f"{t.zeros:,}", f"{t.total:,}", f"{t.zeros / t.total:.4f}"]
+        [code(t.name), "x".join(map(str, t.shape)), f"{t.zeros:,}", f"{t.total:,}", f"{t.zeros / t.total:.4f}"]
         for t in record.report.tensors
         if t.prunable
     ]
@@ -208,7 +211,7 @@ def _search(record: RunRecord, folder: Path) -> list[str]:
         for candidate in best_first(search):
             scores = " → ".join(f"{score:.4f}" for score in candidate.scores)
             mark = "chosen" if candidate.chosen else ""
-            rows.append([search.level + 1, f"{search.sparsity:.4f}", f"`{candidate.proposal}`", scores, mark])
+            rows.append([search.level + 1, f"{search.sparsity:.4f}", code(candidate.proposal), scores, mark])
     header = ["level", "sparsity", "proposal", "scores after each rung (lower is better)", ""]
     cost = sum(search.step_equivalents for search in searches)
     steps = record.state.step if record.state else 0
@@ -243,7 +246,7 @@ def _sizes(report: PackReport) -> str:
 def _options(options: Mapping[str, object]) -> str:
     method = _OPTIONS_OF_METHOD.get(str(options.get("method")), "")
     names = " ".join([_OPTIONS, method, _DISTILLATION if options.get("teacher") else "", _TRAINING]).split()
-    rows = [[f"`{name}`", f"`{options[name]}`"] for name in names if options.get(name) is not None]
+    rows = [[code(name), code(options[name])] for name in names if options.get(name) is not None]
     return markdown_table(["option", "value"], rows) if rows else ""
 
 

@@ -204,7 +204,7 @@ def history_panels(record: RunRecord) -> dict[str, str]:
 
 def _points(record: RunRecord, key: str) -> list[tuple[int, float]]:
     """The logged (step, value) pairs of one key."""
-    return [(entry["step"], entry[key]) for entry in record.history if key in entry and "step" in entry]
+    return [(entry["step"], entry[key]) for entry in record.history if isinstance(entry.get(key), int | float)]
 
 
 def draw_history(record: RunRecord, figure: Figure) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..search.results import SEARCH_FILE, Candidate, LevelSearch, read_searches
-from ..storage.runs import last_checkpoint
+from ..storage.runs import last_checkpoint, read_trainer_state
 from ..storage.state import PruningState
-from ..utils.files import read_object
+from ..utils.reading import read_object
 from .sparsity import SparsityReport, sparsity_report
 
 RESULTS_FILE = "all_results.json"
@@ -56,7 +56,7 @@ class RunRecord:
         last = last_checkpoint(folder)
         for path in (folder / TRAINER_STATE_NAME, Path(last or folder) / TRAINER_STATE_NAME):
             if path.is_file():
-                history = read_object(path, _REMEDY).get("log_history", [])
+                history = read_trainer_state(path, _REMEDY)["log_history"]
                 break
         results = read_object(folder / RESULTS_FILE, _REMEDY) if (folder / RESULTS_FILE).is_file() else {}
         return cls(folder, sparsity_report(folder), PruningState.find(folder), searches, history, results)

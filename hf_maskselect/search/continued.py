@@ -37,8 +37,8 @@ class ContinuedTrials:
 
     def scores(self, candidate: Candidate) -> Scores:
         """Return the scores that this process has on disk."""
-        fields = self._store.header(self._name(candidate))
-        return {int(steps): score for steps, score in json.loads(fields.get("scores", "{}")).items()}
+        scores = self._store.value(self._name(candidate), "scores", dict[str, float]) or {}
+        return {int(steps): score for steps, score in scores.items()}
 
     def start_of(self, candidate: Candidate) -> Callable[[], Mapping[str, Tensor]] | None:
         """Return a loader of the weights that the next trial starts from; None for the first trial."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.files import read_json, write_json
+from ..utils.reading import typed
 from .race import ScoreAll
 from .results import Candidate
 from .sharing import Team, Trials
@@ -33,6 +34,7 @@ class Journal:
         """
         remedy = "delete it, and its trials are repeated"
         searches: Any = read_json(self._path, remedy) if self._path.is_file() else {}
+        typed(searches, dict[str, dict[str, float]], self._path, remedy)
         self._searches, self._scores = searches, searches.setdefault(key, {})
 
     def find(self, digest: str, steps: int) -> float | None:

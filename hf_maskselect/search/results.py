@@ -5,8 +5,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..utils.files import replacing
+from ..utils.reading import build, read_json_file, typed
 from ..utils.tables import text_table
 
 SEARCH_FILE = "search.json"
@@ -97,10 +99,12 @@ def read_searches(path: Path) -> list[LevelSearch]:
     Raises:
         ValueError: the file is damaged.
     """
-    try:
-        searches = json.loads(path.read_text())
-        if not all(type(search[key]) is int for search in searches for key in ("level", "step")):
-            raise ValueError("levels and steps are whole numbers")
-        return [LevelSearch(**{**s, "candidates": [Candidate(**c) for c in s["candidates"]]}) for s in searches]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it; totals then leave its searches out") from error
+    remedy = "delete it; totals then leave its searches out"
+    searches = []
+    for content in typed(read_json_file(path, remedy), list[dict[str, Any]], path, remedy):
+        found = typed(content.get("candidates"), list, f"{path}: candidates", remedy)
+        candidates = [build(Candidate, candidate, path, remedy) for candidate in found]
+        searches.append(build(LevelSearch, {**content, "candidates": candidates}, path, remedy))
+        if any(candidate.scores for candidate in candidates) and sum(c.chosen for c in candidates) != 1:
+            raise ValueError(f"{path} names no candidate that was chosen: {remedy}")
+    return searches

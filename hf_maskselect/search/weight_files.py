@@ -8,16 +8,17 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..masking.tensor_files import TensorFile
 from ..surgery.refit import Refit
 from ..utils.digests import header_checksum, weights_digest
 from ..utils.files import replacing
+from ..utils.reading import parse_json, typed
 from .results import order_of
 
 
@@ -44,14 +45,21 @@ class WeightStore:
         path = self.path(name)
         if not path.is_file():
             return {}
-        try:
-            with safe_open(path, framework="pt") as file:
-                fields = dict(file.metadata() or {})
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read ({error}): {self._remedy}") from error
+        fields = TensorFile(path, "weights", self._remedy).metadata
         if fields.pop("checksum", None) != header_checksum(fields):
             raise ValueError(f"{path} is damaged, its header does not match its checksum: {self._remedy}")
         return fields
+
+    def value(self, name: str, field: str, hint: Any) -> Any:
+        """Return a header field that holds JSON of the type `hint`, as `typed` takes it; None without the field.
+
+        Raises:
+            ValueError: the file is damaged, or the field holds something else.
+        """
+        text, where = self.header(name).get(field), f"{self.path(name)}: {field}"
+        if text is None:
+            return None
+        return typed(parse_json(text, where, self._remedy), hint, where, self._remedy)
 
     def load(self, name: str) -> dict[str, Tensor]:
         """Return the weights of a file.
@@ -60,10 +68,7 @@ class WeightStore:
             ValueError: the file is damaged or not there.
         """
         path, expected = self.path(name), self.header(name).get("weights")
-        try:
-            weights = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read ({error}): {self._remedy}") from error
+        weights = TensorFile(path, "weights", self._remedy).tensors()
         if weights_digest(weights) != expected:
             raise ValueError(f"{path} is damaged, its weights do not match their digest: {self._remedy}")
         return weights
@@ -93,8 +98,8 @@ class LevelBest:
         """Keep the weights if `score` (lower is better) beats the level's best so far; return whether it did."""
         if math.isnan(score):
             return False
-        best = self._store.header(self.NAME)
-        if best.get("level") == str(level) and float(best["score"]) <= score:
+        best = self._store.value(self.NAME, "score", float)
+        if best is not None and self._store.header(self.NAME).get("level") == str(level) and best <= score:
             return False
         weights: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         # Copies: buffers may share memory, which the file format cannot express.
@@ -111,7 +116,11 @@ class LevelBest:
         if self._store.header(self.NAME).get("level") != str(level):
             return False
         own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        for name, weight in self._store.load(self.NAME).items():
+        weights = self._store.load(self.NAME)
+        for name, weight in weights.items():
+            if name not in own or own[name].shape != weight.shape:
+                raise ValueError(f"{self._path}: {name} is not of this model: start the run again")
+        for name, weight in weights.items():
             own[name].copy_(weight)
         return True
 
@@ -165,7 +174,7 @@ class BestRefit:
 
     def find(self, index: int) -> RefitErrors | None:
         """Return the errors of candidate `index` if its refit is kept here, else None."""
-        kept, *errors = json.loads(self._store.header(self.NAME).get("fit", "[null]"))
+        kept, *errors = self._store.value(self.NAME, "fit", list[float]) or [None]
         return RefitErrors(*errors) if kept == index else None
 
     def load(self) -> dict[str, Tensor]:

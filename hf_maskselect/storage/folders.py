@@ -10,6 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from ..utils.reading import check_file
 from .state import STATE_FILE
 from .weights import has_weights
 
@@ -52,4 +53,4 @@ def copy_companions(folder: Path, output: Path) -> None:
     for pattern in COMPANIONS:
         for file in sorted(folder.glob(pattern)):
             if file.name not in _SKIPPED and not file.name.startswith("optimizer"):
-                shutil.copyfile(file, output / file.name)
+                shutil.copyfile(check_file(file), output / file.name)

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
-from ..masking.targets import known_modules
-from ..utils.files import read_object
+from ..masking.targets import is_regex, known_modules
+from ..utils.reading import read_object, typed
+from .configs import load_config
 
 # Keys of config.json that do not affect the model's outputs.
 _DESCRIPTIVE = ("_name_or_path", "finetuning_task", "id2label", "label2id", "transformers_version")
@@ -28,15 +29,7 @@ def model_class(folder: str | os.PathLike) -> tuple[type[PreTrainedModel], Pretr
     Raises:
         ValueError: there is no readable `config.json`, or it names no transformers class.
     """
-    if not (Path(folder) / CONFIG_NAME).is_file():
-        raise ValueError(
-            f"{folder} has no config.json, so it is not a saved transformers model: give a folder that "
-            "save_pretrained or PruningTrainer wrote"
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder}: config.json cannot be read ({error}); restore the file") from error
+    config = load_config(folder)
     cls = named_class(config)
     if cls is None:
         name = architecture_of(config)
@@ -66,10 +59,26 @@ def of_transformers(folder: str | os.PathLike) -> bool:
 
 
 def pruned_modules(config: PretrainedConfig) -> dict[str, list[str]]:
-    """Return the `target_modules` and `exclude_modules` that the model was pruned with, those that were set."""
+    """Return the `target_modules` and `exclude_modules` that the model was pruned with, those that were set.
+
+    Raises:
+        ValueError: they are no names, or regexes, which are never run if they come from a file.
+    """
     pruning = vars(config).get("pruning")
-    fields = ("target_modules", "exclude_modules")
-    return {name: pruning[name] for name in fields if pruning.get(name)} if isinstance(pruning, dict) else {}
+    if not isinstance(pruning, dict):
+        return {}
+    found = {}
+    for field in ("target_modules", "exclude_modules"):
+        where = f"config.pruning: {field}"
+        names = typed(pruning.get(field), list[str] | None, where, "remove pruning from config.json")
+        if regexes := [name for name in names or () if is_regex(name)]:
+            raise ValueError(
+                f"{where} holds the regex {regexes[0]!r:.60}, and a regex from a file is never run: write the names "
+                "of the modules there, or remove it and set the field"
+            )
+        if names:
+            found[field] = names
+    return found
 
 
 def pruned_modules_of(model: PreTrainedModel) -> dict[str, list[str]]:
@@ -83,7 +92,7 @@ def config_digest(folder: str | os.PathLike) -> str:
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
         return ""
-    config = read_object(path, "restore the file")
+    config = read_object(path)
     hashed = {name: value for name, value in config.items() if name not in _DESCRIPTIVE}
     labels = config.get("id2label")  # the names may change; their number, by default 2, is the size of the head
     hashed["labels"] = len(labels) if isinstance(labels, dict) else 2
@@ -92,9 +101,17 @@ def config_digest(folder: str | os.PathLike) -> str:
 
 def skeleton(folder: str | os.PathLike) -> PreTrainedModel:
     """Build the model that `config.json` describes, without memory for weights: names and shapes only."""
-    cls, config = model_class(folder)
-    with torch.device("meta"):
-        return cls._from_config(config)
+    return _unfilled(*model_class(folder), folder)
+
+
+def _unfilled(cls: type[PreTrainedModel], config: PretrainedConfig, folder: str | os.PathLike) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            return cls._from_config(config)
+    except Exception as error:  # whatever a class makes of sizes that do not go together
+        raise ValueError(
+            f"{folder}: config.json describes no {cls.__name__} ({type(error).__name__}: {error}): restore the file"
+        ) from error
 
 
 def load_strictly(
@@ -113,9 +130,18 @@ def load_strictly(
         ValueError: the weights are not those of the class and configuration.
     """
     source = None if "state_dict" in options else folder
+    if source is not None and os.path.lexists(Path(source) / ADAPTER_CONFIG_NAME):
+        raise ValueError(
+            f"{folder} holds an adapter, which from_pretrained would add to the weights: merge it by "
+            f"merge_adapter_with_masks, or move {ADAPTER_CONFIG_NAME} elsewhere"
+        )
     try:
         loaded: Any = cls.from_pretrained(source, output_loading_info=True, use_safetensors=True, **options)
-    except RuntimeError as error:
+    except OSError:
+        raise  # the Hub's own message
+    except Exception as error:  # whatever transformers makes of files that do not go together
+        if isinstance(error, TypeError) and any(repr(name) in str(error) for name in options):
+            raise  # the caller's mistake
         raise ValueError(
             f"{folder}: its weights do not fit {cls.__name__} as config.json describes it ({error})"
         ) from error

@@ -13,6 +13,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from ..masking.maskset import MaskSet, pack_bits, packed_digest, unpack_bits
 from ..utils.digests import WeightsDigest
 from ..utils.files import bytes_of, replacing, write_safetensors
+from ..utils.reading import parse_json, typed
 from .folders import check_output, copy_companions
 from .models import config_digest, skeleton
 from .packed_file import DENSE, PACKED_FILE, PackedFile, PackedWriter, PackItem
@@ -85,7 +86,7 @@ def pack(
                 yield PackItem(name, tensor, "int8")
             else:
                 yield PackItem(name, tensor, "sparse" if model_shapes.get(name) == tensor.shape else "raw", mask)
-        if bits and digest.hex() != fields["weights"]:
+        if bits and digest.hex() != fields.get("weights"):
             raise ValueError(changed_message(folder, "the weights are not those"))
 
     check_output(folder, output)
@@ -175,13 +176,15 @@ def pruning_of(packed: PackedFile) -> PackedPruning | None:
     """Read the pruning state from the header of a packed file; None for a model that PruningTrainer did not write."""
     if "pruning" not in packed.metadata:
         return None
+    where = f"{packed.path}: pruning"
+    fields = typed(parse_json(packed.metadata["pruning"], where), dict, where)
+    masked = frozenset(typed(fields.pop("masked", None), list[str], f"{where}: masked"))
     try:
-        fields = json.loads(packed.metadata["pruning"])
-        masked = frozenset(fields.pop("masked"))
+        typed(fields, dict[str, str], where)
         if not masked <= packed.entries.keys() or "digest" not in fields:
             raise ValueError("masks of tensors it does not hold")
         return PackedPruning(masked, fields["digest"], PruningState.from_fields(MaskSet({}), fields))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, ValueError) as error:
         raise ValueError(f"{packed.path} is damaged: its header does not describe masks ({error})") from error
 
 

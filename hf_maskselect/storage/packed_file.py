@@ -10,17 +10,18 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..masking.maskset import pack_bits, unpack_bits
+from ..masking.tensor_files import TensorFile
 from ..utils.digests import header_checksum
 from ..utils.files import DTYPES, bytes_of, replacing, write_safetensors
+from ..utils.reading import build, parse_json, typed
 from .gap_coding import LARGEST, decode_gaps, encode_gaps, entropy_bits, gaps_of, rice_parameter
 from .two_of_four import compress, decompress
 
@@ -187,12 +188,9 @@ class PackedFile:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
-        try:
-            self._file = safe_open(path, framework="pt")
-            self.metadata: dict[str, str] = self._file.metadata() or {}
-            self._keys = set(self._file.keys())
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read as a packed model ({error}); restore the file") from error
+        self._file = TensorFile(path, "a packed model")
+        self.metadata = self._file.metadata
+        self._keys = self._file.shapes.keys()
         name, version = self.metadata.get("format"), self.metadata.get("format_version")
         if (name, version) != (FORMAT, FORMAT_VERSION):
             raise ValueError(
@@ -205,18 +203,18 @@ class PackedFile:
         self.entries = self._read_entries()
 
     def _read_entries(self) -> dict[str, Entry]:
-        keys, names = set(), {field.name for field in fields(Entry)}
+        keys = set()
         entries = {}
-        try:
-            for name, values in json.loads(self.metadata["tensors"]).items():
-                if values.keys() != names:
-                    raise ValueError("unknown fields")
-                entry = Entry(**{**values, "shape": tuple(values["shape"])})
+        where = f"the header of {self.path}"
+        tensors = parse_json(self.metadata.get("tensors", ""), where)
+        for name, values in typed(tensors, dict, where).items():
+            entry = build(Entry, values, f"{where}: {name}")
+            try:
                 entry.check()
-                entries[name] = entry
-                keys |= {prefix + name for prefix in entry.streams}
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise self._damaged(f"its header does not describe tensors ({error})") from error
+            except ValueError as error:
+                raise self._damaged(f"its header does not describe {name} ({error})") from error
+            entries[name] = entry
+            keys |= {prefix + name for prefix in entry.streams}
         if keys != self._keys:
             raise self._damaged("its tensors do not match its header")
         return entries
@@ -247,10 +245,7 @@ class PackedFile:
         entry = self.entries[name]
         dtype, stored = _TORCH[entry.dtype], _TORCH[entry.stored]
         keys = [prefix + name for prefix in (_WHERE, _VALUES, _SCALE) if prefix + name in self._keys]
-        try:
-            streams = {key.partition("/")[0]: self._file.get_tensor(key) for key in keys}
-        except SafetensorError as error:
-            raise self._damaged(f"{name} cannot be read ({error})") from error
+        streams = {key.partition("/")[0]: self._file.tensor(key) for key in keys}
         if _sha(streams.values()) != entry.sha256:
             raise self._damaged(f"{name} does not match its checksum")
         values = streams["values"]

@@ -2,11 +2,13 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..utils.folders import remove_folder, remove_leftovers
+from ..utils.reading import read_object, typed
 from .state import STATE_FILE
 
 
@@ -51,3 +53,14 @@ def rotate(folder: str | os.PathLike, limit: int | None, newest: int, best: int 
     others.sort(key=lambda step: (step < newest, step))
     for step in others[: max(0, len(found) - limit)]:
         remove_folder(found[step])
+
+
+def read_trainer_state(path: str | os.PathLike, remedy: str = "resume from another checkpoint") -> dict[str, Any]:
+    """Read `trainer_state.json`; raises a ValueError that ends with `remedy` if it is damaged."""
+    state = read_object(path, remedy)
+    hints = {"global_step": int, "max_steps": int, "epoch": float | None, "log_history": list[dict[str, Any]]}
+    for name, hint in hints.items():
+        typed(state.get(name), hint, f"{path}: {name}", remedy)
+    for entry in state["log_history"]:
+        typed(entry.get("step"), int, f"{path}: log_history: step", remedy)
+    return state

@@ -1,38 +1,53 @@
 """Read the saved weights of a model and compare them with masks."""
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..masking.maskset import diverged
+from ..masking.tensor_files import TensorFile
 from ..utils.digests import WeightsDigest
+from ..utils.reading import leaves_folder, read_object, typed
 from .packed_file import PACKED_FILE
 
 
-def saved_tensors(folder: str | os.PathLike) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of the saved weights, memory-mapped; raises a ValueError if there are none to read."""
+def weight_files(folder: str | os.PathLike) -> list[TensorFile]:
+    """Open the files that `from_pretrained` would read the weights of a folder from.
+
+    Raises:
+        ValueError: there are none, one is damaged, or a tensor is in none or in several of them.
+    """
     folder = Path(folder)
     if (folder / SAFE_WEIGHTS_NAME).is_file():  # from_pretrained looks in this order
-        files = [folder / SAFE_WEIGHTS_NAME]
-    elif (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        files = [folder / name for name in shard_names(folder / SAFE_WEIGHTS_INDEX_NAME)]
-    else:
+        return [TensorFile(folder / SAFE_WEIGHTS_NAME, "weights")]
+    if not (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
         check_unpacked(folder)
         raise ValueError(f"{folder} holds no {SAFE_WEIGHTS_NAME}: give the folder of a model saved by save_pretrained")
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    yield name, file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read as weights ({error}); restore the file") from error
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    places = read_index(index)
+    files = [TensorFile(folder / name, "weights") for name in sorted(set(places.values()))]
+    found: dict[str, str] = {}
+    for file in files:
+        for name in file.shapes:
+            if name in found:
+                raise ValueError(f"{folder}: {name} is in {found[name]} and in {file.path.name}: save the model again")
+            found[name] = file.path.name
+    for name, place in places.items():
+        if found.get(name) != place:
+            raise ValueError(f"{index} says that {name} is in {place}, which lacks it: save the model again")
+    return files
+
+
+def saved_tensors(folder: str | os.PathLike) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of the saved weights, memory-mapped; raises a ValueError as `weight_files`."""
+    for file in weight_files(folder):
+        for name in file.shapes:
+            yield name, file.tensor(name)
 
 
 def has_weights(folder: str | os.PathLike) -> bool:
@@ -48,15 +63,20 @@ def check_unpacked(folder: str | os.PathLike) -> None:
         )
 
 
-def shard_names(path: Path) -> list[str]:
-    """Read the file names from an index of sharded weights; raises a ValueError if it is damaged."""
-    try:
-        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        if not names or any(Path(name).name != name for name in names):
-            raise ValueError("it names no files of its folder")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as an index of weights ({error}); restore the file") from error
-    return names
+def read_index(path: Path) -> dict[str, str]:
+    """Read which file of its folder each tensor is in; raises a ValueError if an index of weights is damaged."""
+    content = read_object(path)
+    if not isinstance(content.get("metadata"), dict):  # transformers reads it too
+        raise ValueError(f"{path} has no metadata: save the model again")
+    places = typed(content.get("weight_map"), dict[str, str], f"{path}: weight_map")
+    for name in places.values():
+        if leaves_folder(name) or not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{path} names {name!r}, which is no safetensors file of its folder: save the model again"
+            )
+    if not places:
+        raise ValueError(f"{path} names no tensors: save the model again")
+    return places
 
 
 def check_present(folder: str | os.PathLike, prunable: Set[str], saved: Iterable[str]) -> None:

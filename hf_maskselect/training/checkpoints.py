@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, Trainer
 
 from ..fields.resolved import ResolvedConfig
 from ..masking.dtensors import gathered, local_rows, swap_data
+from ..masking.targets import without_regexes
 from ..methods.base import Method
 from ..storage.state import PruningState
 
@@ -63,5 +64,6 @@ def describe(model: nn.Module, state: PruningState, settings: ResolvedConfig) ->
         "version": FORMAT_VERSION,
     }
     modules = {"target_modules": settings.target_modules, "exclude_modules": settings.exclude_modules}
-    summary |= {name: list(value) for name, value in modules.items() if value is not None}
+    # A regex is not written: whoever loads the model must not run a pattern from a file.
+    summary |= {name: without_regexes(model, value) for name, value in modules.items() if value is not None}
     model.config.pruning = summary

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..config import PruningConfig
@@ -20,6 +19,7 @@ from ..methods.pdp import Pdp
 from ..search.bench import TrialBench
 from ..search.search import MaskSearch
 from ..search.weight_files import LevelBest
+from ..storage.runs import read_trainer_state
 from ..storage.state import PruningState, load_method_state
 from ..utils.processes import Processes
 from ..utils.seeds import key_seed
@@ -249,8 +249,8 @@ class PruningRun:
         target = state.sparsity if self.settings.emergent else self.settings.sparsity
         state.check_resumes(self.settings.method, self.config.pattern, target, class_name(model))
         state.check_saved(checkpoint)
-        trainer_state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        state.check_step(trainer_state.global_step, checkpoint)
+        trainer_state = read_trainer_state(Path(checkpoint) / TRAINER_STATE_NAME)
+        state.check_step(trainer_state["global_step"], checkpoint)
         state.masks.check_fits(weights)
 
     def expect(self, checkpoint: str) -> None:

@@ -12,7 +12,6 @@ from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
-    AutoConfig,
     AutoModel,
     PreTrainedConfig,
     PreTrainedModel,
@@ -25,6 +24,7 @@ from ..masking.targets import prunable_weights, transposed_weights
 from ..search.bench import EARLY_EVALUATIONS, REFIT_COST
 from ..search.pool import statistics_needed
 from ..search.schedule import rungs_text, search_rungs
+from ..storage.configs import find_config
 from ..storage.models import named_class
 from ..utils.tables import text_table
 from .checks import check_batches, check_proposals, check_shapes
@@ -144,8 +144,8 @@ def workload(config: PruningConfig, path: str | Path, train_rows: int) -> Worklo
         ValueError: there is no such model, or a run with these arguments would refuse it.
     """
     try:
-        model_config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        model_config = find_config(path)
+    except OSError as error:
         raise ValueError(
             f"{path} is no folder with the config.json of a transformers model, and no such name was found on the "
             f"Hub: give one of these ({str(error).splitlines()[0]})"
@@ -171,7 +171,7 @@ def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
         heads = (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING)
         cls = next((head[type(config)] for head in heads if type(config) in head), cls)
     with torch.device("meta"):
-        return AutoModel.from_config(config) if cls is None else cls._from_config(config)
+        return AutoModel.from_config(config, trust_remote_code=False) if cls is None else cls._from_config(config)
 
 
 def search_cost(work: Workload, ranks: int) -> Cost:

@@ -20,7 +20,13 @@ class WeightsDigest:
         self._lines: dict[str, str] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Add one tensor."""
+        """Add one tensor.
+
+        Raises:
+            ValueError: there is one of that name already.
+        """
+        if name in self._lines:
+            raise ValueError(f"{name} is there twice: save the model again")
         content = hashlib.sha256(bytes_of(tensor)).hexdigest()
         self._lines[name] = f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:{content}"
 

@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from .reading import parse_json, read_object
+
 # The names that safetensors has for the dtypes.
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -48,31 +50,25 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
-def read_object(path: str | os.PathLike, remedy: str) -> dict:
-    """Read the object that a JSON file holds; raises a ValueError that ends with `remedy` if it holds none."""
-    try:
-        content = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}); {remedy}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object; {remedy}")
-    return content
-
-
 def write_json(path: str | os.PathLike, content: object) -> None:
     """Write `content` as JSON together with its checksum, completely or not at all. `read_json` reads it."""
     text = json.dumps(content)
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "content": text}))
+        temporary.write_text(json.dumps({"sha256": _sha256(text), "content": text}))
 
 
 def read_json(path: str | os.PathLike, remedy: str) -> Any:
     """Read the content that `write_json` wrote; raises a ValueError that ends with `remedy` if it is damaged."""
     stored = read_object(path, remedy)
     content = stored.get("content")
-    if not isinstance(content, str) or hashlib.sha256(content.encode()).hexdigest() != stored.get("sha256"):
+    if not isinstance(content, str) or _sha256(content) != stored.get("sha256"):
         raise ValueError(f"{path} is damaged, its content does not match its checksum: {remedy}")
-    return json.loads(content)
+    return parse_json(content, path, remedy)
+
+
+def _sha256(text: str) -> str:
+    # Half of a surrogate pair can stand in a JSON text, but has no UTF-8.
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -1,12 +1,13 @@
 """Tables as plain text and as Markdown."""
 
+import html
 import re
 from collections.abc import Iterable, Sequence
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Format a plain-text table: columns of numbers are right-aligned, the others left-aligned."""
-    lines = [[str(cell) for cell in row] for row in (header, *rows)]
+    lines = [[visible(str(cell)) for cell in row] for row in (header, *rows)]
     columns = list(zip(*lines, strict=True))
     widths = [max(map(len, column)) for column in columns]
     right = [all(map(_is_number, column[1:])) for column in columns]
@@ -24,6 +25,24 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> s
     right = [all(cell == "-" or cell.removeprefix("-")[:1].isdigit() for cell in column[1:]) for column in columns]
     lines.insert(1, ["---", *("---:" if number else "---" for number in right)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def visible(text: str) -> str:
+    """Return a text with its control characters written as escapes: it then stays on its line, in any terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def escaped(text: str) -> str:
+    """Return a text, such as a name from a file, that Markdown and HTML show as it is, on one line."""
+    return re.sub(r"([\\`*_\[\]])", r"\\\1", html.escape(visible(text), quote=False))
+
+
+def code(text: object) -> str:
+    """Return a text as code in Markdown, on one line."""
+    shown = visible(str(text))
+    longest = max((len(run) for run in re.findall("`+", shown)), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence} {shown} {fence}" if longest else f"`{shown}`"
 
 
 def without_section(text: str, heading: str) -> str:

@@ -101,7 +101,7 @@ def test_a_wrong_or_incomplete_cell_is_not_recorded(tmp_path):
     with pytest.raises(ValueError, match=r"an eval_loss of 0.5, which now has 0.25: delete that folder"):
         records.add(PRUNED)
     (DENSE.folder(root) / "all_results.json").write_text('{"eval_l')
-    with pytest.raises(ValueError, match=r"all_results.json cannot be read .*; delete .*dense"):
+    with pytest.raises(ValueError, match=r"all_results.json cannot be read .*: delete .*dense"):
         records.add(DENSE)
     assert path.read_text() == "" and records.lacks(DENSE) and records.lacks(PRUNED)
 

@@ -375,7 +375,7 @@ def unknown_coding(folder):
 
 def unknown_field(folder):
     rewrite(folder, retell=lambda entries: entries[QUERY].update(more=1))
-    return "unknown fields"
+    return "unknown field"
 
 
 def no_entry(folder):
