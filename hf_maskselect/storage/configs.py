@@ -8,6 +8,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.utils import CONFIG_NAME, cached_file
 
+from ..utils.folders import finish
 from ..utils.reading import read_object
 
 LARGEST = 1 << 40  # of any number
@@ -24,6 +25,7 @@ def load_config(folder: str | os.PathLike) -> PretrainedConfig:
         ValueError: there is no readable `config.json`, transformers does not know its model type, or
             `from_pretrained` would run code, load other files or take absurd memory for it.
     """
+    finish(folder)
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
         raise ValueError(

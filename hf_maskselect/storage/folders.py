@@ -1,6 +1,7 @@
 """Find model folders, on disk or on the Hub, and prepare the folders that models are written to."""
 
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from ..utils.folders import finish
 from ..utils.reading import check_file
 from .state import STATE_FILE
 from .weights import has_weights
@@ -17,6 +19,11 @@ from .weights import has_weights
 # The files of a model besides its weights. Checkpoints also hold files for the trainer: those are skipped.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.png")
 _SKIPPED = (SAFE_WEIGHTS_INDEX_NAME, "trainer_state.json")
+_OF_MODEL = re.compile(
+    rf"(adapter_)?model.*\.safetensors|{re.escape(SAFE_WEIGHTS_INDEX_NAME)}|adapter_config\.json|"
+    rf"generation_config\.json|(packed|semi_structured)_model\.safetensors|semi_structured_timing\.json|"
+    rf"model\.onnx(\.data)?|{re.escape(STATE_FILE)}"
+)
 _WEIGHT_FILES = ("model*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
 
 
@@ -29,6 +36,7 @@ def find_folder(path_or_repo: str | os.PathLike, weights: Sequence[str] = _WEIGH
         ValueError: there is neither such a folder nor such a repository.
     """
     if Path(path_or_repo).is_dir():
+        finish(path_or_repo)
         return Path(path_or_repo)
     repo = os.fspath(path_or_repo)
     try:
@@ -38,6 +46,11 @@ def find_folder(path_or_repo: str | os.PathLike, weights: Sequence[str] = _WEIGH
             f"{repo} is not a folder and cannot be downloaded from the Hub ({str(error).splitlines()[0]}): check the "
             "name and the connection"
         ) from error
+
+
+def of_model(name: str) -> bool:
+    """Return whether a file holds weights, or was computed from weights: a new model leaves none of the old one."""
+    return _OF_MODEL.fullmatch(name) is not None
 
 
 def check_output(folder: Path, output: Path) -> None:

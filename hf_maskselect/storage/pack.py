@@ -73,7 +73,7 @@ def pack(
     metadata = {"config": config_digest(folder)}
     if (folder / STATE_FILE).is_file():
         bits, shapes, fields = MaskSet.load_packed(folder / STATE_FILE)
-        metadata["pruning"] = json.dumps({**fields, "masked": sorted(bits)})
+        metadata["pruning"] = json.dumps({**fields, "masked": sorted(bits)}, sort_keys=True)
 
     def items() -> Iterator[PackItem]:
         digest = WeightsDigest()

@@ -7,7 +7,7 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..utils.folders import remove_folder, remove_leftovers
+from ..utils.folders import finish, remove_folder, remove_leftovers
 from ..utils.reading import read_object, typed
 from .state import STATE_FILE
 
@@ -28,6 +28,7 @@ def last_checkpoint(folder: str | os.PathLike) -> str | None:
     Folders without the trainer's state or without the pruning state are skipped: they are not ours, or incomplete.
     """
     for path in reversed(checkpoints(folder).values()):
+        finish(path)
         if (path / STATE_FILE).is_file() and (path / TRAINER_STATE_NAME).is_file():
             return str(path)
     return None

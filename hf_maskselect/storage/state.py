@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..masking.maskset import MaskSet
 from ..utils.files import replacing
+from ..utils.folders import finish
 from .models import config_digest
 from .weights import check_unpacked, check_weights
 
@@ -65,6 +66,7 @@ class PruningState:
     @classmethod
     def load(cls, folder: str | os.PathLike) -> PruningState:
         """Read the state of a saved folder; raises a ValueError if there is none or it is damaged."""
+        finish(folder)
         path = Path(folder) / STATE_FILE
         if not path.is_file():
             check_unpacked(folder)
@@ -84,6 +86,7 @@ class PruningState:
     @classmethod
     def find(cls, folder: str | os.PathLike) -> PruningState | None:
         """Read the state of a folder by `load`; None if the folder has no such file."""
+        finish(folder)
         return cls.load(folder) if (Path(folder) / STATE_FILE).is_file() else None
 
     def check_step(self, step: int, folder: str | os.PathLike) -> None:

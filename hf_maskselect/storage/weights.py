@@ -12,6 +12,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..masking.maskset import diverged
 from ..masking.tensor_files import TensorFile
 from ..utils.digests import WeightsDigest
+from ..utils.folders import finish
 from ..utils.reading import leaves_folder, read_object, typed
 from .packed_file import PACKED_FILE
 
@@ -23,6 +24,7 @@ def weight_files(folder: str | os.PathLike) -> list[TensorFile]:
         ValueError: there are none, one is damaged, or a tensor is in none or in several of them.
     """
     folder = Path(folder)
+    finish(folder)
     if (folder / SAFE_WEIGHTS_NAME).is_file():  # from_pretrained looks in this order
         return [TensorFile(folder / SAFE_WEIGHTS_NAME, "weights")]
     if not (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():

@@ -1,26 +1,20 @@
 """Saved folders that are complete or not there at all."""
 
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ..storage.packed_file import PACKED_FILE
+from ..storage.folders import of_model
 from ..storage.runs import last_checkpoint, rotate
 from ..utils.files import sync
-
-_WEIGHTS = re.compile(
-    rf"model(-\d{{5}}-of-\d{{5}})?\.safetensors|{re.escape(SAFE_WEIGHTS_INDEX_NAME)}|{re.escape(PACKED_FILE)}"
-)
-STAGING = "_saving"  # uploads to the Hub leave out what begins with an underscore
+from ..utils.folders import STAGING, discarding, put, replacing_folder
 
 
 class AtomicCheckpoints(Trainer):
@@ -61,6 +55,20 @@ class AtomicCheckpoints(Trainer):
         if self.args.should_save:
             shutil.rmtree(folder / STAGING, ignore_errors=True)  # left by a run that was killed
         self.accelerator.wait_for_everyone()
+        with discarding(final, folder / STAGING) if self.args.should_save else nullcontext():
+            self._write_checkpoint(model, trial, final)
+            if self.args.should_save:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+                put(written, final)  # there is an old one if an earlier run was saved at this step
+                shutil.rmtree(folder / STAGING)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            rotate(folder, self.args.save_total_limit, self.state.global_step, self.state.best_global_step)
+
+    def _write_checkpoint(self, model, trial, final: Path) -> None:
+        """Let `Trainer` write a checkpoint, that will be named `final`, into the staging folder."""
         self._checkpointing = True
         try:
             with ThreadPoolExecutor(1) as self._thread:
@@ -70,23 +78,10 @@ class AtomicCheckpoints(Trainer):
         finally:
             self._checkpointing, self._thread, self._work = False, None, None
         if self.state.best_global_step:  # `Trainer` looked for it in the staging folder
-            best = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            best = final.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
             if best == final or best.is_dir():
                 self.state.best_model_checkpoint = str(best)
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-            sync_folder(written)
-            if final.exists():  # of an earlier run that was saved at this step
-                shutil.rmtree(final)
-            os.rename(written, final)
-            sync(folder)
-            shutil.rmtree(folder / STAGING)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-        if self.args.should_save:
-            rotate(folder, self.args.save_total_limit, self.state.global_step, self.state.best_global_step)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -108,7 +103,7 @@ class AtomicCheckpoints(Trainer):
         if self._thread is None:
             work()
             return
-        weights = [path for path in Path(folder).iterdir() if _WEIGHTS.fullmatch(path.name)]
+        weights = [path for path in Path(folder).iterdir() if of_model(path.name)]
 
         def both() -> None:
             work()
@@ -119,31 +114,12 @@ class AtomicCheckpoints(Trainer):
 
     @contextmanager
     def _whole(self, folder: str) -> Iterator[str]:
-        """Yield the folder to write a model into; on leaving, its files replace those of `folder` by renames.
+        """Yield the folder to write a model into; on leaving, it takes the place of the model in `folder`.
 
         Inside a checkpoint it is `folder` itself, which is a staging folder already.
         """
         if self._checkpointing or not self.args.should_save:
             yield folder
             return
-        final, written = Path(folder), Path(folder) / STAGING
-        shutil.rmtree(written, ignore_errors=True)
-        yield str(written)
-        sync_folder(written)
-        new = {file.name for file in written.iterdir()}
-        for name in new:
-            if (final / name).is_dir():  # a rename cannot replace a folder
-                shutil.rmtree(final / name)
-            os.replace(written / name, final / name)
-        for file in final.iterdir():
-            if _WEIGHTS.fullmatch(file.name) and file.name not in new:  # weights of an earlier model
-                file.unlink()
-        written.rmdir()
-        sync(final)
-
-
-def sync_folder(folder: Path) -> None:
-    """Sync every file of a folder and its directory entries to disk."""
-    for path in folder.rglob("*"):
-        sync(path)
-    sync(folder)
+        with replacing_folder(folder, keeps=lambda name: not of_model(name)) as written:
+            yield str(written)
