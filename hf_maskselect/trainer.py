@@ -1,7 +1,7 @@
 """`PruningTrainer`: a `Trainer` that prunes the model it fine-tunes. Overrides are short and call `super()`."""
 
 import os
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,12 +33,12 @@ from .training.checks import (
     check_engine,
     check_fsdp,
     check_model,
-    check_own_loss,
     check_planned,
     check_proposals,
     check_rows,
     selection_metric,
 )
+from .training.distilled import Distilled
 from .training.held_out import RowSplit
 from .training.hub import complete_card, prepare_push, with_tags
 from .training.optimizers import check_rate, check_renewable
@@ -47,10 +47,11 @@ from .training.run import PruningRun, make_method, run_fields
 from .training.run_optimizers import RunOptimizers
 from .training.sigterm import CheckpointTogether
 from .utils.processes import Processes
+from .utils.swapped import overrides
 from .utils.wrappers import plain_model
 
 
-class PruningTrainer(RunOptimizers, AtomicCheckpoints, Trainer):
+class PruningTrainer(Distilled, RunOptimizers, AtomicCheckpoints, Trainer):
     """Fine-tune and prune in one `train()`. The model ends with exactly the requested share of zeros.
 
     Takes every argument of `Trainer`, and:
@@ -75,12 +76,9 @@ class PruningTrainer(RunOptimizers, AtomicCheckpoints, Trainer):
 
     args: PruningConfig
     model: PreTrainedModel
-    distiller: Any  # a `Distiller`; None without a teacher
     optimizer: torch.optim.Optimizer
     run: PruningRun
-    _teacher_only: Set[str] = frozenset()  # inputs of the teacher that the student does not take
     _gradients_are_ready = False  # whether the method has changed those of this step
-    loss_is_scaled_for_ga: bool | None = None  # `Trainer` of the oldest supported transformers has no such attribute
 
     def __init__(
         self,
@@ -97,7 +95,7 @@ class PruningTrainer(RunOptimizers, AtomicCheckpoints, Trainer):
         **kwargs,
     ) -> None:
         args, model = PruningConfig() if args is None else args, plain_model(model)
-        check_arguments(args, model, score_fn, kwargs.get("compute_metrics"))
+        check_arguments(args, model, score_fn, kwargs.get("compute_metrics") or self._own_metrics)
         self._rows = RowSplit()
         train_dataset, self.selection_dataset = self._rows.split(args, train_dataset, selection_dataset)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
@@ -110,8 +108,6 @@ class PruningTrainer(RunOptimizers, AtomicCheckpoints, Trainer):
             # BERT-family heads take **kwargs but ignore num_items_in_batch. Believing them would scale the loss by the
             # accumulation steps and by the ranks (transformers#47688).
             self.model_accepts_loss_kwargs = False
-        if teacher is not None:
-            check_own_loss(self)
         self._criteria = criteria_with(score_fn)
         check_proposals(args, self._criteria)
         self._processes = Processes()
@@ -126,7 +122,9 @@ class PruningTrainer(RunOptimizers, AtomicCheckpoints, Trainer):
     def _begin(self, teacher: PreTrainedModel | str | os.PathLike | None) -> None:
         """Make what a run consists of, by the arguments as they are now."""
         args = self.args
-        self.distiller = None if teacher is None else make_distiller(teacher, self.model, args)
+        own = overrides(self, "distilled", Distilled)
+        self.distiller = None if teacher is None else make_distiller(teacher, self.model, args, own)
+        self._was_distilled = False
         self._teacher_only = teacher_only(self.distiller, self.model)
         self.selection_metric = selection_metric(args, self.distiller)
         method = self.make_method()
@@ -146,7 +144,7 @@ class PruningTrainer(RunOptimizers, AtomicCheckpoints, Trainer):
         """Make the parts of the run again if arguments or rows have changed since the last one."""
         args, rows = self.args, (self.train_dataset, self.selection_dataset)
         changed = self._take_model() or self.run.made_from != run_fields(args) or self._rows.changed(*rows)
-        check_arguments(args, self.model, self._score_fn, self.compute_metrics)
+        check_arguments(args, self.model, self._score_fn, self.compute_metrics or self._own_metrics)
         if not changed and self.model_init is None:
             return
         check_model(args, self.model, self.find_weights(self.model))
@@ -166,6 +164,12 @@ class PruningTrainer(RunOptimizers, AtomicCheckpoints, Trainer):
         """Make the model of a trial of a hyper-parameter search, without a wrapper that `model_init` put around it."""
         return plain_model(super().call_model_init(trial))
 
+    @property
+    def _own_metrics(self) -> Callable | None:
+        """What a subclass computes metrics with beside `compute_metrics`, if anything."""
+        own = (name for name in ("evaluate", "evaluation_loop") if overrides(self, name, PruningTrainer))
+        return next((getattr(self, name) for name in own), None)
+
     def make_method(self) -> Method:
         """Make the method that keeps the masks in force. Override it to train under another one."""
         return make_method(self.args, self.find_weights, self.log)
@@ -174,11 +178,6 @@ class PruningTrainer(RunOptimizers, AtomicCheckpoints, Trainer):
         """The prunable weights of a model, by name."""
         settings = self.args.resolved()
         return prunable_weights(model, settings.target_modules, settings.exclude_modules)
-
-    @property
-    def teacher(self) -> PreTrainedModel | None:
-        """The frozen model that is distilled from."""
-        return None if self.distiller is None else self.distiller.teacher
 
     def _say(self, text: str) -> None:
         if self.is_world_process_zero():
@@ -204,6 +203,7 @@ class PruningTrainer(RunOptimizers, AtomicCheckpoints, Trainer):
             check_rate(self.peak_rate, self.optimizer)
             if self.given_optimizer is not None:
                 check_renewable(self.given_optimizer, self.lr_scheduler if own_schedule else None)
+        run.bench.batches.copy_collator()
         self.accelerator.wait_for_everyone()
         own = [self.given_optimizer, self.lr_scheduler if own_schedule else None]
         held_out = len(self.selection_dataset) if settings.needs_selection_split else 0
@@ -212,35 +212,11 @@ class PruningTrainer(RunOptimizers, AtomicCheckpoints, Trainer):
         if settings.needs_selection_split and self.selection_metric not in SELECTION_LOSSES and not run.resumed:
             run.bench.score()  # a metric that fails must fail now, not when the first search begins
 
-    @property
-    def _signature_columns(self) -> Any:
-        """The columns that reach the collator, with those for the teacher, whoever found out the others."""
-        columns = self._student_columns
-        return columns if columns is None else columns + sorted(self._teacher_only - set(columns))
-
-    @_signature_columns.setter
-    def _signature_columns(self, columns: Any) -> None:
-        self._student_columns = columns
-
     # -- training ----------------------------------------------------------------------------------------------------
-
-    def own_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs of the model: the batch without what is only for the teacher."""
-        return {name: value for name, value in inputs.items() if name not in self._teacher_only}
-
-    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        """Return the distillation loss in training with a teacher, else the loss of `Trainer`."""
-        own = self.own_inputs(inputs)
-        if self.distiller is None or not model.training:
-            return super().compute_loss(model, own, return_outputs, num_items_in_batch)
-        asked = {**own, **self.distiller.student_kwargs}
-        label_loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
-        with self.accelerator.autocast():
-            loss = self.distiller.loss(inputs, outputs, label_loss)
-        return (loss, outputs) if return_outputs else loss
 
     def before_clipping(self) -> None:
         """Let the method change the gradients of a step, once. A subclass that clips by itself may call it first."""
+        self.check_distilled()
         if not self._gradients_are_ready:
             self.run.method.before_clipping()
         self._gradients_are_ready = True

@@ -93,11 +93,6 @@ def test_a_loss_that_is_told_not_to_be_scaled_is_that_of_the_model(tmp_path):
     assert not unscaled.model_accepts_loss_kwargs and losses(unscaled) == losses(plain)
 
 
-def test_a_loss_scaled_by_a_subclass_has_no_teacher(tmp_path):
-    with pytest.raises(ValueError, match="loss_is_scaled_for_ga=True does not go with a teacher"):
-        make_trainer(tmp_path, trainer=ScaledPruning, keywords={"teacher": make(seed=3)})
-
-
 # -- batches ----------------------------------------------------------------------------------------------------------
 
 

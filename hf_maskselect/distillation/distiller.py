@@ -1,6 +1,5 @@
 """`Distiller`: a frozen teacher and the loss that pulls a student towards it."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,16 @@ from transformers import PreTrainedModel
 from ..config import PruningConfig
 from ..utils.wrappers import plain_model
 from .losses import DistillWeights, Outputs, distill_loss, soft_cross_entropy
-from .teacher import Teacher, argument_names, check_fit, check_states, load_teacher, problem_type
+from .teacher import (
+    Teacher,
+    argument_names,
+    check_fit,
+    check_separate,
+    check_states,
+    load_teacher,
+    logits_of,
+    problem_type,
+)
 
 
 class Distiller:
@@ -66,9 +74,13 @@ class Distiller:
             outputs: the student's `ModelOutput`, from a forward with `student_kwargs`.
             label_loss: the student's own loss, a scalar mean over the batch. Needed if `hard_label > 0`.
         """
-        weights, problem = self.weights, problem_type(self._config)
+        weights, problem = self.weights, self._problem(inputs, outputs)
         from_teacher = weights.hidden > 0 or weights.attention > 0 or (weights.logits > 0 and not self.is_regression)
         taught = self._teacher(inputs) if from_teacher else {}
+        if weights.logits > 0:
+            logits_of("student", outputs)
+            if not self.is_regression:
+                logits_of("teacher", taught)
         check_states("student", outputs, self._config, self.student_kwargs)
         check_states("teacher", taught, self.teacher.config, self.student_kwargs)
         mask, labels = inputs.get("attention_mask"), inputs.get("labels")
@@ -81,15 +93,40 @@ class Distiller:
 
     def soft_labels(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the teacher's logits on the batch."""
-        return self._teacher(inputs)["logits"]
+        return logits_of("teacher", self._teacher(inputs))
 
     def disagreement(self, inputs: Mapping[str, Any], outputs: Outputs, soft_labels: Tensor) -> Tensor:
         """Return the prediction term alone, unweighted: a float32 scalar that scores a student (no regression)."""
-        mask, problem = inputs.get("attention_mask"), problem_type(self._config)
-        return soft_cross_entropy(outputs["logits"], soft_labels, mask, self.weights.temperature, problem)
+        mask, problem = inputs.get("attention_mask"), self._problem(inputs, outputs)
+        return soft_cross_entropy(logits_of("student", outputs), soft_labels, mask, self.weights.temperature, problem)
+
+    def _problem(self, inputs: Mapping[str, Any], outputs: Any) -> str | None:
+        """Return the problem type. Where the config names none, a label for every logit means several decisions."""
+        problem, labels = problem_type(self._config), inputs.get("labels")
+        if problem is None and self.weights.logits > 0 and isinstance(labels, Tensor):
+            return "multi_label_classification" if labels.shape == logits_of("student", outputs).shape else None
+        return problem
 
 
-def teacher_only(distiller: Distiller | None, student: nn.Module) -> set[str]:
+class FrozenTeacher:
+    """A teacher of any class, frozen in place, for a trainer that overrides `distilled`.
+
+    Attributes:
+        teacher: the module.
+        student_kwargs: empty: what the student returns is between it and the user.
+        teacher_arguments: empty likewise.
+    """
+
+    def __init__(self, teacher: nn.Module, device: torch.device) -> None:
+        self.teacher = plain_model(teacher).eval().requires_grad_(False).to(device)
+        self.student_kwargs: dict[str, bool] = {}
+        self.teacher_arguments: frozenset[str] = frozenset()
+
+    def release(self) -> None:
+        """Do nothing: there is nothing to give back."""
+
+
+def teacher_only(distiller: Distiller | FrozenTeacher | None, student: nn.Module) -> set[str]:
     """Return the inputs that the teacher takes and the student does not.
 
     These are the segment ids of a pair, for a BERT teacher of a DistilBERT student.
@@ -98,16 +135,28 @@ def teacher_only(distiller: Distiller | None, student: nn.Module) -> set[str]:
     return {"token_type_ids"} & (wanted - argument_names(student))
 
 
-def make_distiller(teacher: PreTrainedModel | str | os.PathLike, student: nn.Module, args: PruningConfig) -> Distiller:
+def make_distiller(
+    teacher: Any, student: nn.Module, args: PruningConfig, own: bool = False
+) -> Distiller | FrozenTeacher:
     """Load the teacher of a run if it is a name, and return the distiller on the device of the run.
+
+    Args:
+        teacher: a model or the name of one.
+        student: the model to train.
+        args: the weights of the terms.
+        own: whether a subclass distils in its own way, so that the teacher only has to be frozen.
 
     Raises:
         ValueError: the student is no model of transformers, or for the reasons of `load_teacher` and `Distiller`.
     """
+    if own:
+        teacher = teacher if isinstance(teacher, nn.Module) else load_teacher(teacher, student)
+        check_separate(teacher, student)
+        return FrozenTeacher(teacher, args.device)
     if not isinstance(student, PreTrainedModel):
         raise ValueError(
             f"a teacher needs a model of transformers, which returns its hidden states, and {type(student).__name__} "
-            "is none: leave the teacher out"
+            "is none: leave the teacher out, or override distilled"
         )
     distiller = Distiller(
         load_teacher(teacher, student),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 from transformers.utils.generic import find_labels
@@ -49,7 +49,7 @@ class Teacher:
             self.model.set_attn_implementation(self._own_attention)
 
 
-def load_teacher(teacher: PreTrainedModel | str | os.PathLike, student: PreTrainedModel) -> PreTrainedModel:
+def load_teacher(teacher: PreTrainedModel | str | os.PathLike, student: nn.Module) -> PreTrainedModel:
     """Return the teacher as a model: `teacher` itself, or the checkpoint it names, loaded in float32 on the CPU.
 
     The class is the transformers class that the checkpoint names first in `architectures`. No code from the checkpoint
@@ -101,15 +101,20 @@ def problem_type(config: PreTrainedConfig) -> str | None:
     return config.problem_type or ("regression" if config.num_labels == 1 else None)
 
 
-def check_fit(teacher: PreTrainedModel, student: PreTrainedModel, weights: DistillWeights) -> int:
-    """Refuse a teacher that does not fit the student; return its number of layers per layer of the student."""
-    logits, hidden, attention = weights.logits, weights.hidden, weights.attention
+def check_separate(teacher: nn.Module, student: nn.Module) -> None:
+    """Refuse a teacher that shares parameters with the student."""
     own = {id(parameter) for parameter in student.parameters()}
     if any(id(parameter) in own for parameter in teacher.parameters()):
         raise ValueError(
             "the teacher shares its parameters with the student, and pruning one would prune the other: pass a copy, "
             "such as copy.deepcopy(model)"
         )
+
+
+def check_fit(teacher: PreTrainedModel, student: PreTrainedModel, weights: DistillWeights) -> int:
+    """Refuse a teacher that does not fit the student; return its number of layers per layer of the student."""
+    logits, hidden, attention = weights.logits, weights.hidden, weights.attention
+    check_separate(teacher, student)
     t, s = teacher.config, student.config
     if not s.return_dict and (logits > 0 or hidden > 0 or attention > 0):
         raise ValueError("the student returns tuples, in which nothing has a name: set config.return_dict=True")
@@ -172,12 +177,32 @@ def _check_task(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
         )
 
 
+def logits_of(who: str, outputs: Any) -> Tensor:
+    """Return the logits of a model, by the outputs of its forward pass.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not isinstance(outputs, Mapping) or outputs.get("logits") is None:
+        found = ", ".join(outputs) if isinstance(outputs, Mapping) else f"a {type(outputs).__name__}"
+        raise ValueError(
+            f"the {who} returned no logits but {found}: set distill_logits=0, or override distilled to learn from "
+            "something else"
+        )
+    return outputs["logits"]
+
+
 def check_states(who: str, outputs: Outputs, config: PreTrainedConfig, asked: Mapping[str, bool]) -> None:
     """Refuse outputs without one hidden state or attention map a layer (hidden states: and one for the embeddings)."""
+    if asked and not isinstance(outputs, Mapping):
+        raise ValueError(
+            f"the {who} returned a {type(outputs).__name__}, in which nothing is named: return a ModelOutput"
+        )
     for key, field in FIELDS.items():
         number, expected = len(outputs.get(key) or ()), config.num_hidden_layers + (key == "hidden_states")
         if f"output_{key}" in asked and number != expected:
             raise ValueError(
                 f"the {who} returned {number} {key} where its {config.num_hidden_layers} layers should give "
-                f"{expected}: call the student with student_kwargs, or set {field}=0 for this architecture"
+                f"{expected}: call the student with **self.distiller.student_kwargs, or set {field}=0 for this "
+                "architecture"
             )

@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderShard
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers.utils import is_datasets_available
@@ -28,8 +29,18 @@ class Batches:
     """
 
     def __init__(self, trainer: BorrowedTrainer, held_out: Any, copies: bool) -> None:
-        self._trainer, self.held_out = trainer, held_out
-        self._first_collator = _copy_of(trainer.data_collator, trainer.model) if copies else None
+        self._trainer, self.held_out, self._copies = trainer, held_out, copies
+        self._collator: Any = None
+        self.copy_collator()
+
+    def copy_collator(self) -> None:
+        """Copy the collator as it is now, unless this one has been copied."""
+        trainer = self._trainer
+        if self._copies and trainer.data_collator is not self._collator:
+            self._collator, self._first_collator = (
+                trainer.data_collator,
+                _copy_of(trainer.data_collator, trainer.model),
+            )
 
     def rows_per_step(self) -> int:
         """Return the rows of a trial step: by default those of a training step, whatever the number of devices."""
@@ -60,10 +71,17 @@ class Batches:
 
     def of_held_out(self) -> DataLoader:
         """Return the held-out rows in batches of `per_device_eval_batch_size`, the same at every call."""
-        return self.load(self.held_out, self._trainer.args.per_device_eval_batch_size, None, self._first_collator)
+        size = self._trainer.args.per_device_eval_batch_size
+        # This loader knows when it ends, which metrics of batches ask for.
+        return self.load(self.held_out, size, None, self._first_collator, DataLoaderShard)
 
     def load(
-        self, dataset: Any, batch_size: int, rows: Iterable[int] | None = None, collator: Callable | None = None
+        self,
+        dataset: Any,
+        batch_size: int,
+        rows: Iterable[int] | None = None,
+        collator: Callable | None = None,
+        kind: type[DataLoader] = DataLoader,
     ) -> DataLoader:
         """Return a loader of `rows` of a dataset, by default of all in order.
 
@@ -80,7 +98,7 @@ class Batches:
             else:
                 collate = trainer._get_collator_with_removed_columns(collate, description="search")
         generator = torch.Generator().manual_seed(0)
-        return DataLoader(dataset, batch_size, sampler=rows, collate_fn=collate, generator=generator)
+        return kind(dataset, batch_size=batch_size, sampler=rows, collate_fn=collate, generator=generator)
 
 
 def _copy_of(collator: Callable, model: nn.Module) -> Callable:

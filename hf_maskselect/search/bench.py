@@ -16,6 +16,7 @@ from ..masking.scores import GradientStats
 from ..methods.base import Method
 from ..surgery.refit import Refit, refit, refittable
 from ..utils.seeds import key_seed
+from ..utils.swapped import swapped
 from ..utils.wrappers import eager
 from .batches import Batches
 from .borrowed import BorrowedTrainer, Inputs
@@ -117,12 +118,14 @@ class TrialBench:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for done, micro_batches in enumerate(self.batches.of_training(trial.steps), start=1):
             trainer.model.train()
-            with self.sandbox.alone():
-                items = self._items(micro_batches)
+            count = len(micro_batches)
+            with self.sandbox.alone(), swapped(trainer, current_gradient_accumulation_steps=count):
+                micro_batches, items = trainer.get_batch_samples(iter(micro_batches), count, args.device)
                 for inputs in micro_batches:
                     with trainer.compute_loss_context_manager():
                         loss = self._loss(inputs, items)
-                    (loss if self._is_scaled else loss / len(micro_batches)).backward()
+                    (loss if self._is_scaled else loss / count).backward()
+            trainer.check_distilled()
             self.method.before_clipping()
             if args.max_grad_norm > 0:
                 torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -174,15 +177,24 @@ class TrialBench:
         with self.sandbox.random_state(), deterministic(self.trainer.args.device):
             inputs = self._refit_inputs(level)
             self.trainer.model.eval()
-            return refit(self.trainer.model, self.method.weights, before, inputs)
+            return refit(self.trainer.model, self.method.weights, before, inputs, self._forward())
 
     def steps_of_refit(self, level: int) -> float:
         """Return the cost of one `refit` in training steps; 0 where no matrix can be refitted."""
         with self.sandbox.random_state():
             inputs = self._refit_inputs(level)
             self.trainer.model.eval()
-            any_matrix = refittable(self.trainer.model, self.method.weights, inputs)
+            any_matrix = refittable(self.trainer.model, self.method.weights, inputs, self._forward())
         return REFIT_COST * find_batch_size(inputs) / self.batches.rows_of_training() if any_matrix else 0.0
+
+    def _forward(self) -> Callable[[Inputs], Any] | None:
+        """Return how a batch goes through the model, where a subclass has its own way; None for a plain call."""
+        return self._own_forward if self.trainer.own_loss else None
+
+    def _own_forward(self, inputs: Inputs) -> None:
+        trainer = self.trainer
+        with self.sandbox.alone():
+            trainer.compute_loss(trainer.model, inputs, True, num_items_in_batch=self._items([inputs]))
 
     def _refit_inputs(self, level: int) -> Inputs:
         """Return one batch of `refit_rows` train rows, without labels; call it inside `random_state`.
@@ -198,7 +210,11 @@ class TrialBench:
             fewer = max(1, MOST_POSITIONS * len(rows) // inputs["input_ids"].numel())
             (inputs,) = self.batches.load(trainer.train_dataset, fewer, rows[:fewer])
         inputs = trainer.own_inputs(trainer._prepare_inputs(inputs))
-        return inputs if self._wants_labels() else {n: v for n, v in inputs.items() if n not in trainer.label_names}
+        return (
+            inputs
+            if trainer.own_loss or self._wants_labels()
+            else {n: v for n, v in inputs.items() if n not in trainer.label_names}
+        )
 
     def _wants_labels(self) -> bool:
         """Return whether the forward pass may need labels.

@@ -1,6 +1,6 @@
 """The names of the trainer that trials, refits and scores use, as one type."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -24,9 +24,9 @@ class BorrowedTrainer(Protocol):
     optimizer_cls_and_kwargs: Any
     given_optimizer: Any  # None where the trainer makes its own
     compute_loss_func: Callable[..., Any] | None
-    compute_metrics: Any
-    preprocess_logits_for_metrics: Any
     loss_is_scaled_for_ga: bool | None
+    ignored_keys: list[str] | None  # outputs that metrics do not get
+    state: Any
     selection_metric: str
     distiller: Any  # None without a teacher
     accelerator: Any
@@ -34,6 +34,10 @@ class BorrowedTrainer(Protocol):
     @property
     def teacher(self) -> PreTrainedModel | None:
         """The frozen model that is distilled from."""
+
+    @property
+    def own_loss(self) -> bool:
+        """Whether a subclass has its own `compute_loss`."""
 
     @property
     def peak_rate(self) -> float | None:
@@ -44,6 +48,18 @@ class BorrowedTrainer(Protocol):
 
     def own_inputs(self, inputs: Inputs) -> Inputs:
         """Return the inputs of the model, without those of the teacher alone."""
+
+    def compared(self, inputs: Inputs) -> tuple[Any, Mapping[str, Any]]:
+        """Return the model's outputs for a batch, and the batch as the teacher takes it."""
+
+    def check_distilled(self) -> None:
+        """Raise a ValueError if losses were computed without the teacher."""
+
+    def evaluate(self, *, ignore_keys: list[str] | None = None) -> dict[str, float]:
+        """Return the metrics of the evaluation rows."""
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Inputs], Any]:
+        """Return micro-batches and the number of their labels."""
 
     def compute_loss(self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None):
         """Return the label loss in eval mode, the training loss in train mode."""

@@ -5,6 +5,7 @@ import random
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..masking.maskset import MaskSet
 from ..methods.base import Method
+from ..utils.swapped import swapped
 from .borrowed import BorrowedTrainer
 
 
@@ -82,13 +84,16 @@ class Sandbox:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Count labels on this process only inside: the other processes run other trials."""
-        args, before = self._trainer.args, self._trainer.args.average_tokens_across_devices
-        args.average_tokens_across_devices = False
-        try:
+        """Count and gather on this process only inside: the other processes run other trials."""
+        names = ("gather", "gather_for_metrics", "pad_across_processes", "reduce", "wait_for_everyone")
+        trainer, own = self._trainer, dict.fromkeys(names, _own)
+        with swapped(trainer.args, average_tokens_across_devices=False), swapped(trainer.accelerator, **own):
             yield
-        finally:
-            args.average_tokens_across_devices = before
+
+
+def _own(value: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Return what this process has, in place of a collective."""
+    return value
 
 
 @contextlib.contextmanager

@@ -1,16 +1,23 @@
 """The score of the model on the held-out rows."""
 
+import copy
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import EvalPrediction, set_seed
-from transformers.trainer_pt_utils import find_batch_size, nested_concat, nested_numpify
+from transformers import Trainer, TrainerControl, set_seed
+from transformers.trainer_callback import CallbackHandler
 
 from ..fields.rules import SELECTION_LOSSES
 from ..utils.seeds import key_seed
+from ..utils.swapped import overrides, swapped
 from .batches import Batches
 from .borrowed import BorrowedTrainer, Inputs
 from .sandbox import Sandbox
 
+# Of an evaluation, what is no metric of `compute_metrics`.
+_NO_METRICS = {"loss", "sparsity", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time"}
 MOST_SOFT_LABELS = 1 << 24  # soft labels of the teacher are kept if they are at most so many numbers
 
 
@@ -28,60 +35,76 @@ class Scorer:
         """Return the loss on the held-out rows (mean over rows) or minus the metric: lower is better.
 
         Raises:
-            ValueError: `compute_metrics` does not return the metric.
+            ValueError: the evaluation does not return the metric, or it is no number.
         """
         with self._sandbox.random_state(), self._sandbox.alone():
             set_seed(key_seed(self._trainer.args.seed, "score") % 2**32)  # for a collator that draws
             self._trainer.model.eval()
             if self._trainer.selection_metric in SELECTION_LOSSES:
                 return self._mean_loss()
-            prediction = self._predictions()
-        metrics = self._trainer.compute_metrics(prediction)
-        metrics, metric = {k.removeprefix("eval_"): v for k, v in metrics.items()}, self._trainer.selection_metric
+            return -self._metric()
+
+    def _metric(self) -> float:
+        """Return the selection metric of the held-out rows, as `evaluate` computes it, without a trace of it."""
+        trainer, metric, loader = self._trainer, self._trainer.selection_metric, self._batches.of_held_out()
+        quiet = {
+            "eval_dataset": self._batches.held_out,
+            "get_eval_dataloader": lambda *args, **kwargs: loader,
+            "gather_function": trainer.accelerator.gather_for_metrics,
+            "log": lambda *args, **kwargs: None,
+            "callback_handler": CallbackHandler([], trainer.model, None, None, None),
+            "control": TrainerControl(),
+            "state": copy.copy(trainer.state),
+            "optimizer": None,  # one without a schedule would change its weights
+        }
+        with swapped(trainer, **quiet):
+            results = trainer.evaluate(ignore_keys=trainer.ignored_keys)
+        metrics = {name.removeprefix("eval_"): value for name, value in results.items()}
+        known = ", ".join(name for name in metrics if name not in _NO_METRICS) or "nothing"
         if metric not in metrics:
             raise ValueError(
-                f"selection_metric={metric!r} is not returned by compute_metrics: choose 'loss' or one of "
-                f"{', '.join(metrics)}"
+                f"selection_metric={metric!r} is not returned by compute_metrics: choose 'loss' or one of {known}"
             )
-        return -metrics[metric]
+        try:
+            return float(metrics[metric])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"selection_metric={metric!r} is {metrics[metric]!r}, which is no number: choose 'loss' or one of "
+                f"{known}"
+            ) from error
 
     def _mean_loss(self) -> float:
         trainer, total, rows = self._trainer, 0.0, 0
         if self._rows_per_batch != trainer.args.per_device_eval_batch_size:
             self._soft_labels.clear()
             self._rows_per_batch = trainer.args.per_device_eval_batch_size
+        size, held_out = self._rows_per_batch, len(self._batches.held_out)
         for batch, inputs in enumerate(self._batches.of_held_out()):
-            count = find_batch_size(inputs)
+            count = min(size, held_out - batch * size)
             rows += count
+            if trainer.selection_metric != "teacher":
+                total += float(self._label_loss(inputs)) * count
+                continue
             with trainer.compute_loss_context_manager():
-                inputs = trainer._prepare_inputs(inputs)
-                by_teacher = trainer.selection_metric == "teacher"
-                soft_labels = self._soft_labels_of(batch, inputs, count) if by_teacher else None
-                total += float(self._loss(inputs, soft_labels)) * count
+                outputs, taught = trainer.compared(trainer._prepare_inputs(inputs))
+                soft_labels = self._soft_labels_of(batch, taught, count)
+            with trainer.accelerator.autocast():
+                total += float(trainer.distiller.disagreement(taught, outputs, soft_labels)) * count
         return total / rows
 
-    def _loss(self, inputs: Inputs, soft_labels: Tensor | None) -> Tensor:
-        """Return the label loss of a batch, or with soft labels the cross-entropy against them: a mean over rows."""
+    def _label_loss(self, inputs: Inputs) -> Tensor:
+        """Return the label loss of a batch, a mean over rows, from `prediction_step` of a subclass if it has one."""
         trainer = self._trainer
-        if soft_labels is None:
+        if overrides(trainer, "prediction_step", Trainer):
+            loss, _, _ = trainer.prediction_step(trainer.model, inputs, prediction_loss_only=True)
+            if loss is not None:
+                return loss.mean()
+        with trainer.compute_loss_context_manager():
+            inputs = trainer._prepare_inputs(inputs)
             items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
             return trainer.compute_loss(trainer.model, inputs, num_items_in_batch=items)
-        with trainer.accelerator.autocast():
-            outputs = trainer.model(**trainer.own_inputs(inputs))
-            return trainer.distiller.disagreement(inputs, outputs, soft_labels)
 
-    def _predictions(self) -> EvalPrediction:
-        """Return the logits and labels of all held-out rows, as `Trainer.evaluate` gathers them."""
-        trainer, logits, labels = self._trainer, None, None
-        for inputs in self._batches.of_held_out():
-            _, logit, label = trainer.prediction_step(trainer.model, inputs, prediction_loss_only=False)
-            if trainer.preprocess_logits_for_metrics is not None:
-                logit = trainer.preprocess_logits_for_metrics(logit, label)
-            logits = logit if logits is None else nested_concat(logits, logit)
-            labels = label if labels is None else nested_concat(labels, label)
-        return EvalPrediction(nested_numpify(logits), nested_numpify(labels))
-
-    def _soft_labels_of(self, batch: int, inputs: Inputs, rows: int) -> Tensor:
+    def _soft_labels_of(self, batch: int, inputs: Mapping[str, Any], rows: int) -> Tensor:
         """Return the teacher's logits on a batch; keep them, unless they are large (those of a language model)."""
         if batch < len(self._soft_labels):
             return self._soft_labels[batch].to(self._trainer.args.device)

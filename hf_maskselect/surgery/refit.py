@@ -52,7 +52,11 @@ class Refit:
 
 @torch.no_grad()
 def refit(
-    model: nn.Module, weights: Mapping[str, nn.Parameter], before: Mapping[str, Tensor], inputs: Mapping[str, Any]
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    before: Mapping[str, Tensor],
+    inputs: Mapping[str, Any],
+    run: Callable[[dict[str, Any]], Any] | None = None,
 ) -> Refit:
     """Refit the kept (non-zero) weights of all matrices, and their biases, in place.
 
@@ -68,7 +72,8 @@ def refit(
         weights: the weights that were cut, by name, as `prunable_weights` returns them.
         before: their values before the cut, by name; may hold more.
         inputs: keyword arguments of one forward pass. Positions where `attention_mask` is 0 are left out, if the mask
-            has an entry for every position of a matrix's input.
+            has an entry for every position of a matrix's input. Values may be nested.
+        run: passes a batch through the model; by default `model(**inputs)`.
 
     Raises:
         ValueError: the model is in training mode, or `weights` or `before` do not belong to its layers.
@@ -79,7 +84,7 @@ def refit(
             "refit needs a model in eval mode, because dropout would spoil the targets: call model.eval()"
         )
     _check_weights(model, weights, before)
-    multiples = refittable(model, weights, inputs)
+    multiples = refittable(model, weights, inputs, run)
     if not multiples:
         return Refit()
     modules: dict[str, Any] = {name: model.get_submodule(name.removesuffix(".weight")) for name in weights}
@@ -123,12 +128,17 @@ def refit(
         return forward
 
     with _replaced({modules[name]: forward_of(name) for name in weights}), contextlib.suppress(_LastRefitted):
-        model(**_map_rows(inputs, lambda rows: torch.cat([rows, rows])))
+        _run(model, run, _take_rows(inputs, [*range(rows), *range(rows)]))
     return result
 
 
 @torch.no_grad()
-def refittable(model: nn.Module, weights: Mapping[str, nn.Parameter], inputs: Mapping[str, Any]) -> dict[str, int]:
+def refittable(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    inputs: Mapping[str, Any],
+    run: Callable[[dict[str, Any]], Any] | None = None,
+) -> dict[str, int]:
     """Find the matrices that can be refitted, in the order of a forward pass.
 
     They are the weights of linear layers (also `Conv1D`) that take a gradient and run once per forward pass, on an
@@ -139,6 +149,7 @@ def refittable(model: nn.Module, weights: Mapping[str, nn.Parameter], inputs: Ma
         model: in eval mode.
         weights: the weights to look at, by name.
         inputs: keyword arguments of one forward pass; the first row goes through the model, twice.
+        run: passes a batch through the model; by default `model(**inputs)`.
 
     Returns:
         name -> length of its input's first dimension per row of the batch (1, or the choices of a multiple choice).
@@ -165,7 +176,7 @@ def refittable(model: nn.Module, weights: Mapping[str, nn.Parameter], inputs: Ma
             module = model.get_submodule(name.removesuffix(".weight"))
             forwards[module] = forward_of(name, module.forward)
     with _replaced(forwards):
-        model(**_map_rows(inputs, lambda rows: torch.cat([rows[:1], rows[:1]])))
+        _run(model, run, _take_rows(inputs, [0, 0]))
     return {name: half for name, half in multiples.items() if uses[name] == 1}
 
 
@@ -228,10 +239,29 @@ def _replaced(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
                 module.forward = original
 
 
-def _map_rows(inputs: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """Apply `change` to every input that has one entry a row of the batch."""
+def _run(model: nn.Module, run: Callable[[dict[str, Any]], Any] | None, inputs: dict[str, Any]) -> None:
+    if run is None:
+        model(**inputs)
+    else:
+        run(inputs)
+
+
+def _take_rows(inputs: Mapping[str, Any], chosen: list[int]) -> dict[str, Any]:
+    """Return a batch of some rows, one by one as often as they are chosen; what has no rows stays as it is."""
     rows = find_batch_size(inputs)
-    return {n: change(v) if isinstance(v, Tensor) and v.shape[:1] == (rows,) else v for n, v in inputs.items()}
+
+    def take(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: take(entry) for name, entry in value.items()}
+        if isinstance(value, Tensor):
+            return value[chosen] if value.shape[:1] == (rows,) else value
+        if not isinstance(value, list | tuple):
+            return value
+        if any(isinstance(entry, Mapping | Tensor | list | tuple) for entry in value):
+            return type(value)(take(entry) for entry in value)
+        return type(value)(value[row] for row in chosen) if len(value) == rows else value
+
+    return take(inputs)
 
 
 def _positions(values: Tensor, real: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import is_peft_available
 
 from ..config import PruningConfig
-from ..distillation.distiller import Distiller
+from ..distillation.distiller import Distiller, FrozenTeacher
 from ..fields.rules import SELECTION_LOSSES
 from ..masking.base import Pattern
 from ..masking.dtensors import is_sharded
@@ -91,12 +91,6 @@ def check_metric(args: PruningConfig, compute_metrics) -> None:
     by_metric = metric is not None and metric not in SELECTION_LOSSES
     if settings.needs_selection_split and by_metric and compute_metrics is None:
         raise ValueError(f"selection_metric={metric!r} needs compute_metrics: pass it, or choose 'loss'")
-    if settings.needs_selection_split and by_metric and (args.batch_eval_metrics or args.include_for_metrics):
-        field = "batch_eval_metrics" if args.batch_eval_metrics else "include_for_metrics"
-        raise ValueError(
-            f"selection_metric={metric!r} does not go with {field}: in a trial compute_metrics gets the "
-            "predictions and labels of all held-out rows and nothing else: choose 'loss'"
-        )
 
 
 def check_planned(trainer: Trainer, base: type[Trainer], planned: bool) -> None:
@@ -110,21 +104,13 @@ def check_planned(trainer: Trainer, base: type[Trainer], planned: bool) -> None:
         )
 
 
-def check_own_loss(trainer: Trainer) -> None:
-    """Refuse a loss of the user's own beside a teacher."""
-    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # the oldest supported transformers has no such attribute
-    if trainer.compute_loss_func is not None or scaled:
-        own = "compute_loss_func" if trainer.compute_loss_func is not None else "loss_is_scaled_for_ga=True"
-        raise ValueError(f"{own} does not go with a teacher, whose loss is scaled in another way: drop one of them")
-
-
-def selection_metric(args: PruningConfig, distiller: Distiller | None) -> str:
+def selection_metric(args: PruningConfig, distiller: Distiller | FrozenTeacher | None) -> str:
     """Return the metric that candidates are scored by: "loss", "teacher", or a key of `compute_metrics`.
 
     Raises:
         ValueError: the user asks for "teacher", and there are no soft labels.
     """
-    soft_labels = distiller is not None and args.distill_logits > 0 and not distiller.is_regression
+    soft_labels = isinstance(distiller, Distiller) and args.distill_logits > 0 and not distiller.is_regression
     metric = args.resolved().selection_metric or ("teacher" if soft_labels else "loss")
     if metric == "teacher" and not soft_labels:
         raise ValueError(

@@ -31,8 +31,13 @@ class RunOptimizers(Trainer):
     optimizer: Any  # None until it is made
     run: PruningRun
     given_optimizer: Any = None
+    ignored_keys: list[str] | None = None  # outputs that `compute_metrics` does not get, as `train` was asked
     _made_optimizer: Any = None  # the last one that `create_optimizer` made
     _made_schedule: Any = None  # the last one that `Trainer` or this class made
+
+    def _inner_training_loop(self, *args, **kwargs):
+        self.ignored_keys = kwargs.get("ignore_keys_for_eval")
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _prepare_for_training(self, max_steps: int, *args, **kwargs):
         makers = {

@@ -18,3 +18,8 @@ def swapped(target: Any, **values: Any) -> Iterator[None]:
             vars(target).pop(name, None)
         for name, value in own.items():
             setattr(target, name, value)
+
+
+def overrides(target: Any, name: str, base: type) -> bool:
+    """Return whether a method of the object is another one than that of `base`, by its class or by assignment."""
+    return name in vars(target) or getattr(type(target), name) is not getattr(base, name)

@@ -209,8 +209,7 @@ def test_selection_by_metric_prefers_the_higher(tmp_path):
     ("changes", "message"),
     [
         ({"selection_metric": "f1"}, "selection_metric='f1' is not returned"),
-        ({"selection_metric": "accuracy", "batch_eval_metrics": True}, "does not go with batch_eval_metrics"),
-        ({"selection_metric": "accuracy", "include_for_metrics": ["inputs"]}, "not go with include_for_metrics"),
+        ({"selection_metric": "f1", "prediction_loss_only": True}, "choose 'loss' or one of nothing"),
     ],
 )
 def test_a_metric_that_cannot_be_had_is_refused_before_the_dense_warm_up(tmp_path, changes, message):
