@@ -105,6 +105,7 @@ def read_searches(path: Path) -> list[LevelSearch]:
         found = typed(content.get("candidates"), list, f"{path}: candidates", remedy)
         candidates = [build(Candidate, candidate, path, remedy) for candidate in found]
         searches.append(build(LevelSearch, {**content, "candidates": candidates}, path, remedy))
-        if any(candidate.scores for candidate in candidates) and sum(c.chosen for c in candidates) != 1:
-            raise ValueError(f"{path} names no candidate that was chosen: {remedy}")
+        scored = [bool(candidate.scores) for candidate in candidates]
+        if any(scored) and not (all(scored) and sum(candidate.chosen for candidate in candidates) == 1):
+            raise ValueError(f"{path} holds a search without scores or without one chosen candidate: {remedy}")
     return searches
