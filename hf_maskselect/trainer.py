@@ -27,7 +27,7 @@ from .storage.models import own_names
 from .storage.pack import pack
 from .storage.state import PruningState
 from .training.atomic_checkpoints import AtomicCheckpoints
-from .training.checkpoints import baked, describe, forget_preparation, put_baked
+from .training.checkpoints import baked, describe, forget_preparation, put_baked, to_save
 from .training.checks import (
     check_arguments,
     check_engine,
@@ -281,7 +281,7 @@ class PruningTrainer(Distilled, RunOptimizers, AtomicCheckpoints, Trainer):
             put_baked(run.method, state_dict)
         with self._whole(output_dir or self.args.output_dir or "") as folder:
             with baked(run.method), own_names(self.model):
-                super()._save(folder, state_dict)
+                super()._save(folder, to_save(self.model, state_dict))
             if self.args.should_save:
                 self._while_writing(folder, lambda: state.sealed(folder).save(folder, extra))
                 if self._checkpointing:

@@ -169,7 +169,7 @@ class Pattern:
 
     def unit_sizes(self, sizes: Tensor) -> Tensor:
         """Root mean square of every unit of `sizes` (float32, >= 0), flat; `sizes` itself if a unit is one weight."""
-        view = self.view(sizes)
+        view = self.view(sizes := sizes.contiguous())  # the order of a sum decides its last bits
         axes = self.unit_axes(view.dim())
         return view.square().mean(axes).sqrt_().flatten() if axes else sizes
 

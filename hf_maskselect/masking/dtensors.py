@@ -48,11 +48,32 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def in_strides_of(like: Tensor, tensor: Tensor) -> Tensor:
+    """`tensor` in the strides of `like`, which has the same shape: itself if it has them, else a copy.
+
+    Fused optimizers read a parameter, its gradient and its moments in the order in which they lie in memory, and do
+    not look at strides.
+    """
+    same = tensor.stride() == like.stride()
+    return tensor if same else torch.empty_like(like, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+
+
+@torch.no_grad()
+def close_gaps_(weight: nn.Parameter) -> None:
+    """Give a parameter memory of its own, in row-major order, if its entries have gaps between them or share memory.
+
+    Such are slices of columns and expanded tensors. No gradient could have their strides. Dense memory in another
+    order, such as channels last, stays as it is.
+    """
+    if not isinstance(weight, DTensor) and weight.stride() != torch.empty_like(weight, device="meta").stride():
+        weight.data = weight.data.contiguous()
+
+
 @torch.no_grad()
 def swap_data(weight: nn.Parameter, rows: Tensor) -> Tensor:
-    """Give a parameter other local rows and return those it had."""
+    """Give a parameter other local rows, in its own strides, which its gradient takes over; return those it had."""
     if not isinstance(weight, DTensor):
-        before, weight.data = weight.data, rows
+        before, weight.data = weight.data, in_strides_of(weight, rows)
         return before
     own = local_rows(weight.detach())  # copied, since FSDP reads the memory that it has sharded
     before = own.clone()

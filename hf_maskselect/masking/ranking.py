@@ -18,7 +18,7 @@ def kth_largest(tensors: Sequence[Tensor], k: int) -> Tensor:
 
     A strided sample brackets the answer. One pass counts the entries above the bracket and collects those inside
     (about 2 % of all), and only these are searched. A bracket that misses is widened, so the answer is always exact.
-    `tensors` must be contiguous, of one dtype and device, without NaN.
+    `tensors` must be of one dtype and device, without NaN.
 
     Raises:
         ValueError: k is out of range, or there is a NaN.
@@ -27,11 +27,12 @@ def kth_largest(tensors: Sequence[Tensor], k: int) -> Tensor:
     if not 1 <= k <= total:
         raise ValueError(f"k must lie in 1..{total} (the number of entries), got {k}")
     if total <= _SMALL:
-        return torch.cat([t.reshape(-1) for t in tensors]).kthvalue(total - k + 1).values  # NaN counts as largest
+        return torch.cat([t.flatten() for t in tensors]).kthvalue(total - k + 1).values  # NaN counts as largest
+    flats = [t.flatten() for t in tensors]  # copies only of those that are not contiguous
     # An odd stride that is no multiple of 3 does not walk down single columns of the usual matrix widths.
     stride = max(1, total // min(max(total // 32, _SAMPLE[0]), _SAMPLE[1])) | 1
     stride += 2 if stride % 3 == 0 else 0
-    sample = torch.cat([t.view(-1)[::stride] for t in tensors]).sort(descending=True).values
+    sample = torch.cat([flat[::stride] for flat in flats]).sort(descending=True).values
     rank = k * sample.numel() / total
     margin = 4 * math.sqrt(sample.numel())
     while True:
@@ -39,8 +40,7 @@ def kth_largest(tensors: Sequence[Tensor], k: int) -> Tensor:
         high = sample[first] if first >= 0 else sample.new_tensor(float("inf"))
         low = sample[last] if last < sample.numel() else sample.new_tensor(float("-inf"))
         above, inside = 0, []
-        for t in tensors:
-            flat = t.view(-1)
+        for flat in flats:
             over = flat > high
             above += int(torch.count_nonzero(over))
             inside.append(flat[over.logical_not_().logical_and_(flat >= low)])
@@ -56,8 +56,9 @@ def top_k_masks(tensors: Sequence[Tensor], k: int) -> list[Tensor]:
     """Boolean masks of the k largest entries of all `tensors` together.
 
     Among equal values the lower index (earlier tensor, then lower flat position) is kept, so that exactly k entries
-    are True on every machine.
+    are True on every machine. Positions count in row-major order, whatever the strides. The masks are contiguous.
     """
+    tensors = [t.contiguous() for t in tensors]
     if k == 0:
         return [torch.zeros_like(t, dtype=torch.bool) for t in tensors]
     threshold = kth_largest(tensors, k)

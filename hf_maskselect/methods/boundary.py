@@ -26,7 +26,7 @@ class Boundary:
         """The `below`-th and the next value in ascending order, as 0-dim tensors.
 
         Args:
-            values: contiguous, any shape, without NaN.
+            values: any shape, without NaN.
             below: how many values lie below the cut, in 1 .. numel - 1.
 
         Raises:
@@ -35,7 +35,7 @@ class Boundary:
         total = values.numel()
         if not 1 <= below < total:
             raise ValueError(f"below must lie in 1..{total - 1} (one value on each side), got {below}")
-        flat, moved, self._below = values.view(-1), below - self._below, below
+        flat, moved, self._below = values.flatten(), below - self._below, below
         if self._bracket is not None:
             low, high = self._bracket
             above_low = flat >= low

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..masking.allocation import allocate, kept_count
 from ..masking.base import Pattern
+from ..masking.dtensors import in_strides_of
 from ..masking.groups import Groups
 from ..masking.maskset import MaskSet, diverged
 from ..masking.schedule import LevelPlan
@@ -130,7 +131,7 @@ class Gumbel(SoftMethod):
         """Start to train by `plan`, with weights of one magnitude a matrix if asked for."""
         if self._options.signed_constant and self._steps_done == 0:
             for weight in self.weights.values():
-                weight.copy_(weight.sign() * weight.float().std())
+                weight.copy_(weight.sign() * weight.float().contiguous().std())
         super().begin(plan, optimizer)
 
     # -- one step ----------------------------------------------------------------------------------------------------
@@ -215,7 +216,9 @@ class Gumbel(SoftMethod):
         if scale.requires_grad:
             scale.grad = (grad * effective).sum(dtype=torch.float32).div_(scale.data)
         # d effective / d logit = scale * weight * slope, in the memory of the gradient, which is not needed any more
-        self._logits[name].grad = grad.float().mul_(self._slopes.pop(name)).mul_(weight).mul_(scale.data)
+        logits = self._logits[name]
+        of_logits = grad.float().mul_(self._slopes.pop(name)).mul_(weight).mul_(scale.data)
+        logits.grad = in_strides_of(logits, of_logits)
 
     def gap(self, masks: MaskSet) -> float:
         """The change by hardening, from one sample."""

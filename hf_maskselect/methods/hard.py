@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..masking.dtensors import gathered, local_rows, reshard, sharded_like, shards_of
+from ..masking.dtensors import close_gaps_, gathered, in_strides_of, local_rows, reshard, sharded_like, shards_of
 from ..masking.maskset import MaskSet
 from ..masking.schedule import LevelPlan
 from ..masking.sharded import Shards
@@ -45,6 +45,8 @@ class HardMethod(Method):
         """Find the model's weights; in a new model, also its zeros."""
         reshard(model)
         before, self.weights = self.weights, self._find_weights(model)
+        for weight in self.weights.values():
+            close_gaps_(weight)
         self.shards = shards_of(self.weights)
         if any(before.get(name) is not weight for name, weight in self.weights.items()):
             self._keep = self._zeros_of_the_start()
@@ -84,7 +86,7 @@ class HardMethod(Method):
             if name in self._keep:
                 self._keep[name].copy_(sharded_like(masks[name], weight))
             else:
-                self._keep[name] = sharded_like(masks[name], weight).to(weight.dtype)
+                self._keep[name] = in_strides_of(weight, sharded_like(masks[name], weight).to(weight.dtype))
         self.on_optimizer_step()  # sets the pruned weights to zero
         with torch.no_grad():
             for weight in self.weights.values():

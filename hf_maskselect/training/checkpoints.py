@@ -52,6 +52,13 @@ def put_baked(method: Method, state_dict: dict[str, torch.Tensor] | None) -> Non
         state_dict |= {name: tensor.to(state_dict[name]) for name, tensor in sparse.items() if name in state_dict}
 
 
+def to_save(model: nn.Module, state_dict: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The state to save: in row-major order, as safetensors needs it, where no `save_pretrained` sees to that."""
+    if state_dict is not None or isinstance(model, PreTrainedModel):
+        return state_dict
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+
+
 def describe(model: nn.Module, state: PruningState, settings: ResolvedConfig) -> None:
     """Write a summary of the run into `model.config.pruning`, which `save_pretrained` saves."""
     if not isinstance(model, PreTrainedModel):

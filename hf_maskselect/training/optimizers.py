@@ -4,8 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, CyclicLR, LRScheduler, OneCycleLR, SequentialLR
+
+from ..masking.dtensors import in_strides_of
 
 
 def first_rate(optimizer: Optimizer) -> float | None:
@@ -53,6 +56,14 @@ def renewed(optimizer: Optimizer) -> Optimizer:
         groups.append({**options, "lr": float(group.get("initial_lr", group["lr"]))})
     cls: Any = type(optimizer)  # every optimizer but the base class needs no defaults
     return cls(groups)
+
+
+def align_moments(optimizer: Optimizer) -> None:
+    """Give moments the strides of their parameters: a model in another memory format may have written a checkpoint."""
+    for parameter, state in optimizer.state.items():
+        for name, moment in state.items():
+            if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+                state[name] = in_strides_of(parameter, moment)
 
 
 def add_groups(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], schedule: Any = None) -> None:

@@ -11,7 +11,7 @@ from transformers.optimization import Adafactor, AdafactorSchedule
 from ..config import PruningConfig
 from ..utils.swapped import swapped
 from ..utils.wrappers import plain_model
-from .optimizers import add_groups, first_rate, plain, remove_groups, renewed
+from .optimizers import add_groups, align_moments, first_rate, plain, remove_groups, renewed
 from .plan import rewound_rate
 from .run import PruningRun
 
@@ -45,7 +45,9 @@ class RunOptimizers(Trainer):
             "create_scheduler": self._planning(self.create_scheduler, max_steps),
         }
         with swapped(self, **makers):
-            return super()._prepare_for_training(max_steps, *args, **kwargs)
+            prepared = super()._prepare_for_training(max_steps, *args, **kwargs)
+        align_moments(plain(self.optimizer))
+        return prepared
 
     def _noting(self, create: Callable) -> Callable:
         """Wrap `create_optimizer`: note whether it makes the optimizer, or the user has given one."""
