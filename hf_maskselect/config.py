@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from .fields.distillation import DistillFields
 from .fields.resolved import ResolvedConfig
-from .fields.rules import SOFT_METHODS, listed
+from .fields.rules import SELECTION_LOSSES, SOFT_METHODS, greater_is_better, listed
 from .fields.search import SearchFields
 from .fields.soft import SoftFields
 from .fields.target import TargetFields
@@ -35,6 +35,9 @@ class PruningConfig(TargetFields, SearchFields, SoftFields, DistillFields, Train
 
     def __post_init__(self) -> None:
         self.resolved()
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            # `TrainingArguments` would take every name that does not end in "loss" for greater is better.
+            self.greater_is_better = greater_is_better(self.metric_for_best_model)
         super().__post_init__()
 
     def resolved(self) -> ResolvedConfig:
@@ -80,7 +83,8 @@ class PruningConfig(TargetFields, SearchFields, SoftFields, DistillFields, Train
             frozen_steps = 0.2 if soft and not self.gumbel_untrained else 0
         if num_candidates is None:
             num_candidates = 4 if self.method == "random" else 1
-        target, exclude, metric = self.target_modules, self.exclude_modules, self.selection_metric
+        target, exclude = self.target_modules, self.exclude_modules
+        metric = None if self.selection_metric is None else self.selection_metric.removeprefix("eval_")
         return ResolvedConfig(
             method=self.method,
             soft=soft,
@@ -95,7 +99,8 @@ class PruningConfig(TargetFields, SearchFields, SoftFields, DistillFields, Train
             refit_rows=refit_rows,
             frozen_steps=frozen_steps,
             gumbel=gumbel,
-            selection_metric=None if metric is None else metric.removeprefix("eval_"),
+            selection_metric=metric,
+            selection_greater_is_better=self._selects_greater(metric),
             target_modules=None if target is None else listed(target),
             exclude_modules=None if exclude is None else listed(exclude),
             searches=num_candidates > 1,
@@ -105,3 +110,12 @@ class PruningConfig(TargetFields, SearchFields, SoftFields, DistillFields, Train
             soft_ramp=self.soft_ramp,
             last_level_weight=self.last_level_weight,
         )
+
+    def _selects_greater(self, metric: str | None) -> bool:
+        """Return whether a greater value of the selection metric (without its prefix `eval_`) is better."""
+        if metric is None or metric in SELECTION_LOSSES:
+            return False
+        if self.selection_greater_is_better is not None:
+            return self.selection_greater_is_better
+        same = (self.metric_for_best_model or "").removeprefix("eval_") == metric
+        return greater_is_better(metric) if not same or self.greater_is_better is None else self.greater_is_better

@@ -6,7 +6,8 @@ from ..masking.base import Pattern
 from ..masking.schedule import LevelPlan
 from ..methods.gumbel import GumbelOptions
 
-_SAME_NAME = ("method", "sparsity", "scope", "criterion", "num_candidates", "refit_rows", "frozen_steps")
+_SAME_NAME = "method sparsity scope criterion num_candidates refit_rows frozen_steps"
+_SAME_NAME += " selection_metric selection_greater_is_better"
 _LISTS = ("levels", "proposals", "target_modules", "exclude_modules")
 _GUMBEL_NAMES = {"logit_rate": "learning_rate", "scale_rate": "scale_learning_rate"}
 
@@ -24,6 +25,7 @@ class ResolvedConfig:
         proposals, target_modules, exclude_modules: tuples, also where one string was given.
         gumbel: options of the Gumbel method; None for other methods.
         selection_metric: without its prefix `eval_`; None where a run takes the teacher's soft labels or the loss.
+        selection_greater_is_better: direction of `selection_metric`; False for the two losses.
         searches: whether a level has more than one candidate.
         scores_after_refit: whether candidates are scored right after their refit (if they have one), without training.
         needs_selection_split: whether the run makes a choice that must not look at the evaluation data.
@@ -43,6 +45,7 @@ class ResolvedConfig:
     frozen_steps: float
     gumbel: GumbelOptions | None
     selection_metric: str | None
+    selection_greater_is_better: bool
     target_modules: tuple[str, ...] | None
     exclude_modules: tuple[str, ...] | None
     searches: bool
@@ -76,7 +79,7 @@ class ResolvedConfig:
 
     def record(self) -> dict[str, object]:
         """Return the resolved values under the names of their fields, with lists for tuples, to be written down."""
-        values: dict[str, object] = {name: getattr(self, name) for name in (*_SAME_NAME, "selection_metric")}
+        values: dict[str, object] = {name: getattr(self, name) for name in _SAME_NAME.split()}
         for name in _LISTS:
             value = getattr(self, name)
             values[name] = None if value is None else list(value)

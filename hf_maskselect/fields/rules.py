@@ -3,6 +3,7 @@
 import difflib
 import functools
 import math
+import re
 import types
 import typing
 from collections.abc import Collection, Sequence
@@ -15,6 +16,14 @@ METHODS = ("random", *CRITERIA, *SOFT_METHODS)
 SELECTIONS = ("halving", "survivors", "early")
 SELECTION_LOSSES = ("loss", "teacher")
 
+# Words in names of metrics, and endings of words. Metrics without any of them are greater is better.
+_LOWER = "losses errors err mistakes miss misclassification false mase rae rse medae msle rmsle crps pinball brier ece"
+_LOWER += " mce hinge hamming deviance distance divergence kl kld xent ce nll ppl bpc bpb bits wer cer mer ter der eer"
+_LOWER += " fpr fnr fdr cost risk regret fid lpips"
+_LOWER_ENDINGS = ("loss", "error", "mse", "mae", "mape", "entropy", "perplexity")
+_GREATER = "accuracy acc f precision recall auc auroc auprc likelihood correlation kappa bleu rouge iou dice map mrr"
+_NEGATED = ("neg", "negative", "negated", "minus")  # as a first word, as in scikit-learn
+
 _TYPES: dict[object, str] = {
     int: "a whole number",
     float: "a finite number",
@@ -23,6 +32,19 @@ _TYPES: dict[object, str] = {
     list[float]: "a list of finite numbers, such as [0.5, 0.9]",
     list[str]: "a list of text",
 }
+
+
+def greater_is_better(metric: str) -> bool:
+    """Return whether a greater value of a metric is better, by its name: True unless it is a known loss or error.
+
+    Of several words the last known one decides: "accuracy_loss" is a loss. A first word "neg" turns it round.
+    """
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", metric.removeprefix("eval_"))
+    words = [word.lower() for word in words]
+    for word in reversed(words):
+        if word in _GREATER.split() or word in _LOWER.split() or word.endswith(_LOWER_ENDINGS):
+            return (word in _GREATER.split()) != (words[0] in _NEGATED)
+    return True
 
 
 def option(default: typing.Any, text: str, choices: Sequence[str] | None = None) -> typing.Any:

@@ -6,7 +6,17 @@ from ..masking.proposals import parse_proposal
 from ..masking.scores import CRITERIA
 from ..masking.votes import SAMPLING_RATIOS
 from .resolved import ResolvedConfig
-from .rules import SELECTIONS, check_choice, check_least, check_positive, check_types, listed, no_meaning, option
+from .rules import (
+    SELECTION_LOSSES,
+    SELECTIONS,
+    check_choice,
+    check_least,
+    check_positive,
+    check_types,
+    listed,
+    no_meaning,
+    option,
+)
 
 
 @dataclass
@@ -43,9 +53,12 @@ class SearchFields:
             all of them.
         selection_metric (`str`, *optional*): the score of a trial on the held-out rows: `"loss"` (the label loss),
             `"teacher"` (cross-entropy against the teacher's soft labels; both lower is better), or a key of
-            `compute_metrics`, with or without `eval_` (higher is better; the paper's choice). Defaults to `"teacher"`
-            where a teacher distils a classification, else to `"loss"`: once the teacher is over-confident, the label
-            loss prefers candidates that have learned less from it.
+            `compute_metrics`, with or without `eval_` (the paper's choice). Defaults to `"teacher"` where a teacher
+            distils a classification, else to `"loss"`: once the teacher is over-confident, the label loss prefers
+            candidates that have learned less from it.
+        selection_greater_is_better (`bool`, *optional*): direction of a key of `compute_metrics`. Defaults to
+            `greater_is_better` where the key is `metric_for_best_model`, else to what its name says: False for losses
+            and errors such as `"rmse"`, `"wer"` or `"perplexity"`, True for all others.
         refit_rows (`int`, *optional*): train rows for the refit of every cut matrix (hard masks): least squares over
             its kept weights against its output before the cut (see [`refit`]); at most so many rows as have 16,384
             tokens. A refit row costs as much as two training rows. Defaults to 256, and to 0 (off) where `criterion`
@@ -67,6 +80,7 @@ class SearchFields:
     selection_metric: str | None = option(
         None, "loss, teacher, or a key of compute_metrics (teacher where there is one)."
     )
+    selection_greater_is_better: bool | None = option(None, "Direction of selection_metric (by its name).")
     refit_rows: int | None = option(None, "Train rows that cut matrices are refitted on (256; magnitude 0).")
 
     def _check_search_values(self) -> None:
@@ -105,6 +119,9 @@ class SearchFields:
             if settings.searches:
                 why = "which has one deterministic mask: use method='random' to choose among several"
                 raise no_meaning("num_candidates", self.num_candidates, f"method={method!r}", why)
+        if self.selection_greater_is_better and settings.selection_metric in (None, *SELECTION_LOSSES):
+            beside, why = f"selection_metric={self.selection_metric!r}", "which is a loss: leave it unset"
+            raise no_meaning("selection_greater_is_better", True, beside, why)
         if self.criterion_batches == 0 and settings.criterion != "magnitude":
             remedy = "leave criterion unset with proposals='paper'" if method == "random" else "use method='magnitude'"
             raise ValueError(

@@ -34,8 +34,8 @@ class Candidate:
 
     @property
     def order(self) -> tuple[float, int]:
-        """Sort key by the last score: see `order_of`."""
-        return order_of(self.scores[-1], self.index)
+        """Sort key by the last score, if there is one: see `order_of`."""
+        return order_of(self.scores[-1] if self.scores else 0.0, self.index)
 
 
 @dataclass
@@ -77,7 +77,7 @@ class LevelSearch:
         trained = any(c.steps for c in self.candidates)
         scores = [f"rung {i + 1}" if trained else "after refit" for i in range(rungs)]
         header = ["#", "proposal", "overlap", *scores, "steps", ""]
-        ranked = sorted(self.candidates, key=lambda c: (-len(c.scores), c.scores[-1] if c.scores else 0, c.index))
+        ranked = sorted(self.candidates, key=lambda c: (-len(c.scores), c.order))
         rows = [
             [c.index, c.proposal, f"{c.overlap:.3f}", *(f"{s:.4f}" for s in c.scores), *[""] * (rungs - len(c.scores))]
             + [c.steps, "<- chosen" if c.chosen else ""]

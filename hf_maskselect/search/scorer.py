@@ -32,7 +32,9 @@ class Scorer:
 
     @torch.no_grad()
     def score(self) -> float:
-        """Return the loss on the held-out rows (mean over rows) or minus the metric: lower is better.
+        """Return the loss on the held-out rows (mean over rows) or the metric, of which lower is better.
+
+        A metric of which greater is better gets a minus.
 
         Raises:
             ValueError: the evaluation does not return the metric, or it is no number.
@@ -42,7 +44,8 @@ class Scorer:
             self._trainer.model.eval()
             if self._trainer.selection_metric in SELECTION_LOSSES:
                 return self._mean_loss()
-            return -self._metric()
+            metric = self._metric()
+        return -metric if self._trainer.args.resolved().selection_greater_is_better else metric
 
     def _metric(self) -> float:
         """Return the selection metric of the held-out rows, as `evaluate` computes it, without a trace of it."""
