@@ -22,7 +22,7 @@ FLOORS = (
     ("storage",),
     ("fields",),
     ("config",),
-    ("search", "distillation", "export"),
+    ("search", "distillation", "export", "runtime"),
     ("reporting",),
     ("training",),
     ("trainer",),

@@ -1,0 +1,106 @@
+"""Time the products on this machine, and choose the fastest for each number of rows."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .kernels import BLOCK, INT8_KINDS, missing, quantized_rows
+from .linears import Choice, CpuLinear, ExactLinear, Int8Linear, Int8Plan, Step
+
+Times = dict[int, dict[str, float]]  # rows -> kind -> seconds
+_SPARSE = {"csr": 0.6, "1x4": 0.4}  # the least share of zeros, or of zero blocks, at which a sparse product is tried
+_SECONDS = 0.1  # time spent on one kind at one number of rows
+_BYTES = {"dense": 4.0, "onednn": 4.0, "bf16": 2.0, "int8": 1.0}
+
+
+def zeros_of(weight: Tensor, kind: str) -> float:
+    """Return the share of a matrix's entries that a sparse product skips; 0 for dense products."""
+    if kind == "1x4" and weight.shape[1] % BLOCK == 0:
+        return float((weight.reshape(-1, BLOCK) == 0).all(1).float().mean())
+    return float((weight == 0).float().mean()) if kind == "csr" else 0.0
+
+
+def usable(weight: Tensor, kinds: Sequence[str]) -> list[str]:
+    """Return those of the kinds that work here and may pay for this matrix."""
+    return [kind for kind in kinds if not missing(kind) and zeros_of(weight, kind) >= _SPARSE.get(kind, 0.0)]
+
+
+class Timer:
+    """Times kinds of products. Matrices of one shape and nearly one sparsity are timed once."""
+
+    def __init__(self, counts: Sequence[int]) -> None:
+        self.counts = sorted(set(counts))
+        self._times: dict[tuple, dict[int, float]] = {}
+
+    def times(self, weight: Tensor, kinds: Sequence[str]) -> Times:
+        """Return the seconds of each kind at each number of rows."""
+        keys = {kind: (kind, *weight.shape, round(zeros_of(weight, kind) * 20)) for kind in kinds}
+        new = {kind: built(kind, weight) for kind, key in keys.items() if key not in self._times}
+        for count in self.counts if new else ():
+            rows = torch.randn(count, weight.shape[1])
+            jobs = {kind: (lambda linear=linear, rows=rows: linear(rows)) for kind, linear in new.items()}
+            for kind, seconds in least_seconds(jobs).items():
+                self._times.setdefault(keys[kind], {})[count] = seconds
+        return {count: {kind: self._times[key][count] for kind, key in keys.items()} for count in self.counts}
+
+
+def built(kind: str, weight: Tensor) -> CpuLinear:
+    """Build a layer of one kind, to be timed."""
+    choice, weight = Choice.always(kind), weight.detach()
+    if kind not in INT8_KINDS:
+        return ExactLinear(choice, weight, torch.zeros(len(weight)))
+    step = Step(0.03, 128)
+    return Int8Linear(Int8Plan(choice, *quantized_rows(weight), torch.zeros(len(weight)), step, step))
+
+
+def least_seconds(jobs: Mapping[str, Callable[[], object]], seconds: float = _SECONDS) -> dict[str, float]:
+    """Call the jobs in turns, for about `seconds` each and at least three times; returns the least of each."""
+    least = dict.fromkeys(jobs, float("inf"))
+    for job in jobs.values():
+        job()
+    for turn in range(50):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            least[name] = min(least[name], time.perf_counter() - start)
+        if turn >= 2 and (turn + 1) * max(least.values()) > seconds:
+            break
+    return least
+
+
+def fastest(times: Times, weight: Tensor) -> Choice:
+    """Choose the fastest kind for each number of rows.
+
+    If the forms of several kinds take more memory than float32, one kind is chosen: that which loses least to the
+    fastest, summed over the numbers of rows, among those that are nowhere slower than the best dense kind.
+    """
+    best = {count: min(by_kind, key=by_kind.__getitem__) for count, by_kind in sorted(times.items())}
+    names = set(best.values())
+    if sum(_bytes(kind, weight) for kind in names) > 4 or len(names) == 1:
+        return Choice.always(_one_kind(times))
+    kinds: list[tuple[int, str]] = []
+    for count, kind in best.items():
+        if kinds and kinds[-1][1] == kind:
+            kinds.pop()
+        kinds.append((count, kind))
+    return Choice(tuple(kinds))
+
+
+def _one_kind(times: Times) -> str:
+    def loss(kind: str) -> tuple[bool, float]:
+        ratios = [by_kind[kind] / min(by_kind.values()) for by_kind in times.values()]
+        dense = [
+            min((s for k, s in by_kind.items() if k in _BYTES), default=float("inf")) for by_kind in times.values()
+        ]
+        slower = any(by_kind[kind] > best for by_kind, best in zip(times.values(), dense, strict=True))
+        return slower, sum(ratios)
+
+    return min(next(iter(times.values())), key=loss)
+
+
+def _bytes(kind: str, weight: Tensor) -> float:
+    """Return the bytes a weight: an index of a CSR weight has four, that of a block one."""
+    kept = 1 - zeros_of(weight, kind)
+    return _BYTES.get(kind, 8 * kept if kind == "csr" else 1.5 * kept)

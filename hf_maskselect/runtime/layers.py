@@ -1,0 +1,192 @@
+"""A whole layer of the BERT family or MPNet in 8 bits, with one rounding for query, key and value.
+
+Numbers stay in 8 bits from one product to the next where nothing but rounding lies between them. Rows go through the
+layer in pieces that fit into the cache, and threads share the pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.bert.modeling_bert import BertLayer
+from transformers.models.camembert.modeling_camembert import CamembertLayer
+from transformers.models.electra.modeling_electra import ElectraLayer
+from transformers.models.mpnet.modeling_mpnet import MPNetLayer
+from transformers.models.roberta.modeling_roberta import RobertaLayer
+from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLayer
+
+from .linears import TOKENS, Int8Plan, Int8Product, Step, Unsaved
+from .threads import pieces_of, share
+
+_BERT = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "context": "attention.output.dense",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "first_norm": "attention.output.LayerNorm",
+    "second_norm": "output.LayerNorm",
+    "activation": "intermediate.intermediate_act_fn",
+    "attention": "attention.self",
+}
+_MPNET = {
+    **_BERT,
+    **{"query": "attention.attn.q", "key": "attention.attn.k", "value": "attention.attn.v"},
+    **{"context": "attention.attn.o", "first_norm": "attention.LayerNorm", "attention": "attention.attn"},
+}
+FAMILIES: dict[type[nn.Module], dict[str, str]] = {
+    **dict.fromkeys((BertLayer, RobertaLayer, XLMRobertaLayer, CamembertLayer, ElectraLayer), _BERT),
+    MPNetLayer: _MPNET,
+}
+LINEARS = ("query", "key", "value", "context", "up", "down")
+_CENTER = 128  # the zero point of query, key and value, which are centred
+
+
+def parts_of(layer: nn.Module) -> dict[str, nn.Module] | None:
+    """Return the modules of a layer by their task; None if it is of another family, or a decoder's."""
+    names = FAMILIES.get(type(layer))
+    if names is None or (not isinstance(layer, MPNetLayer) and layer.is_decoder):
+        return None
+    return {task: layer.get_submodule(name) for task, name in names.items()}
+
+
+class FusedLayer(Unsaved):
+    """A layer in 8 bits; its class is also a subclass of the layer's class, so that hidden states are recorded.
+
+    Attention multiplies in bf16 where `bf16` says so, otherwise in float32 by torch's own attention.
+    """
+
+    def __init__(self, layer: nn.Module, plans: Mapping[str, Int8Plan], bf16: bool) -> None:
+        nn.Module.__init__(self)  # not that of the layer's class, which would make its modules
+        parts = parts_of(layer)
+        assert parts is not None
+        self.returns_tuple = isinstance(layer, MPNetLayer)
+        self.first_norm, self.second_norm = parts["first_norm"], parts["second_norm"]
+        self.activation, self.bf16 = parts["activation"], bf16
+        attention: Any = parts["attention"]
+        self.heads, self.head_size = attention.num_attention_heads, attention.attention_head_size
+        three = [plans[task] for task in ("query", "key", "value")]
+        # The three outputs leave one product, with the scale 1: their own scales are moved into the weights.
+        units = [max(plan.output.scale, torch.finfo(torch.float32).tiny) for plan in three]
+        scales = torch.cat([plan.scales / unit for plan, unit in zip(three, units, strict=True)])
+        biases = [torch.zeros(len(plan.scales)) if plan.bias is None else plan.bias for plan in three]
+        bias = torch.cat([each / unit for each, unit in zip(biases, units, strict=True)])
+        values = torch.cat([plan.values for plan in three])
+        self._three = Int8Product(three[0].choice, values, scales, bias, Step(1.0, _CENTER))
+        self._alpha = units[0] * units[1] / self.head_size**0.5
+        context, up, down = (plans[task] for task in ("context", "up", "down"))
+        self._input, self._up_input, self._down_input = three[0].input, up.input, down.input
+        self._context_input = Step(context.input.scale / units[2], context.input.zero)
+        # The context comes in units of the value's scale.
+        scales = context.scales * units[2]
+        self._context = Int8Product(context.choice, context.values, scales, context.bias, context.output)
+        self._up = Int8Product(up.choice, up.values, up.scales, up.bias, up.output)
+        self._down = Int8Product(down.choice, down.values, down.scales, down.bias, down.output)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """Compute the layer. hidden_states: float32 (rows, tokens, width); returns the same shape.
+
+        Raises:
+            ValueError: the attention probabilities are asked for, or the input is not float32.
+        """
+        if options.get("output_attentions"):
+            raise ValueError("the CPU model keeps no attention probabilities: leave output_attentions out")
+        if hidden_states.dtype != torch.float32:
+            raise ValueError(f"the CPU model got {hidden_states.dtype}: call it outside of autocast")
+        with torch.no_grad():
+            output = self._layer(hidden_states.detach(), *_masks(attention_mask, position_bias))
+        return (output,) if self.returns_tuple else output
+
+    def _layer(self, states: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+        rows, tokens, width = states.shape
+        output = torch.empty_like(states, memory_format=torch.contiguous_format)
+        if not states.numel():
+            return output
+        if rows >= torch.get_num_threads():
+
+            def work(piece: slice) -> None:
+                part = states[piece]
+                query, key, value = self._project(part)
+                masks = [None if each is None else each[piece] if len(each) > 1 else each for each in (mask, bias)]
+                output[piece] = self._finish(part, query, key, value, *masks)
+
+            share(work, pieces_of(rows, max(1, TOKENS // tokens)))
+            return output
+        three = states.new_empty(3, rows, self.heads, tokens, self.head_size, dtype=self._dtype)
+
+        def project(piece: slice) -> None:
+            three[:, :, :, piece] = self._project(states[:, piece])
+
+        def finish(piece: slice) -> None:
+            masks = [None if e is None else e[:, :, piece] if e.shape[2] > 1 else e for e in (mask, bias)]
+            query, key, value = three
+            output[:, piece] = self._finish(states[:, piece], query[:, :, piece], key, value, *masks)
+
+        pieces = pieces_of(tokens, max(1, TOKENS // rows))
+        share(project, pieces)
+        share(finish, pieces)
+        return output
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    def _project(self, states: Tensor) -> Tensor:
+        """Return query, key and value as whole numbers, (3, rows, heads, tokens, size)."""
+        rows, tokens, width = states.shape
+        numbers = self._three(self._input.quantize(states.reshape(-1, width)))
+        numbers = numbers.view(rows, tokens, 3, self.heads, self.head_size).permute(2, 0, 3, 1, 4)
+        return torch.empty(numbers.shape, dtype=self._dtype).copy_(numbers)
+
+    def _finish(
+        self, states: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """Attend, and compute the rest of the layer for the tokens of `states`."""
+        rows, tokens, width = states.shape
+        context = self._attend(query, key, value, mask, bias).transpose(1, 2)
+        context = torch.empty(context.shape, dtype=torch.float32).copy_(context).view(rows * tokens, -1)
+        attended = self._context(self._context_input.quantize(context)).add_(states.reshape(-1, width))
+        attended = self.first_norm(attended)
+        inner = self.activation(self._up(self._up_input.quantize(attended)))
+        output = self._down(self._down_input.quantize(inner)).add_(attended)
+        return self.second_norm(output).view(rows, tokens, width)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Return the context (rows, heads, tokens, size) in units of the value's scale."""
+        if not self.bf16:
+            both = mask if bias is None else bias if mask is None else mask + bias
+            return nn.functional.scaled_dot_product_attention(query, key, value, both, scale=self._alpha)
+        shape = (*query.shape[:3], key.shape[2])
+        query, key, value = (each.flatten(0, 1) for each in (query, key, value))
+        scores = query.new_empty(len(query), *shape[2:])
+        scores = torch.baddbmm(scores, query, key.transpose(1, 2), beta=0, alpha=self._alpha, out=scores)
+        for each in (mask, bias):
+            if each is not None:
+                scores.view(shape).add_(each)
+        shares = scores.softmax(-1, dtype=torch.float32).bfloat16()
+        return torch.bmm(shares, value).view(*shape[:3], -1)
+
+
+def fuse(layer: nn.Module, plans: Mapping[str, Int8Plan], bf16: bool) -> FusedLayer:
+    """Return the layer in 8 bits. plans: those of its six linear layers, by task."""
+    kind = type(f"Fused{type(layer).__name__}", (FusedLayer, type(layer)), {})
+    return kind(layer, plans, bf16)
+
+
+def _masks(mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return masks as numbers to add; None for one that masks nothing."""
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape).masked_fill_(~mask, -1e30) if not mask.all() else None
+    elif mask is not None and not mask.any():
+        mask = None
+    return mask, bias

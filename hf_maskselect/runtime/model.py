@@ -1,0 +1,73 @@
+"""Put faster layers into a model, in place of its linear layers or of its whole layers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from ..masking.targets import prunable_weights
+from .layers import FAMILIES, LINEARS, fuse, parts_of
+from .linears import Choice, ExactLinear, Int8Linear, Int8Plan
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class ExactPlan:
+    """A linear layer without 8-bit numbers: its kinds, weight (out, in) and bias (out,)."""
+
+    choice: Choice
+    weight: Tensor
+    bias: Tensor | None
+
+
+Plans = Mapping[str, ExactPlan | Int8Plan]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How whole layers are computed. fused: in 8 bits where all six linear layers are; bf16: attention in bf16."""
+
+    fused: bool = True
+    bf16: bool = False
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers that may be replaced: those of the encoder.
+
+    Raises:
+        ValueError: there are none.
+    """
+    names = [name.removesuffix(".weight") for name in prunable_weights(model)]
+    linears = [name for name in names if isinstance(model.get_submodule(name), nn.Linear)]
+    if not linears:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layers in its encoder: the CPU runtime has nothing to do"
+        )
+    return linears
+
+
+def layers_of(model: nn.Module) -> dict[str, dict[str, str]]:
+    """Return the layers that can be fused: name -> {task: name of its linear layer}."""
+    found = {}
+    for name, module in model.named_modules():
+        if parts_of(module) is not None:
+            found[name] = {task: f"{name}.{FAMILIES[type(module)][task]}" for task in LINEARS}
+    return found
+
+
+def install(model: M, plans: Plans, attention: Attention) -> M:
+    """Replace layers in place, and return the model in eval mode, without gradients."""
+    plans = dict(plans)
+    for name, tasks in layers_of(model).items():
+        six = {task: plans.get(linear) for task, linear in tasks.items()}
+        chosen = {task: plan for task, plan in six.items() if isinstance(plan, Int8Plan)}
+        if attention.fused and len(chosen) == len(LINEARS):
+            model.set_submodule(name, fuse(model.get_submodule(name), chosen, attention.bf16))
+            for linear in tasks.values():
+                del plans[linear]
+    for name, plan in plans.items():
+        built = Int8Linear(plan) if isinstance(plan, Int8Plan) else ExactLinear(plan.choice, plan.weight, plan.bias)
+        model.set_submodule(name, built)
+    return model.eval().requires_grad_(False)

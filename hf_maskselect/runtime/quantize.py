@@ -1,0 +1,141 @@
+"""Ranges of the numbers that go in and out of linear layers, observed on calibration rows, and what 8 bits cost."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .linears import Step
+
+RANGES = ("minmax", "percentile", "mse")
+_SAMPLES = 2048  # values of one batch that are kept for percentiles and errors
+_TAIL = 1e-4  # share of the values beyond each end that a percentile leaves out
+Batch = Mapping[str, Tensor]
+
+
+def batches_of(calibration: Iterable[Mapping[str, Any]], model: PreTrainedModel) -> list[dict[str, Tensor]]:
+    """Return calibration rows or batches as batches of what the model takes, without labels.
+
+    Raises:
+        ValueError: there are fewer than two, a row is no mapping, or its token ids are not of this model.
+    """
+    name, batches = model.main_input_name, []
+    for row in calibration:
+        if not isinstance(row, Mapping) or name not in row:
+            raise ValueError(
+                f"a calibration row is {type(row).__name__} without {name}: give tokenized rows or batches"
+            )
+        kept = {key: value for key, value in row.items() if key in (name, "attention_mask", "token_type_ids")}
+        batch = {key: torch.as_tensor(value) for key, value in kept.items()}
+        if name == "input_ids":
+            batch = {key: value[None] if value.dim() == 1 else value for key, value in batch.items()}
+            embeddings: Any = model.get_input_embeddings()
+            ids, size = batch[name], len(embeddings.weight)
+            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+                raise ValueError(
+                    f"calibration rows hold the token id {int(ids.max())}, but the model has {size} tokens: use the "
+                    "model's own tokenizer"
+                )
+        batches.append(batch)
+    if len(batches) < 2:
+        raise ValueError(
+            f"calibration has {len(batches)} rows: give tokenized rows of the train split, such as 128, since int8 "
+            "needs the ranges of the activations"
+        )
+    return batches
+
+
+@dataclass
+class Observed:
+    """Values of one tensor over all calibration rows: exact extremes, and a sample."""
+
+    low: float = 0.0
+    high: float = 0.0
+    samples: Tensor = torch.empty(0)
+
+    def add(self, values: Tensor) -> None:
+        """Observe a tensor."""
+        values = values.detach().reshape(-1).float()
+        if values.numel():
+            self.low = min(self.low, float(values.min()))
+            self.high = max(self.high, float(values.max()))
+            stride = max(1, values.numel() // _SAMPLES)
+            self.samples = torch.cat([self.samples, values[::stride]])
+
+    def ends(self, how: str) -> tuple[float, float]:
+        """Return the range that 8 bits cover: all, all but the tails, or that of the least squared error."""
+        if how == "percentile":
+            low, high = self.samples.quantile(torch.tensor([_TAIL, 1 - _TAIL])).tolist()
+            return min(low, 0.0), max(high, 0.0)
+        if how == "mse":
+            shares = [1 - 0.04 * step for step in range(20)]
+            return min(((self.low * s, self.high * s) for s in shares), key=lambda ends: self._error(*ends))
+        return self.low, self.high
+
+    def step(self, how: str) -> Step:
+        """Return the steps over the range."""
+        low, high = self.ends(how)
+        scale = max((high - low) / 255, 1e-12)
+        return Step(scale, min(255, max(0, round(-low / scale))))
+
+    def centred(self, how: str) -> Step:
+        """Return steps with zero in the middle."""
+        low, high = self.ends(how)
+        return Step(max(-low, high, 1e-10) / 127, 128)
+
+    def _error(self, low: float, high: float) -> float:
+        scale = max((high - low) / 255, 1e-12)
+        zero = min(255, max(0, round(-low / scale)))
+        rounded = torch.fake_quantize_per_tensor_affine(self.samples, scale, zero, 0, 255)
+        return float((rounded - self.samples).square().mean())
+
+
+@torch.no_grad()
+def observe(model: nn.Module, names: Sequence[str], batches: Iterable[Batch]) -> dict[str, tuple[Observed, Observed]]:
+    """Return what goes into and out of the named linear layers, over all batches."""
+    seen = {name: (Observed(), Observed()) for name in names}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[name][0].add(inputs[0])
+            seen[name][1].add(output)
+
+        return record
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    try:
+        for batch in batches:
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+class Judge:
+    """Says how far a model's outputs are from those of the model that it was made with, over some batches."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+        self._batches = batches
+        self._reference = self._outputs(model)
+
+    def __call__(self, model: nn.Module) -> float:
+        """Return the mean KL divergence of the logits, in nats.
+
+        For a model without classes it is the squared error of its first output, as a share of its variance.
+        """
+        pairs = list(zip(self._outputs(model), self._reference, strict=True))
+        if self._classes:
+            terms = [nn.functional.kl_div(a, b, log_target=True, reduction="none").sum(-1).flatten() for a, b in pairs]
+            return float(torch.cat(terms).mean())
+        errors = torch.cat([(a - b).square().flatten() for a, b in pairs])
+        return float(errors.mean() / torch.cat([b.flatten() for _, b in pairs]).var().clamp(min=1e-12))
+
+    @torch.no_grad()
+    def _outputs(self, model: nn.Module) -> list[Tensor]:
+        outputs = [model(**batch) for batch in self._batches]
+        self._classes = "logits" in outputs[0] and outputs[0].logits.shape[-1] > 1
+        return [output.logits.log_softmax(-1) if self._classes else output[0] for output in outputs]
