@@ -1,7 +1,9 @@
 """`PruningTrainer`: a `Trainer` that prunes the model it fine-tunes. Overrides are short and call `super()`."""
 
+import functools
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +49,7 @@ from .training.run import PruningRun, make_method, run_fields
 from .training.run_optimizers import RunOptimizers
 from .training.sigterm import CheckpointTogether
 from .utils.processes import Processes
-from .utils.swapped import overrides
+from .utils.swapped import overrides, swapped
 from .utils.wrappers import plain_model
 
 
@@ -288,6 +290,23 @@ class PruningTrainer(Distilled, RunOptimizers, AtomicCheckpoints, Trainer):
                     run.write_to(folder)
                 elif self.args.pack_on_save:
                     pack(folder, folder)
+
+    def _write_checkpoint(self, model, trial, final: Path) -> None:
+        own = any(overrides(self, name, PruningTrainer) for name in ("save_model", "_save"))
+        hooks = {"save_model": functools.partial(self._save_by, self.save_model)} if own else {}
+        with swapped(self, **hooks):
+            super()._write_checkpoint(model, trial, final)
+
+    def _save_by(self, save: Callable, folder: str, **kwargs) -> None:
+        """Write the model of a checkpoint by a method of a subclass, which may leave out what a resumed run needs."""
+        run = self.run
+        state, extra = self.pruning_state(), run.method.state_dict()
+        describe(self.model, state, run.settings)
+        with baked(run.method), own_names(self.model):
+            save(folder, **kwargs)
+        if self.args.should_save and self._work is None:  # else `_save` of this class was called
+            self._while_writing(folder, lambda: state.sealed(folder).save(folder, extra))
+            run.write_to(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self.run.check_resumes(resume_from_checkpoint, self.model, self.find_weights(self.model))

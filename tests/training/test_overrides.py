@@ -19,7 +19,7 @@ from transformers import Trainer, get_scheduler
 from transformers.optimization import Adafactor, AdafactorSchedule
 from transformers.trainer_callback import CallbackHandler
 
-from hf_maskselect import MaskSet, PruningTrainer
+from hf_maskselect import MaskSet, PruningState, PruningTrainer
 
 GUMBEL = METHODS[3]
 SEARCH = {"method": "random", "num_candidates": 2, "trial_steps": 2, "refit_rows": 0, "num_levels": 1}
@@ -61,6 +61,21 @@ class OwnClipping(PruningTrainer):
 class OwnLoading(PruningTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self.model.load_state_dict(load_file(f"{resume_from_checkpoint}/model.safetensors"), strict=False)
+
+
+class OwnSave(PruningTrainer):
+    def _save(self, output_dir=None, state_dict=None):
+        self.model.save_pretrained(output_dir)
+
+
+class OwnSaveModel(PruningTrainer):
+    def save_model(self, output_dir=None, _internal_call=False):
+        self.model.save_pretrained(output_dir)
+
+
+class MoreInSave(PruningTrainer):
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
 
 
 class OwnColumns(PruningTrainer):
@@ -181,6 +196,20 @@ def test_a_run_resumes_from_weights_that_a_subclass_loads(tmp_path, method):
     resumed = make_trainer(tmp_path, trainer=OwnLoading, **changes)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert same(weights_of(whole.model), weights_of(resumed.model))
+
+
+@pytest.mark.parametrize("kind", [OwnSave, pytest.param(OwnSaveModel, marks=pytest.mark.slow), MoreInSave])
+@pytest.mark.parametrize("method", [METHODS[3], pytest.param(METHODS[1], marks=pytest.mark.slow)])
+def test_a_run_resumes_from_what_a_subclass_saves(tmp_path, kind, method):
+    changes = {**method, "save_strategy": "steps", "save_steps": 6}
+    whole = trained(tmp_path, kind, **changes)
+    checkpoint = str(tmp_path / "checkpoint-6")
+    resumed = make_trainer(tmp_path, trainer=kind, **changes)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert same(weights_of(whole.model), weights_of(resumed.model))
+    state = PruningState.load(checkpoint)
+    state.check_saved(checkpoint)
+    assert state.masks.digest() == MaskSet.from_zeros(make().from_pretrained(checkpoint)).digest()
 
 
 def test_the_teacher_gets_its_columns(tmp_path):
