@@ -277,7 +277,7 @@ class PruningTrainer(Distilled, RunOptimizers, AtomicCheckpoints, Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         run = self.run
         run.method.attach(self.model)
-        state, extra = self.pruning_state(), run.method.state_dict()
+        state, extra = self._resumable(self.pruning_state()), run.method.state_dict()
         describe(self.model, state, run.settings)
         if self.is_fsdp_enabled:  # `state_dict` was gathered from the trained weights
             put_baked(run.method, state_dict)

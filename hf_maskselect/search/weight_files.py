@@ -124,6 +124,20 @@ class LevelBest:
             own[name].copy_(weight)
         return True
 
+    def digests(self) -> dict[str, str]:
+        """Return {name of the file: digest of its weights and of what its header says}; empty without a file."""
+        fields = self._store.header(self.NAME)
+        return {self._path.name: header_checksum(fields)} if fields else {}
+
+    def check(self, expected: Mapping[str, str]) -> None:
+        """Raise a ValueError if there is a file, but not the one whose digest `expected` holds by its name."""
+        for name, digest in self.digests().items():
+            if expected.get(name) != digest:
+                raise ValueError(
+                    f"{self._path} is not the file that the checkpoint was saved with, but one of another level or "
+                    "run: restore it, or resume from another checkpoint"
+                )
+
     def copy_to(self, folder: str | os.PathLike) -> None:
         """Copy the file into a checkpoint, so that a run resumed from there knows the level's best so far."""
         if self._path.is_file():

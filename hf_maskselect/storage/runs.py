@@ -23,13 +23,14 @@ def checkpoints(folder: str | os.PathLike) -> dict[int, Path]:
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str | None:
-    """Return the complete checkpoint with the most steps in an output folder, or None.
+    """Return the checkpoint with the most steps in an output folder, or None.
 
-    Folders without the trainer's state or without the pruning state are skipped: they are not ours, or incomplete.
+    A folder with neither the pruning state nor the trainer's state is none. One with only one of them was a checkpoint
+    and has lost a file: it is returned, so that whoever resumes refuses it and does not fall back to an earlier one.
     """
     for path in reversed(checkpoints(folder).values()):
         finish(path)
-        if (path / STATE_FILE).is_file() and (path / TRAINER_STATE_NAME).is_file():
+        if (path / STATE_FILE).is_file() or (path / TRAINER_STATE_NAME).is_file():
             return str(path)
     return None
 

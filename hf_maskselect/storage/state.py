@@ -20,6 +20,7 @@ STATE_FILE = "pruning_state.safetensors"
 
 _FIELDS = {"method": str, "pattern": str, "sparsity": float, "step": int, "level": int, "seed": int, "start": float}
 _TEXTS = ("architecture", "weights", "config")
+_LATER = ("needs",)  # states of earlier versions lack it
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class PruningState:
 
     sparsity: target of the run; step: optimizer steps done; level: index of the level in force, -1 before the first
     cut; start: sparsity of the model that the run began with; architecture: class name of the model; weights, config:
-    SHA-256 of the saved weights and configuration, empty before they are saved.
+    SHA-256 of the saved weights and configuration, empty before they are saved; needs: the other files that a resume
+    needs, with digests where they have one, as JSON; empty where no run goes on from.
     """
 
     masks: MaskSet
@@ -42,17 +44,19 @@ class PruningState:
     architecture: str = ""
     weights: str = ""
     config: str = ""
+    needs: str = ""
 
     @property
     def fields(self) -> dict[str, str]:
         """All fields except the masks, as text."""
-        return {name: str(getattr(self, name)) for name in (*_FIELDS, *_TEXTS)}
+        return {name: str(getattr(self, name)) for name in (*_FIELDS, *_TEXTS, *_LATER)}
 
     @classmethod
     def from_fields(cls, masks: MaskSet, fields: Mapping[str, str]) -> PruningState:
         """Build a state from `fields`; raises a KeyError or ValueError for missing or unreadable ones."""
         values: dict[str, Any] = {name: kind(fields[name]) for name, kind in _FIELDS.items()}
-        return cls(masks, **values | {name: fields[name] for name in _TEXTS})
+        values |= {name: fields[name] for name in _TEXTS}
+        return cls(masks, **values | {name: fields.get(name, "") for name in _LATER})
 
     def sealed(self, folder: str | os.PathLike) -> PruningState:
         """Return this state with the digests of the saved weights, after `check_weights`, and of the configuration."""

@@ -5,16 +5,21 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..search.weight_files import LevelBest
 from ..storage.folders import of_model
 from ..storage.runs import last_checkpoint, rotate
+from ..storage.state import PruningState
 from ..utils.files import sync
 from ..utils.folders import STAGING, discarding, put, replacing_folder
+from .resumption import check_complete, needed_files
 
 
 class AtomicCheckpoints(Trainer):
@@ -29,7 +34,11 @@ class AtomicCheckpoints(Trainer):
     _work: Future | None = None  # the work of that thread
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """Train, or resume from the last complete checkpoint of `output_dir` if `resume_from_checkpoint` is True."""
+        """Train, or resume; from the last checkpoint of `output_dir` if `resume_from_checkpoint` is True.
+
+        Raises:
+            ValueError: there is no such checkpoint, or it lacks a file that a resume needs.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir or "")
             if resume_from_checkpoint is None:
@@ -37,6 +46,8 @@ class AtomicCheckpoints(Trainer):
                     f"{self.args.output_dir} has no complete checkpoint to resume from: start without "
                     "resume_from_checkpoint, or name the folder"
                 )
+        if resume_from_checkpoint:
+            check_complete(resume_from_checkpoint, self)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _run_epoch(self, *args, **kwargs) -> None:
@@ -89,6 +100,14 @@ class AtomicCheckpoints(Trainer):
         if self.args.should_save and self.args.save_total_limit == 1 and best:
             # `Trainer` would delete the others now, file by file.
             rotate(Path(self.state.best_model_checkpoint or "").parent, 1, best)
+
+    def _resumable(self, state: PruningState) -> PruningState:
+        """Return the state with the list of what a resume needs, inside a checkpoint."""
+        if not self._checkpointing:
+            return state
+        args: Any = self.args
+        best = LevelBest(args.output_dir or "") if args.level_eval_steps else None
+        return replace(state, needs=needed_files(self, best))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._checkpointing:  # else the folder does not have its name yet

@@ -24,6 +24,7 @@ from ..storage.state import PruningState, load_method_state
 from ..utils.processes import Processes
 from ..utils.seeds import key_seed
 from .checks import check_start
+from .resumption import check_function
 
 Log = Callable[[dict[str, float]], None]
 
@@ -87,6 +88,7 @@ class PruningRun:
         self._log, self._say = log, say
         self.level_best = LevelBest(config.output_dir or "") if config.level_eval_steps else None
         self.start = 0.0  # sparsity of the model that the run began with
+        self.at_level = -1  # level of the checkpoint that a run resumes from
         self.resumed = False  # whether `start` comes from a checkpoint
         self.planned = False
 
@@ -109,9 +111,16 @@ class PruningRun:
     def open(self, step: int) -> list[list[tuple[int, int]]]:
         """Clear what an earlier run left in the output folder, and connect the processes.
 
+        Args:
+            step: the optimizer steps that are done.
+
         Returns:
             (candidates, steps) of every rung, for each level.
+
+        Raises:
+            ValueError: a cut of the plan lies before `step`, but the checkpoint is without it.
         """
+        self._check_cuts(step)
         if self.config.should_save:
             self.search.clean(new_run=step == 0)
             if self.level_best and step == 0:
@@ -121,6 +130,18 @@ class PruningRun:
         longest = max((steps for level in rungs for _, steps in level), default=0)
         self.processes.open(self.config.ddp_timeout * max(1, -(-longest // 100)))
         return rungs
+
+    def _check_cuts(self, step: int) -> None:
+        """Raise a ValueError if the plan has a cut before `step` that was not made: nobody would make it any more."""
+        level = self.plan.level_at(step - 1)
+        if level < 0 or (self.at_level >= level if self.settings.soft else self.reached(level)):
+            return
+        raise ValueError(
+            f"the checkpoint of step {step} has sparsity {self.method.masks.sparsity():.4f}, but in a run of "
+            f"{self.plan.max_steps} steps to {self.settings.sparsity:g} in {len(self.plan.levels)} level(s) step "
+            f"{step} comes after the cut to {self.plan.levels[level]:.4f}, which would be skipped: resume with the "
+            "steps and levels of the checkpoint's run or with more steps, or start a new run from its model"
+        )
 
     # -- levels ------------------------------------------------------------------------------------------------------
 
@@ -252,17 +273,19 @@ class PruningRun:
         trainer_state = read_trainer_state(Path(checkpoint) / TRAINER_STATE_NAME)
         state.check_step(trainer_state["global_step"], checkpoint)
         state.masks.check_fits(weights)
+        check_function(checkpoint, model)
 
     def expect(self, checkpoint: str) -> None:
         """Take the start of the run from a checkpoint that will be loaded after the plan is made, as FSDP does."""
-        self.start, self.resumed = PruningState.load(checkpoint).start, True
+        state = PruningState.load(checkpoint)
+        self.start, self.at_level, self.resumed = state.start, state.level, True
 
     def resume(self, checkpoint: str, model: nn.Module) -> None:
         """Go on from a checkpoint whose weights the model has loaded."""
         state = PruningState.load(checkpoint)
         self.method.attach(model)
         self.method.load_state_dict(state.masks, load_method_state(checkpoint), state.step)
-        self.start, self.resumed = state.start, True
+        self.start, self.at_level, self.resumed = state.start, state.level, True
         self.search.recall(state.step, checkpoint)
         if self.level_best and self.config.should_save:
             self.level_best.copy_from(checkpoint)
