@@ -22,11 +22,13 @@ from pathlib import Path
 
 import torch
 import transformers.modeling_utils
-from tiny import make, make_trainer
+from tiny import make, make_trainer, save_pruned
 from transformers import BertForSequenceClassification
 
 import hf_maskselect.masking.maskset
-from hf_maskselect import prunable_weights
+from hf_maskselect import export_semi_structured, load_pruned, load_semi_structured, pack, prunable_weights
+from hf_maskselect.export import onnx
+from hf_maskselect.storage.pack import unpack
 from hf_maskselect.storage.runs import last_checkpoint
 from hf_maskselect.utils import folders
 from hf_maskselect.utils.digests import weights_digest
@@ -149,7 +151,78 @@ def checkpointed(place):
     return lambda: save(earlier), lambda: save(trainer), resumable
 
 
-WRITERS = {"save_model": saved, "checkpoint": checkpointed}
+def packed(place):
+    """`pack` over the packed file of an earlier model."""
+    earlier, source = place.root / "earlier", place.root / "source"
+
+    def prepare():
+        save_pruned(earlier, intermediate_size=32)
+        save_pruned(source, sparsity=0.5)
+        pack(earlier, place.out)
+
+    return prepare, lambda: pack(source, place.out), lambda: digest(load_pruned(place.out)[0])
+
+
+def packed_beside(place):
+    """`pack` into the folder of the model, over a file that rounds its values."""
+
+    def prepare():
+        save_pruned(place.out)
+        pack(place.out, place.out, values="bf16")
+
+    return prepare, lambda: pack(place.out, place.out), lambda: digest(load_pruned(place.out)[0])
+
+
+def unpacked(place):
+    """`unpack` in the folder of the packed file."""
+
+    def prepare():
+        save_pruned(place.root / "source")
+        pack(place.root / "source", place.out)
+
+    return prepare, lambda: unpack(place.out, place.out), lambda: digest(load_pruned(place.out)[0])
+
+
+def exported(place):
+    """The 2:4 export over that of an earlier model."""
+    earlier, source = place.root / "earlier", place.root / "source"
+
+    def prepare():
+        save_pruned(earlier, 0.5, "2:4", intermediate_size=32)
+        save_pruned(source, 0.5, "2:4")
+        export_semi_structured(earlier, place.out)
+
+    return prepare, lambda: export_semi_structured(source, place.out), lambda: digest(load_semi_structured(place.out))
+
+
+def graphed(place):
+    """The ONNX export over that of an earlier model. The exporter itself is slow, and writes two short files here."""
+    earlier, source = place.root / "earlier", place.root / "source"
+    vars(onnx)["_export"], vars(onnx)["_name_weights"] = short_export, lambda path, digest: None
+
+    def prepare():
+        save_pruned(earlier, intermediate_size=32)
+        save_pruned(source)
+        onnx.export_onnx(earlier, place.out)
+
+    return prepare, lambda: onnx.export_onnx(source, place.out), lambda: (place.out / "model.onnx").read_text()
+
+
+def short_export(model, folder, inputs, tolerance):
+    for name in ("model.onnx", "model.onnx.data"):
+        (folder / name).write_text(digest(model))
+    return onnx.OnnxReport(folder / "model.onnx", 0, 0, 0.0)
+
+
+WRITERS = {
+    "save_model": saved,
+    "checkpoint": checkpointed,
+    "pack": packed,
+    "pack_beside": packed_beside,
+    "unpack": unpacked,
+    "export": exported,
+    "onnx": graphed,
+}
 
 
 def no_exchange(first, second):

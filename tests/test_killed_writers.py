@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-WRITERS = ["save_model", "checkpoint"]
+WRITERS = ["save_model", "checkpoint", "pack", "pack_beside", "unpack", "export", "onnx"]
 
 
 def kill(folder, step, *jobs):

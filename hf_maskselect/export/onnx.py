@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import io
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..masking.targets import prunable_weights
-from ..storage.folders import check_output, copy_companions, find_folder
+from ..storage.derived import ONNX_FILE, ORIGIN, beside_model, weights_beside
+from ..storage.folders import check_output, find_folder
 from ..storage.models import load_strictly, model_class
 from ..storage.state import PruningState
 from ..storage.weights import check_unpacked
 from ..utils.wrappers import eager, plain_model
 
-ONNX_FILE = "model.onnx"
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime", "transformers.exporters")
 
 
@@ -68,6 +67,7 @@ def export_onnx(
         raise ValueError(f"export to ONNX needs {', '.join(missing)}: pip install -U 'hf_maskselect[onnx]'")
     output = Path(output)
     folder: Path | None = None
+    weights = ""
     model_or_path = plain_model(model_or_path)
     if isinstance(model_or_path, PreTrainedModel):
         model = model_or_path
@@ -80,6 +80,7 @@ def export_onnx(
         state = PruningState.find(folder)
         if state is not None:
             state.check_saved(folder)
+        weights = weights_beside(folder)
         model = load_strictly(model_class(folder)[0], folder, dtype=torch.float32)
     if model.dtype != torch.float32:
         raise ValueError(f"the model is {model.dtype}, which ONNX Runtime lacks on the CPU: export model.float()")
@@ -87,17 +88,13 @@ def export_onnx(
         raise ValueError(f"{type(model).__name__} takes {model.main_input_name}: pass a batch of that as inputs")
     training, device = model.training, model.device
     model.eval().cpu()
-    output.mkdir(parents=True, exist_ok=True)
     try:
-        # The graph moves into place once it has been compared; uploads skip names that begin with an underscore.
-        with tempfile.TemporaryDirectory(dir=output, prefix="_onnx-") as temporary:
-            report = _export(model, Path(temporary), inputs, tolerance)
-            for path in sorted(Path(temporary).iterdir()):
-                os.replace(path, output / path.name)
+        with beside_model(folder, output, lambda: weights) as new:
+            report = _export(model, new, inputs, tolerance)
+            if weights:
+                _name_weights(new / ONNX_FILE, weights)
     finally:
         model.train(training).to(device)
-    if folder is not None:
-        copy_companions(folder, output)
     return replace(report, path=output / ONNX_FILE)
 
 
@@ -121,6 +118,15 @@ def _export(model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor] |
             "was not written: try other versions of torch, onnx and onnxscript"
         )
     return OnnxReport(folder / ONNX_FILE, zeros, folded, difference)
+
+
+def _name_weights(path: Path, digest: str) -> None:
+    """Write the digest of the weights into a graph, whose large constants stay in their own file."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False)
+    graph.metadata_props.add(key=ORIGIN, value=digest)
+    onnx.save(graph, path)
 
 
 def _token_rows(model: PreTrainedModel, rows: int, length: int) -> dict[str, Tensor]:

@@ -24,7 +24,15 @@ from torch.sparse import (
 from transformers import PreTrainedModel
 
 from ..masking.targets import prunable_weights, transposed_weights
-from ..storage.folders import check_output, copy_companions, find_folder
+from ..storage.derived import (
+    ORIGIN,
+    SEMI_STRUCTURED_FILE,
+    TIMING_FILE,
+    add_card_without_times,
+    beside_model,
+    weights_beside,
+)
+from ..storage.folders import check_output, find_folder
 from ..storage.models import config_digest, load_strictly, model_class, own_names, skeleton
 from ..storage.pack import open_packed
 from ..storage.packed_file import PackedFile, PackedWriter, PackItem
@@ -33,14 +41,10 @@ from ..storage.two_of_four import check_groups, compress, layout_of
 from ..storage.weights import check_present, saved_tensors
 from ..utils.files import read_json, write_json
 from ..utils.reading import build, typed
-from ..utils.tables import without_section
 from ..utils.wrappers import plain_model
 
-SEMI_STRUCTURED_FILE = "semi_structured_model.safetensors"
-TIMING_FILE = "semi_structured_timing.json"
 MODES = ("eager", "compiled")
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
-SPEED_HEADING = "## Speed on sparse tensor cores"
 BACKENDS = {"cusparselt": SparseSemiStructuredTensorCUSPARSELT, "cutlass": SparseSemiStructuredTensorCUTLASS}
 # torch accepts bfloat16 and float16 matrices whose rows and columns are multiples of these.
 _MULTIPLES = {"cusparselt": (16, 16), "cutlass": (32, 64)}
@@ -56,10 +60,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class Timing:
-    """The result of `time_export` on one kind of device: a choice for plain ("eager") and for compiled use."""
+    """The result of `time_export` on one kind of device: a choice for plain ("eager") and for compiled use.
+
+    weights: digest of the weights that the timed file was made from; file: checksum of its header. Both are empty in
+    files of earlier versions.
+    """
 
     device: str
     choices: dict[str, Choice]
+    weights: str = ""
+    file: str = ""
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the choices into the folder of the exported file."""
@@ -144,6 +154,7 @@ def export_semi_structured(
     state = PruningState.find(folder)
     if state is not None:
         state.check_saved(folder)
+    weights = weights_beside(folder)
     chosen, excluded = _choose(folder, None if state is None else list(state.masks), exclude_modules)
     wide = EXPORT_DTYPES[dtype]
     stored = torch.int8 if dtype == "int8" else wide
@@ -171,15 +182,10 @@ def export_semi_structured(
             narrow = tensor.to(wide) if tensor.is_floating_point() else tensor
             yield PackItem(name, narrow, coding if name in sparse else "raw")
 
-    output.mkdir(parents=True, exist_ok=True)
     path, writer = output / SEMI_STRUCTURED_FILE, PackedWriter()
-    writer.write(path, items(), {"config": config_digest(folder)})
-    copy_companions(folder, output)
-    # An earlier timing, and its section in the card, are of an earlier file.
-    (output / TIMING_FILE).unlink(missing_ok=True)
-    card = output / "README.md"
-    if card.is_file():
-        card.write_text(without_section(card.read_text(encoding="utf-8"), SPEED_HEADING), encoding="utf-8")
+    with beside_model(folder, output, lambda: weights, outdated=TIMING_FILE) as new:
+        writer.write(new / SEMI_STRUCTURED_FILE, items(), {"config": config_digest(folder), ORIGIN: weights})
+        add_card_without_times(output, new)  # those of an earlier file
     return ExportReport(path, tuple(sparse), tuple(dense), tuple(excluded), writer.dense_bytes, path.stat().st_size)
 
 
@@ -238,6 +244,8 @@ def load_semi_structured(
     if backend is None and available:
         backend = available[0]
         timing = Timing.find(folder)
+        if timing is not None and timing.file not in ("", packed.metadata["checksum"]):
+            raise ValueError(f"{folder / TIMING_FILE} is of another file: delete it, and time the file again")
         if timing is not None and timing.device == torch.cuda.get_device_name(device) and mode in timing.choices:
             choice = timing.choices[mode]
             if choice.backend is None or choice.backend in available:

@@ -11,12 +11,12 @@ from torch import nn
 from torch.utils.benchmark import Timer
 from transformers import PreTrainedModel
 
+from ..storage.derived import CARD, ORIGIN, SEMI_STRUCTURED_FILE, SPEED_HEADING
 from ..storage.pack import open_packed
+from ..utils.folders import replacing_folder
 from ..utils.tables import markdown_table, text_table, without_section
 from .semi_structured import (
     MODES,
-    SEMI_STRUCTURED_FILE,
-    SPEED_HEADING,
     Choice,
     Timing,
     available_backends,
@@ -91,12 +91,12 @@ class TimingReport:
     def __str__(self) -> str:
         return "\n\n".join([*self.tables(text_table), self.verdict])
 
-    def write_card(self, folder: str | os.PathLike) -> None:
-        """Write the tables into the folder's model card, replacing those of an earlier timing."""
-        path = Path(folder) / "README.md"
+    def write_card(self, folder: Path, new: Path) -> None:
+        """Write the model card of `folder` into `new`, with the tables in place of those of an earlier timing."""
+        path = folder / CARD
         text = without_section(path.read_text(encoding="utf-8"), SPEED_HEADING) if path.is_file() else ""
         section = "\n\n".join([SPEED_HEADING, self.verdict, *self.tables(markdown_table)])
-        path.write_text(f"{text.rstrip()}\n\n{section}\n".lstrip(), encoding="utf-8")
+        (new / CARD).write_text(f"{text.rstrip()}\n\n{section}\n".lstrip(), encoding="utf-8")
 
 
 def time_export(
@@ -123,7 +123,8 @@ def time_export(
             f"timing {folder} needs a CUDA device of compute capability 8.0 or more and a torch with sparse kernels "
             "for it, which this machine lacks: the exported file is complete, time it where it will run"
         )
-    names = sparse_names(open_packed(folder, SEMI_STRUCTURED_FILE, "export"))
+    packed = open_packed(folder, SEMI_STRUCTURED_FILE, "export")
+    names = sparse_names(packed)
     model = load_semi_structured(folder)
     check_shapes(model, batch_sizes, lengths)
     nn.Module.to(model, device)
@@ -140,9 +141,13 @@ def time_export(
             choices[mode] = Choice(backend, [] if backend is None else chosen[backend])
             layers += layer_times
             models += model_times
-    report = TimingReport(Timing(torch.cuda.get_device_name(device), choices), tuple(layers), tuple(models))
-    report.timing.save(folder)
-    report.write_card(folder)
+    timing = Timing(
+        torch.cuda.get_device_name(device), choices, packed.metadata.get(ORIGIN, ""), packed.metadata["checksum"]
+    )
+    report = TimingReport(timing, tuple(layers), tuple(models))
+    with replacing_folder(folder) as new:
+        timing.save(new)
+        report.write_card(folder, new)
     return report
 
 

@@ -1,7 +1,6 @@
 """Find model folders, on disk or on the Hub, and prepare the folders that models are written to."""
 
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +18,6 @@ from .weights import has_weights
 # The files of a model besides its weights. Checkpoints also hold files for the trainer: those are skipped.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.png")
 _SKIPPED = (SAFE_WEIGHTS_INDEX_NAME, "trainer_state.json")
-_OF_MODEL = re.compile(
-    rf"(adapter_)?model.*\.safetensors|{re.escape(SAFE_WEIGHTS_INDEX_NAME)}|adapter_config\.json|"
-    rf"generation_config\.json|(packed|semi_structured)_model\.safetensors|semi_structured_timing\.json|"
-    rf"model\.onnx(\.data)?|{re.escape(STATE_FILE)}"
-)
 _WEIGHT_FILES = ("model*.safetensors", SAFE_WEIGHTS_INDEX_NAME)
 
 
@@ -48,11 +42,6 @@ def find_folder(path_or_repo: str | os.PathLike, weights: Sequence[str] = _WEIGH
         ) from error
 
 
-def of_model(name: str) -> bool:
-    """Return whether a file holds weights, or was computed from weights: a new model leaves none of the old one."""
-    return _OF_MODEL.fullmatch(name) is not None
-
-
 def check_output(folder: Path, output: Path) -> None:
     """Raise a ValueError if writing the model of `folder` into `output` would mix two models."""
     if output.resolve() != folder.resolve() and has_weights(output):
@@ -60,9 +49,7 @@ def check_output(folder: Path, output: Path) -> None:
 
 
 def copy_companions(folder: Path, output: Path) -> None:
-    """Copy the files of a model besides its weights (configuration, tokenizer, card) to an existing folder."""
-    if output.resolve() == folder.resolve():
-        return
+    """Copy the files of a model besides its weights (configuration, tokenizer, card) to another, existing folder."""
     for pattern in COMPANIONS:
         for file in sorted(folder.glob(pattern)):
             if file.name not in _SKIPPED and not file.name.startswith("optimizer"):

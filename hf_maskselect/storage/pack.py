@@ -12,9 +12,11 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..masking.maskset import MaskSet, pack_bits, packed_digest, unpack_bits
 from ..utils.digests import WeightsDigest
-from ..utils.files import bytes_of, replacing, write_safetensors
+from ..utils.files import bytes_of, write_safetensors
+from ..utils.folders import finish
 from ..utils.reading import parse_json, typed
-from .folders import check_output, copy_companions
+from .derived import ORIGIN, beside_model, check_derived, content_of, weights_beside
+from .folders import check_output
 from .models import config_digest, skeleton
 from .packed_file import DENSE, PACKED_FILE, PackedFile, PackedWriter, PackItem
 from .state import STATE_FILE, PruningState, changed_message
@@ -75,8 +77,9 @@ def pack(
         bits, shapes, fields = MaskSet.load_packed(folder / STATE_FILE)
         metadata["pruning"] = json.dumps({**fields, "masked": sorted(bits)}, sort_keys=True)
 
+    digest = WeightsDigest()
+
     def items() -> Iterator[PackItem]:
-        digest = WeightsDigest()
         for name, tensor in saved_tensors(folder):
             digest.add(name, tensor)
             mask = unpack_bits(bits[name], shapes[name]) if name in bits else None
@@ -88,12 +91,12 @@ def pack(
                 yield PackItem(name, tensor, "sparse" if model_shapes.get(name) == tensor.shape else "raw", mask)
         if bits and digest.hex() != fields.get("weights"):
             raise ValueError(changed_message(folder, "the weights are not those"))
+        metadata[ORIGIN] = digest.hex()
 
     check_output(folder, output)
-    output.mkdir(parents=True, exist_ok=True)
-    copy_companions(folder, output)
+    with beside_model(folder, output, digest.hex) as new:
+        writer.write(new / PACKED_FILE, items(), metadata)
     path = output / PACKED_FILE
-    writer.write(path, items(), metadata)
     return PackReport(path, writer.dense_bytes, path.stat().st_size, writer.bound_bits / 8)
 
 
@@ -106,7 +109,7 @@ def unpack(folder: str | os.PathLike, output: str | os.PathLike) -> None:
     folder, output = Path(folder), Path(output)
     packed = open_packed(folder)
     pruning = pruning_of(packed)
-    if has_weights(output):
+    if has_weights(output) and check_weights(output, {}) != content_of(packed):
         raise ValueError(f"{output} already holds the weights of a model: choose another output folder")
     bits: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -117,17 +120,16 @@ def unpack(folder: str | os.PathLike, output: str | os.PathLike) -> None:
                 bits[name], shapes[name] = pack_bits(mask), tuple(mask.shape)
             yield bytes_of(tensor)
 
-    output.mkdir(parents=True, exist_ok=True)
-    copy_companions(folder, output)
-    with replacing(output / SAFE_WEIGHTS_NAME) as temporary:
-        with open(temporary, "wb") as file:
+    weights = ""
+    with beside_model(folder, output, lambda: weights) as new:
+        with open(new / SAFE_WEIGHTS_NAME, "wb") as file:
             write_safetensors(file, packed.layout, chunks(), {"format": "pt"})
         if pruning is not None:
             pruning.check_digest(packed_digest(bits, shapes), packed)
-    if pruning is not None:
-        digests = {"weights": check_weights(output, _Unpacked(bits, shapes)), "config": config_digest(output)}
-        with replacing(output / STATE_FILE) as temporary:
-            MaskSet.save_packed(temporary, bits, shapes, pruning.state.fields | digests)
+        weights = check_weights(new, _Unpacked(bits, shapes))
+        if pruning is not None:
+            digests = {"weights": weights, "config": config_digest(folder)}
+            MaskSet.save_packed(new / STATE_FILE, bits, shapes, pruning.state.fields | digests)
 
 
 def open_packed(folder: str | os.PathLike, file: str = PACKED_FILE, command: str = "pack") -> PackedFile:
@@ -136,9 +138,10 @@ def open_packed(folder: str | os.PathLike, file: str = PACKED_FILE, command: str
     command: the console command that writes such files, for the message.
 
     Raises:
-        ValueError: the file is missing, damaged, or of another model.
+        ValueError: the file is missing, damaged, of another model, or made from other weights than those beside it.
     """
     folder = Path(folder)
+    finish(folder)
     if not (folder / file).is_file():
         raise ValueError(f"{folder} has no {file}: give a folder that `hf-maskselect {command}` wrote")
     packed = PackedFile(folder / file)
@@ -152,6 +155,8 @@ def open_packed(folder: str | os.PathLike, file: str = PACKED_FILE, command: str
                 f"{packed.path}: {name} has shape {entry.shape} but config.json describes {model_shapes.get(name)}; "
                 "the file is of another model"
             )
+    if weights := weights_beside(folder):
+        check_derived(folder, weights)
     return packed
 
 

@@ -1,9 +1,11 @@
 """Check everything that a saved pruned model promises."""
 
 import os
+from pathlib import Path
 
 from ..masking.patterns import NM, parse_pattern
 from ..masking.targets import transposed_weights
+from .derived import check_derived
 from .models import load_strictly, model_class, skeleton
 from .state import PruningState
 from .two_of_four import check_groups
@@ -34,6 +36,7 @@ def verify(folder: str | os.PathLike, pattern: str | None = None) -> PruningStat
     groups = None if pattern is None else parse_nm(pattern)
     state = PruningState.load(folder)
     state.check_saved(folder)
+    check_derived(Path(folder), state.weights)
     if groups is not None and (transposed := sorted(transposed_weights(skeleton(folder)) & state.masks.keys())):
         raise ValueError(f"{transposed[0]} belongs to a Conv1D, which stores it transposed: it cannot hold {pattern}")
     for name, tensor in saved_tensors(folder):

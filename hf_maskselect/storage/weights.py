@@ -54,6 +54,7 @@ def saved_tensors(folder: str | os.PathLike) -> Iterator[tuple[str, Tensor]]:
 
 def has_weights(folder: str | os.PathLike) -> bool:
     """Return whether a folder holds ordinary safetensors weights, in one file or in shards."""
+    finish(folder)
     return any((Path(folder) / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
 
 

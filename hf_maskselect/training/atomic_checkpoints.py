@@ -1,5 +1,6 @@
 """Saved folders that are complete or not there at all."""
 
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..search.weight_files import LevelBest
-from ..storage.folders import of_model
+from ..storage.derived import TIMING_FILE, add_card_without_times, of_weights, stays, weights_beside
 from ..storage.runs import last_checkpoint, rotate
 from ..storage.state import PruningState
 from ..utils.files import sync
@@ -122,7 +123,7 @@ class AtomicCheckpoints(Trainer):
         if self._thread is None:
             work()
             return
-        weights = [path for path in Path(folder).iterdir() if of_model(path.name)]
+        weights = [path for path in Path(folder).iterdir() if of_weights(path.name)]
 
         def both() -> None:
             work()
@@ -140,5 +141,9 @@ class AtomicCheckpoints(Trainer):
         if self._checkpointing or not self.args.should_save:
             yield folder
             return
-        with replacing_folder(folder, keeps=lambda name: not of_model(name)) as written:
+        saved = Path(folder)
+        weights = functools.cache(lambda: weights_beside(written))
+        with replacing_folder(saved, keeps=lambda name: stays(saved / name, weights)) as written:
             yield str(written)
+            if not stays(saved / TIMING_FILE, weights):
+                add_card_without_times(saved, written)
