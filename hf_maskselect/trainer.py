@@ -374,8 +374,7 @@ class _StepEvents(TrainerCallback):
         run, step = self._trainer.run, state.global_step
         level = run.method.level_due(step)
         if level is not None:  # the only place where a level starts
-            run.method.prepare_level()
-            run.method.start_level(level, run.choose(level, step, self._trainer.model))
+            run.start_level(level, step, self._trainer.model)
         run.method.on_step_begin(step)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:

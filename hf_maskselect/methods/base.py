@@ -1,5 +1,6 @@
 """The interface between the trainer and a pruning method."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -56,7 +57,15 @@ class Method(Protocol):
         return None
 
     def start_level(self, level: int, masks: MaskSet) -> None:
-        """Put the masks of `level` in force and clear the optimizer moments of the weights that they prune."""
+        """Put the masks of `level` in force. The next `on_step_begin` clears the moments of the weights they prune."""
+
+    def remember(self) -> Callable[[], None]:
+        """Return a function that gives this object its present state back, once. The model's weights are not in it.
+
+        Dictionaries are copied, other attributes only noted: a subclass adds what it changes in place.
+        """
+        attributes = {name: dict(value) if isinstance(value, dict) else value for name, value in vars(self).items()}
+        return lambda: vars(self).update(attributes)
 
     def set_masks(self, masks: MaskSet) -> None:
         """Put masks in force and set the pruned weights to zero; a ValueError if the masks do not fit."""

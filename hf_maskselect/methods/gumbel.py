@@ -134,6 +134,17 @@ class Gumbel(SoftMethod):
                 weight.copy_(weight.sign() * weight.float().contiguous().std())
         super().begin(plan, optimizer)
 
+    def remember(self) -> Callable[[], None]:
+        """Return a function that gives this object its present state back; logits change only where they start."""
+        bring_back, started = super().remember(), self._started
+
+        def bring_logits_back() -> None:
+            bring_back()
+            for logits in () if started else self._logits.values():
+                logits.data.fill_(self._options.initial_logit)
+
+        return bring_logits_back
+
     # -- one step ----------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:

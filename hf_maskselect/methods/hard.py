@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..masking.dtensors import close_gaps_, gathered, in_strides_of, local_rows, reshard, sharded_like, shards_of
-from ..masking.maskset import MaskSet
+from ..masking.maskset import MaskSet, pack_bits, unpack_bits
 from ..masking.schedule import LevelPlan
 from ..masking.sharded import Shards
 from .base import Method
@@ -39,6 +39,7 @@ class HardMethod(Method):
         self._keep: dict[str, Tensor] = {}  # empty if every weight is kept
         self._steps_done = 0
         self.level = -1
+        self._clears_moments = False  # whether a level has started since the last step began
         self.plan = LevelPlan((), (), 0)  # until `begin`
 
     def attach(self, model: nn.Module) -> None:
@@ -98,14 +99,35 @@ class HardMethod(Method):
         return None if level == self.level else level
 
     def start_level(self, level: int, masks: MaskSet) -> None:
-        """Put the masks of `level` in force and clear the moments of pruned weights."""
+        """Put the masks of `level` in force."""
         self.set_masks(masks)
-        self.level = level
-        # A moment that points into a pruned weight would change it at every step.
+        self.level, self._clears_moments = level, True
+
+    def remember(self) -> Callable[[], None]:
+        """Return a function that gives this object its present masks and state back. Costs a bit per weight."""
+        bring_back = super().remember()
+        kept = {name: pack_bits(local_rows(keep) != 0) for name, keep in self._keep.items()}
+
+        def bring_masks_back() -> None:
+            bring_back()
+            for name, bits in kept.items():
+                rows = local_rows(self._keep[name])
+                rows.copy_(unpack_bits(bits, rows.shape))
+
+        return bring_masks_back
+
+    def on_step_begin(self, step: int) -> None:
+        """Clear the moments of pruned weights after the start of a level: they would change these at every step.
+
+        Only here, since a start that fails is undone, and the moments need no copy for that.
+        """
+        if not self._clears_moments:
+            return
         for name, weight in self.weights.items():
             for moment in self.optimizer.state.get(weight, {}).values():
                 if isinstance(moment, Tensor) and moment.shape == weight.shape:
                     moment.mul_(self._keep[name].to(moment.dtype))
+        self._clears_moments = False
 
     @torch.no_grad()
     def before_clipping(self) -> None:

@@ -109,6 +109,7 @@ class SoftMethod(HardMethod):
 
     def on_step_begin(self, step: int) -> None:
         """Give the model the effective weights of the step."""
+        super().on_step_begin(step)
         self.restore_trained()
         if self._hardened:
             return

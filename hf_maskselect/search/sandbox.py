@@ -2,43 +2,83 @@
 
 import contextlib
 import random
-import tempfile
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..masking.maskset import MaskSet
+from ..masking.dtensors import local_rows, reshard
 from ..methods.base import Method
 from ..utils.swapped import swapped
 from .borrowed import BorrowedTrainer
 
 
 class Sandbox:
-    """Restores the weights, masks, random states and settings of a run after trials on its unwrapped model."""
+    """Restores the weights, masks, random states and settings of a run after trials on its unwrapped model.
+
+    It also makes a change of the run one act, which is done as a whole or not at all.
+    """
 
     def __init__(self, trainer: BorrowedTrainer, method: Method) -> None:
         self._trainer, self._method = trainer, method
         self.saved: dict[str, Tensor] = {}  # weights and buffers at the moment when `untouched` was entered
+        self._undo: dict[str, Tensor] = {}  # local rows of the same, on the CPU, inside `undone_on_error`
+
+    @contextlib.contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Undo what has changed inside if it ends in an error or an interruption, and raise that.
+
+        Weights, buffers, masks, the method's state and the random states go back to what they were, and gradients to
+        none. Costs one copy of the trained weights in CPU memory. Where the model is on the CPU, `untouched` and
+        refits use that copy as theirs.
+        """
+        reshard(self._trainer.model)
+        self._method.restore_trained()
+        self._undo = {n: local_rows(t.detach()).to("cpu", copy=True) for n, t in self._changeable()}
+        method_back, random_back = self._method.remember(), self._remember_random_state()
+        try:
+            yield
+        except BaseException:
+            reshard(self._trainer.model)
+            for name, tensor in self._changeable():
+                local_rows(tensor.detach()).copy_(self._undo[name])
+            method_back()
+            random_back()
+            self._trainer.model.zero_grad()
+            raise
+        finally:
+            self._undo = {}
 
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
         """Restore weights, masks and random states on leaving; costs one copy of the trained weights."""
-        masked = self._method.weights.keys()  # frozen weights too
-        changed = {n: p for n, p in self._parameters() if p.requires_grad or n in masked}
-        self.saved = {n: t.detach().clone() for n, t in (*changed.items(), *self._trainer.model.named_buffers())}
-        with self.random_state(), tempfile.TemporaryDirectory() as folder:
-            masks = Path(folder) / "masks.safetensors"  # on disk, where they need no memory
-            self._method.masks.save(masks)
+        self.saved = self.copied(self._changeable())
+        method_back = self._method.remember()
+        with self.random_state():
             try:
                 yield
             finally:
                 self.restore()
-                self._method.set_masks(MaskSet.load(masks)[0])
+                method_back()
                 self.saved = {}
+
+    def _changeable(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what a trial or a cut may change: trained weights, masked ones (also frozen) and buffers."""
+        masked = self._method.weights.keys()
+        yield from ((name, p) for name, p in self._parameters() if p.requires_grad or name in masked)
+        yield from self._trainer.model.named_buffers()
+
+    def copied(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Return copies by name; of a tensor that is the same since `undone_on_error` was entered, the copy there."""
+
+        def copy(name: str, tensor: Tensor) -> Tensor:
+            known = self._undo.get(name)
+            holds = known is not None and known.device == tensor.device and torch.equal(known, tensor)
+            return known if known is not None and holds else tensor.detach().clone()
+
+        return {name: copy(name, tensor) for name, tensor in tensors}
 
     def restore(self) -> None:
         """Set weights and buffers to their values at the moment when `untouched` was entered."""
@@ -72,15 +112,28 @@ class Sandbox:
     @contextlib.contextmanager
     def random_state(self) -> Iterator[None]:
         """Restore the random states of torch, Python and NumPy and the model's train or eval mode on leaving."""
-        python_state, numpy_state, training = random.getstate(), np.random.get_state(), self._trainer.model.training
-        devices = [self._trainer.args.device] if self._trainer.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            try:
-                yield
-            finally:
-                random.setstate(python_state)
-                np.random.set_state(numpy_state)
-                self._trainer.model.train(training)
+        bring_back = self._remember_random_state()
+        try:
+            yield
+        finally:
+            bring_back()
+
+    def _remember_random_state(self) -> Callable[[], None]:
+        """Return a function that restores what `random_state` restores."""
+        model, device = self._trainer.model, self._trainer.args.device
+        python_state, numpy_state, training = random.getstate(), np.random.get_state(), model.training
+        cpu_state = torch.get_rng_state()
+        cuda_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+        def bring_back() -> None:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+            torch.set_rng_state(cpu_state)
+            if cuda_state is not None:
+                torch.cuda.set_rng_state(cuda_state, device)
+            model.train(training)
+
+        return bring_back
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:

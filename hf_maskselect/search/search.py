@@ -68,8 +68,11 @@ class MaskSearch:
             self._refits = self._settings.scores_after_refit and self._bench.steps_of_refit(level) > 0
         return search_rungs(self._config, plan, level, self._bench.batches.steps_per_epoch(), self._refits)
 
-    def choose(self, level: int, plan: LevelPlan, step: int) -> MaskSet:
-        """Return the masks of `level`, chosen from the model as it is; all processes must call it together.
+    def choose(self, level: int, plan: LevelPlan, step: int) -> tuple[MaskSet, LevelSearch]:
+        """Choose the masks of `level` from the model as it is; all processes must call it together.
+
+        Returns:
+            the masks, and the record, which belongs into `history` as soon as the masks are in force.
 
         Raises:
             RuntimeError: the processes came to different masks, or one of them failed.
@@ -91,8 +94,7 @@ class MaskSearch:
                 self._refit(winner, masks, record, best_refit)
         self._team.processes.agree(masks.digests, f"the masks of level {level + 1}")
         record.seconds = round(time.monotonic() - start, 2)
-        self.history.append(record)
-        return masks
+        return masks, record
 
     def _race(
         self, record: LevelSearch, plan: LevelPlan, candidates: CandidateMasks, best_refit: BestRefit
@@ -181,7 +183,7 @@ class MaskSearch:
         else:
 
             def cut_and_refit() -> Refit:
-                before = {name: weight.detach().clone() for name, weight in method.weights.items()}
+                before = bench.sandbox.copied(method.weights.items())
                 method.set_masks(masks)
                 return bench.refit(before, record.level)
 

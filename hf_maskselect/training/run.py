@@ -10,7 +10,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..config import PruningConfig
 from ..masking.dtensors import class_name, reshard
-from ..masking.maskset import MaskSet
 from ..masking.schedule import LevelPlan
 from ..methods.base import Method
 from ..methods.gumbel import Gumbel
@@ -157,24 +156,30 @@ class PruningRun:
         """Whether the last level is reached."""
         return self.reached(len(self.plan.levels) - 1)
 
-    def choose(self, level: int, step: int, model: nn.Module) -> MaskSet:
-        """Choose the masks of `level`, log the result and print the candidates; all ranks call it together."""
-        reshard(model)
-        if not self.settings.emergent and self.reached(level):  # the model was that sparse before
-            return self.method.masks
-        if self.level_best and level > 0:
-            self.restore_level_best(level - 1, model)
-        masks, search = self.search.choose(level, self.plan, step), self.search.history[-1]
-        reshard(model)  # the next forward pass must see what is written next
-        if self.level_best and self.search.adopted is not None and self.config.should_save:
-            self.level_best.consider(level, self.search.adopted, model)
+    def start_level(self, level: int, step: int, model: nn.Module) -> None:
+        """Choose the masks of `level`, put them in force and refit what they keep; all ranks call it together.
+
+        This is one act: where it fails or is interrupted, the run is as it was before. Then log the result and print
+        the candidates.
+        """
+        with self.bench.sandbox.undone_on_error():
+            self.method.prepare_level()
+            if not self.settings.emergent and self.reached(level):  # the model was that sparse before
+                return self.method.start_level(level, self.method.masks)
+            if self.level_best and level > 0:
+                self.restore_level_best(level - 1, model)
+            masks, search = self.search.choose(level, self.plan, step)
+            reshard(model)  # the next forward pass must see what is written next
+            self.method.start_level(level, masks)
+            if self.level_best and self.search.adopted is not None and self.config.should_save:
+                self.level_best.consider(level, self.search.adopted, model)
+        self.search.history.append(search)
         if self.processes.rank == 0:
             self.search.write()
         if self.settings.searches:
             title = f"Level {level + 1}: candidates for sparsity {search.sparsity:.4f} ({search.seconds:.0f} s)"
             self._say(f"{title}\n{search.table()}")
         self._log(search.metrics())
-        return masks
 
     def score_level(self, step: int, model: nn.Module) -> dict[str, float]:
         """Score the model every `level_eval_steps` steps and at the end of a level, and keep the level's best weights.
@@ -211,12 +216,13 @@ class PruningRun:
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def finalize(self, step: int, model: nn.Module) -> None:
-        """Leave the model plain and exactly sparse, with the best weights of the last level."""
-        if self.level_best and self.method.level >= 0:
-            self.restore_level_best(self.method.level, model)
-            if self.config.should_save:
-                self.level_best.forget()
-        self.method.finalize()
+        """Leave the model plain and exactly sparse, with the best weights of the last level, or undo it all."""
+        with self.bench.sandbox.undone_on_error():
+            if self.level_best and self.method.level >= 0:
+                self.restore_level_best(self.method.level, model)
+            self.method.finalize()
+        if self.level_best and self.method.level >= 0 and self.config.should_save:
+            self.level_best.forget()
         if step >= self.plan.max_steps:
             self.search.forget()  # a run that was stopped may be resumed
 
