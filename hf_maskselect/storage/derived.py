@@ -31,7 +31,7 @@ _COMMANDS = {  # file -> the console command that makes it
     ONNX_FILE: "export --format onnx",
 }
 _OF_WEIGHTS = re.compile(
-    rf"(adapter_)?model.*\.safetensors|{re.escape(SAFE_WEIGHTS_INDEX_NAME)}|adapter_config\.json|"
+    rf"(adapter_)?model(-\d{{5}}-of-\d{{5}})?\.safetensors|{re.escape(SAFE_WEIGHTS_INDEX_NAME)}|adapter_config\.json|"
     rf"generation_config\.json|{re.escape(STATE_FILE)}|{re.escape(ONNX_FILE)}\.data|"
     + "|".join(map(re.escape, _COMMANDS))
 )
