@@ -1,6 +1,7 @@
 """Find the checkpoints of a run, in the order of their steps, and delete old ones."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,25 @@ def rotate(folder: str | os.PathLike, limit: int | None, newest: int, best: int 
 def read_trainer_state(path: str | os.PathLike, remedy: str = "resume from another checkpoint") -> dict[str, Any]:
     """Read `trainer_state.json`; raises a ValueError that ends with `remedy` if it is damaged."""
     state = read_object(path, remedy)
-    hints = {"global_step": int, "max_steps": int, "epoch": float | None, "log_history": list[dict[str, Any]]}
+    hints: dict[str, Any] = {"global_step": int, "max_steps": int, "epoch": float | None}
+    hints |= {"log_history": list[dict[str, Any]], "best_model_checkpoint": str | None}
     for name, hint in hints.items():
         typed(state.get(name), hint, f"{path}: {name}", remedy)
     for entry in state["log_history"]:
         typed(entry.get("step"), int, f"{path}: log_history: step", remedy)
     return state
+
+
+def check_best(trainer_state: Mapping[str, Any], checkpoint: str | os.PathLike, output_dir: str | os.PathLike) -> None:
+    """Raise a ValueError if the best checkpoint of a state lies neither beside `checkpoint` nor in `output_dir`.
+
+    `Trainer` loads it at the end. One that does not exist is left to `Trainer`, which forgets it.
+    """
+    best = trainer_state.get("best_model_checkpoint")
+    if best is None or "\0" in best or not Path(best).exists():
+        return
+    if Path(best).resolve().parent not in (Path(checkpoint).resolve().parent, Path(output_dir).resolve()):
+        raise ValueError(
+            f"{checkpoint}: {TRAINER_STATE_NAME} names the best checkpoint {best!r:.200}, which is not of this run: "
+            "resume from another checkpoint"
+        )

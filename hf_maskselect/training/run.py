@@ -18,7 +18,7 @@ from ..methods.pdp import Pdp
 from ..search.bench import TrialBench
 from ..search.search import MaskSearch
 from ..search.weight_files import LevelBest
-from ..storage.runs import read_trainer_state
+from ..storage.runs import check_best, read_trainer_state
 from ..storage.state import PruningState, load_method_state
 from ..utils.processes import Processes
 from ..utils.seeds import key_seed
@@ -278,6 +278,7 @@ class PruningRun:
         state.check_saved(checkpoint)
         trainer_state = read_trainer_state(Path(checkpoint) / TRAINER_STATE_NAME)
         state.check_step(trainer_state["global_step"], checkpoint)
+        check_best(trainer_state, checkpoint, self.config.output_dir or "")
         state.masks.check_fits(weights)
         check_function(checkpoint, model)
 

@@ -185,3 +185,15 @@ def test_a_soft_run_that_would_skip_its_cut_is_refused(tmp_path, method):
         longer = make_trainer(tmp_path, **changes, max_steps=14)
         longer.train(str(tmp_path / "checkpoint-6"))
     assert longer.pruning_state().masks.sparsity() == 0.75
+
+
+def test_a_best_checkpoint_of_elsewhere_is_refused(folder, tmp_path):
+    elsewhere = shutil.copytree(folder / "checkpoint-6", tmp_path / "elsewhere" / "checkpoint-6")
+    for best, refused in ((folder / "checkpoint-6", False), (elsewhere, True), (tmp_path / "gone", False)):
+        path = folder / "checkpoint-12" / "trainer_state.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "best_model_checkpoint": str(best)}))
+        if refused:
+            with pytest.raises(ValueError, match="names the best checkpoint .* not of this run"):
+                resume(folder)
+        else:
+            resume(folder)
