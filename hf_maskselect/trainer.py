@@ -42,9 +42,10 @@ from .training.checks import (
 )
 from .training.distilled import Distilled
 from .training.held_out import RowSplit
-from .training.hub import complete_card, prepare_push, with_tags
+from .training.hub import complete_card, with_tags
 from .training.optimizers import check_rate, check_renewable
 from .training.plan import plan_text
+from .training.pushes import WholePushes
 from .training.run import PruningRun, make_method, run_fields
 from .training.run_optimizers import RunOptimizers
 from .training.sigterm import CheckpointTogether
@@ -53,7 +54,7 @@ from .utils.swapped import overrides, swapped
 from .utils.wrappers import plain_model
 
 
-class PruningTrainer(Distilled, RunOptimizers, AtomicCheckpoints, Trainer):
+class PruningTrainer(Distilled, RunOptimizers, AtomicCheckpoints, WholePushes, Trainer):
     """Fine-tune and prune in one `train()`. The model ends with exactly the requested share of zeros.
 
     Takes every argument of `Trainer`, and:
@@ -350,15 +351,16 @@ class PruningTrainer(Distilled, RunOptimizers, AtomicCheckpoints, Trainer):
         complete_card(self, self.args.output_dir, self.teacher, model_name, scores, dense_scores)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._checkpointing and self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
-            busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-            if busy and not self.args.hub_always_push:
-                return
-            self._finish_current_push()  # an upload in flight still reads `output_dir`
-            prepare_push(checkpoint_folder, self.args.output_dir)
+        if self._checkpointing or not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        self._finish_current_push()  # an upload in flight still reads the copy
+        with self._pushing(checkpoint_folder) as copy:
             super().create_model_card(tags=with_tags(None, self.args.method))
-            complete_card(self, checkpoint_folder, self.teacher)
-        super()._push_from_checkpoint(checkpoint_folder)
+            complete_card(self, copy, self.teacher)
+            super()._push_from_checkpoint(copy)
 
 
 class _StepEvents(TrainerCallback):

@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import traceback
+from concurrent.futures import Future
 from hashlib import sha256
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from hf_maskselect import export_semi_structured, load_pruned, load_semi_structu
 from hf_maskselect.export import onnx
 from hf_maskselect.storage.pack import unpack
 from hf_maskselect.storage.runs import last_checkpoint
+from hf_maskselect.training import hub
 from hf_maskselect.utils import folders
 from hf_maskselect.utils.digests import weights_digest
 
@@ -208,6 +210,35 @@ def graphed(place):
     return prepare, lambda: onnx.export_onnx(source, place.out), lambda: (place.out / "model.onnx").read_text()
 
 
+def pushed(place):
+    """A push at a save. What is uploaded is a copy, and the output stays."""
+    earlier, trainer = pruned(place, 1, intermediate_size=32), pruned(place, 2)
+    trainer.state.global_step, trainer.hub_model_id, trainer.push_in_progress = 4, "someone/model", None
+    vars(hub)["plot"] = lambda *args: None
+    vars(transformers.trainer)["hf_api"] = NoHub
+
+    def prepare():
+        earlier.save_model()
+        trainer.create_optimizer_and_scheduler(12)
+        trainer._save_checkpoint(trainer.model, None)
+
+    def push():
+        trainer._push_from_checkpoint(str(place.out / "checkpoint-4"))
+        trainer._finish_current_push()
+
+    return prepare, push, lambda: digest(load_pruned(place.out)[0])
+
+
+class NoHub:
+    """Takes an upload at once."""
+
+    def upload_folder(self, folder_path, **options):
+        load_pruned(folder_path)
+        done = Future()
+        done.set_result(None)
+        return done
+
+
 def short_export(model, folder, inputs, tolerance):
     for name in ("model.onnx", "model.onnx.data"):
         (folder / name).write_text(digest(model))
@@ -222,6 +253,7 @@ WRITERS = {
     "unpack": unpacked,
     "export": exported,
     "onnx": graphed,
+    "push": pushed,
 }
 
 
@@ -322,7 +354,7 @@ def kill_everywhere(root, step, writer, mode):
     old, before = place.content(), place.fork(read)[2]
     events = place.fork(write)[1]
     new, after = place.content(), place.fork(read)[2]
-    if place.left() or not differing(old, new):
+    if place.left() or bool(differing(old, new)) == (writer == "push"):
         sys.exit(f"a write leaves {place.left()} and changes {differing(old, new)}")
     outcomes = {"old": 0, "new": 0}
     for number in range(1, len(events) + 1, step):
@@ -337,7 +369,7 @@ def kill_everywhere(root, step, writer, mode):
             place.fork(lambda: finish_all(place.out))
         found = place.content()
         kind = "old" if found == old else "new" if found == new else None
-        if kind is None or (code == REFUSED and kind == "new") or (code == 0 and kind == "old"):
+        if kind is None or (code == REFUSED and kind == "new") or (code == 0 and found != new):
             sys.exit(f"{event}: old but for {differing(found, old)}, new but for {differing(found, new)}")
         if code == REFUSED and place.left():
             sys.exit(f"{event}: {place.left()} is left")

@@ -12,6 +12,7 @@ from urllib.parse import quote
 from ..storage.models import model_class, of_transformers, pruned_modules
 from ..storage.pack import PackReport, pack
 from ..storage.packed_file import PACKED_FILE
+from ..utils.files import replacing
 from ..utils.tables import code, escaped, markdown_table, visible
 from .plots import DENSITY, HISTORY, search_pictures
 from .record import RunRecord, best_first, metrics_of
@@ -261,4 +262,5 @@ def _citation(method: str) -> str:
 
 def write_card(folder: str | os.PathLike, metadata: str, text: str) -> None:
     """Write `README.md` into a folder: the metadata (YAML between its dashes), then the text."""
-    (Path(folder) / "README.md").write_text(f"{metadata.rstrip()}\n\n{text}", encoding="utf-8")
+    with replacing(Path(folder) / "README.md") as card:
+        card.write_text(f"{metadata.rstrip()}\n\n{text}", encoding="utf-8")

@@ -145,10 +145,12 @@ class LevelBest:
 
     def copy_from(self, folder: str | os.PathLike) -> None:
         """Take the file of a checkpoint in place of the present one."""
-        self.forget()
-        if (Path(folder) / self._path.name).is_file():
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(Path(folder) / self._path.name, self._path)
+        if not (Path(folder) / self._path.name).is_file():
+            self.forget()
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self._path) as temporary:
+            shutil.copyfile(Path(folder) / self._path.name, temporary)
 
     def forget(self) -> None:
         """Remove the file: the level is over."""

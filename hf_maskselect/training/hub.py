@@ -13,8 +13,7 @@ from ..reporting.card import Scores, card_text, mean, shown_scores, task_of, wri
 from ..reporting.plots import plot
 from ..reporting.record import RunRecord, metrics_of
 from ..search.results import SEARCH_FILE, read_searches
-from ..storage.packed_file import PACKED_FILE
-from ..storage.state import STATE_FILE, PruningState
+from ..storage.state import STATE_FILE
 
 TAGS = ("pruned", "sparse", "hf_maskselect")
 
@@ -78,13 +77,6 @@ def _eval_results(record: RunRecord, scores: Scores | None, task: str | None) ->
         )
         for name, value in {**shown, "sparsity": record.report.sparsity}.items()
     ]
-
-
-def prepare_push(checkpoint: str, output: str | None) -> None:
-    """Make the output folder, which is pushed, describe the model of a checkpoint."""
-    folder = Path(output or "")
-    PruningState.load(checkpoint).save(folder)  # without what only a resumed run needs
-    (folder / PACKED_FILE).unlink(missing_ok=True)  # it holds another model
 
 
 def _options(config: PruningConfig, teacher: PreTrainedModel | None) -> dict[str, object]:

@@ -24,7 +24,7 @@ if sys.platform != "win32":
 REMOVED, STAGING, SAVED = "_removed", "_saving", "_saved"
 _GONE = "_gone"  # in SAVED: a folder with the names of old files that have no place beside the new ones
 _LAST = ".safetensors"  # goes first and comes last: without its weights nothing takes a folder for a model
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL, _SCARCE = (errno.ENOSPC, errno.EDQUOT), 1 << 20
 
 
 @contextmanager
@@ -56,9 +56,10 @@ def discarding(target: Path, *staging: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        full = _is_full(error, target)
         for folder in staging:
             _remove(folder)
-        if _is_full(error):
+        if full:
             text = f"no room on the disk of {target}, which is left as it was: make room there, and save again"
             raise OSError(errno.ENOSPC, text) from error
         raise
@@ -188,7 +189,7 @@ def _took_place(new: Path, target: Path, gone: set[str]) -> bool:
     except OSError as error:
         for path in linked:
             _remove(path)
-        if _is_full(error):
+        if _is_full(error, target):
             raise
         return False
     return True
@@ -211,11 +212,16 @@ def _stands_in(folder: Path) -> bool:
         return False
 
 
-def _is_full(error: BaseException) -> bool:
-    """Return whether an error is that of a full disk. Writers in other languages tell it as text."""
+def _is_full(error: BaseException, folder: Path) -> bool:
+    """Return whether an error is that of a full disk, on which `folder` lies."""
     if isinstance(error, OSError):
         return error.errno in _FULL
-    return isinstance(error, Exception) and any(os.strerror(number) in str(error) for number in _FULL)
+    if any(os.strerror(number) in str(error) for number in _FULL):  # safetensors
+        return True
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    return (
+        isinstance(error, RuntimeError) and shutil.disk_usage(nearest).free < _SCARCE
+    )  # `torch.save` gives no reason
 
 
 def exchange(first: Path, second: Path) -> None:
