@@ -8,6 +8,8 @@ from .masking.maskset import MaskSet
 from .masking.scores import WeightStats
 from .masking.targets import prunable_weights
 from .reporting.sparsity import SparsityReport, sparsity_report
+from .runtime.export import CpuReport, export_cpu
+from .runtime.load import load_cpu
 from .storage.load import load_pruned
 from .storage.pack import PackReport, pack, unpack
 from .storage.state import PruningState
@@ -20,6 +22,7 @@ from .trainer import PruningTrainer
 __version__ = "0.1.0"
 
 __all__ = [
+    "CpuReport",
     "Distiller",
     "ExportReport",
     "MaskSet",
@@ -32,8 +35,10 @@ __all__ = [
     "Refit",
     "SparsityReport",
     "WeightStats",
+    "export_cpu",
     "export_onnx",
     "export_semi_structured",
+    "load_cpu",
     "load_pruned",
     "load_semi_structured",
     "merge_adapter_with_masks",

@@ -17,6 +17,8 @@ from .masking.targets import check_module_names
 from .reporting.plots import plot
 from .reporting.record import RunRecord
 from .reporting.sparsity import sparsity_report
+from .runtime.export import CpuReport, export_cpu
+from .runtime.quantize import rows_of_file
 from .storage.folders import find_folder
 from .storage.pack import pack, unpack
 from .storage.packed_file import LOSSY
@@ -30,7 +32,7 @@ COMMANDS = {
     "plot": "draw the kept weights of each layer, the candidates of the search and the course of the run, as PNG",
     "pack": "write the model as one small file for transport, with its configuration and tokenizer",
     "unpack": "write a packed model as an ordinary one, which from_pretrained loads",
-    "export": "write a 2:4 model for sparse tensor cores, or any model as ONNX",
+    "export": "write a 2:4 model for sparse tensor cores, or any model as ONNX or for this machine's CPU",
     "plan": "estimate what the searches of a run would cost on different numbers of ranks",
 }
 
@@ -56,13 +58,20 @@ def make_parser() -> argparse.ArgumentParser:
     add = commands["verify"].add_argument
     add("--pattern", type=checked(parse_nm), help="check also that every pruned matrix holds this N:M pattern")
     add = commands["export"].add_argument
-    add("--format", choices=["nm", "onnx"], default="nm", help="nm: 2:4 values and metadata (default); or onnx")
-    add("--dtype", choices=EXPORT_DTYPES, help="nm: dtype of the weights (default: bf16)")
+    formats = "nm: 2:4 values and metadata (default); onnx; cpu: the fastest layers on this machine"
+    add("--format", choices=["nm", "onnx", "cpu"], default="nm", help=formats)
+    dtypes = "nm: dtype of the weights (default: bf16); cpu: the narrowest allowed (default: int8)"
+    add("--dtype", choices=[*EXPORT_DTYPES, "fp32"], help=dtypes)
     names = checked(check_module_names)
     add("--exclude-modules", nargs="+", type=names, help="nm: modules (suffix or regex) to leave dense")
     add("--benchmark", action="store_true", help="nm: then time dense against sparse on this machine's GPU")
-    add("--batch-sizes", nargs="+", type=positive, help="batch sizes to time (default: 1 8 32)")
-    add("--seq-lens", nargs="+", type=positive, help="lengths to time, in tokens (default: 128)")
+    add("--batch-sizes", nargs="+", type=positive, help="batch sizes to time (default: 1 8 32; cpu: 1 8)")
+    add("--seq-lens", nargs="+", type=positive, help="lengths to time, in tokens (default: 128; cpu: 32 128)")
+    add("--threads", type=positive, help="cpu: number of threads to time with (default: those of torch)")
+    add(
+        "--calibration",
+        help="cpu with int8: .jsonl or .parquet file of rows of the train split, 128 of which are used",
+    )
     commands["plan"].usage = PLAN_USAGE
     add = commands["plan"].add_argument
     add("--ranks", nargs="+", type=positive, default=[1, 8, 64, 512], help="numbers of ranks (default: 1 8 64 512)")
@@ -130,11 +139,44 @@ def export(options: argparse.Namespace) -> str:
     """Run the command `export` and return the text to print."""
     if options.format == "onnx":
         return str(export_onnx(options.path, options.output))
+    if options.format == "cpu":
+        return str(_export_cpu(options))
     report = export_semi_structured(options.path, options.output, options.dtype or "bf16", options.exclude_modules)
     if not options.benchmark:
         return str(report)
     print(report, flush=True)  # the export is complete even if the timing fails
     return str(time_export(options.output, options.batch_sizes or (1, 8, 32), options.seq_lens or (128,)))
+
+
+def check_export(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End the command with its usage if an option of `export` belongs to another format."""
+    timed = {"--batch-sizes": options.batch_sizes, "--seq-lens": options.seq_lens}
+    belongs = {
+        "nm": {"--exclude-modules": options.exclude_modules, "--benchmark": options.benchmark},
+        "cpu": {"--threads": options.threads, "--calibration": options.calibration},
+        "nm or cpu": {"--dtype": options.dtype},
+        "cpu, or to nm with --benchmark": {} if options.benchmark else timed,
+    }
+    for formats, flags in belongs.items():
+        given = [flag for flag, value in flags.items() if value]
+        if given and options.format not in formats.split(",")[0].split(" or "):
+            parser.error(f"{given[0]} belongs to --format {formats}")
+    if options.dtype == ("fp32" if options.format == "nm" else "fp16"):
+        parser.error(f"--format {options.format} has no --dtype {options.dtype}")
+
+
+def _export_cpu(options: argparse.Namespace) -> CpuReport:
+    folder, int8 = find_folder(options.path), options.dtype in (None, "int8")
+    return export_cpu(
+        folder,
+        options.output,
+        rows_of_file(options.calibration, folder, 128) if int8 and options.calibration else (),
+        int8=int8,
+        bf16=options.dtype == "bf16",
+        batch_sizes=options.batch_sizes or (1, 8),
+        seq_lens=options.seq_lens or (32, 128),
+        threads=options.threads,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -146,14 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif fields:
         parser.error(f"unrecognized arguments: {' '.join(fields)}")
     if options.command == "export":
-        only_nm = {"--dtype": options.dtype, "--exclude-modules": options.exclude_modules}
-        only_timed = {"--batch-sizes": options.batch_sizes, "--seq-lens": options.seq_lens}
-        if options.format == "onnx" and (flags := [flag for flag, value in only_nm.items() if value]):
-            parser.error(f"{flags[0]} belongs to --format nm")
-        if options.format == "onnx" and options.benchmark:
-            parser.error("--benchmark belongs to --format nm: ONNX Runtime has no sparse kernels to time")
-        if not options.benchmark and (flags := [flag for flag, value in only_timed.items() if value]):
-            parser.error(f"{flags[0]} belongs to --benchmark")
+        check_export(parser, options)
     disable_progress_bar()  # the bar of transformers' loading: our output is one line
     online = options.command in ("report", "verify", "export") and options.path.count("/") == 1
     online = online or options.command == "plan"  # which also takes names without a user, such as bert-base-uncased

@@ -11,12 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.bert.modeling_bert import BertLayer
-from transformers.models.camembert.modeling_camembert import CamembertLayer
-from transformers.models.electra.modeling_electra import ElectraLayer
-from transformers.models.mpnet.modeling_mpnet import MPNetLayer
-from transformers.models.roberta.modeling_roberta import RobertaLayer
-from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLayer
 
 from .linears import TOKENS, Int8Plan, Int8Product, Step, Unsaved
 from .threads import pieces_of, share
@@ -38,20 +32,28 @@ _MPNET = {
     **{"query": "attention.attn.q", "key": "attention.attn.k", "value": "attention.attn.v"},
     **{"context": "attention.attn.o", "first_norm": "attention.LayerNorm", "attention": "attention.attn"},
 }
-FAMILIES: dict[type[nn.Module], dict[str, str]] = {
-    **dict.fromkeys((BertLayer, RobertaLayer, XLMRobertaLayer, CamembertLayer, ElectraLayer), _BERT),
-    MPNetLayer: _MPNET,
+# By the full name of the layer's class: only models in use are imported.
+_FAMILIES = {
+    f"transformers.models.{family}.modeling_{family}.{name}Layer": _MPNET if name == "MPNet" else _BERT
+    for family, name in {
+        "bert": "Bert",
+        "roberta": "Roberta",
+        "xlm_roberta": "XLMRoberta",
+        "camembert": "Camembert",
+        "electra": "Electra",
+        "mpnet": "MPNet",
+    }.items()
 }
 LINEARS = ("query", "key", "value", "context", "up", "down")
 _CENTER = 128  # the zero point of query, key and value, which are centred
 
 
-def parts_of(layer: nn.Module) -> dict[str, nn.Module] | None:
-    """Return the modules of a layer by their task; None if it is of another family, or a decoder's."""
-    names = FAMILIES.get(type(layer))
-    if names is None or (not isinstance(layer, MPNetLayer) and layer.is_decoder):
+def names_of(layer: nn.Module) -> dict[str, str] | None:
+    """Return the names of a layer's modules by their task; None if it is of another family, or a decoder's."""
+    names = _FAMILIES.get(f"{type(layer).__module__}.{type(layer).__qualname__}")
+    if names is _BERT and layer.is_decoder:
         return None
-    return {task: layer.get_submodule(name) for task, name in names.items()}
+    return names
 
 
 class FusedLayer(Unsaved):
@@ -62,12 +64,13 @@ class FusedLayer(Unsaved):
 
     def __init__(self, layer: nn.Module, plans: Mapping[str, Int8Plan], bf16: bool) -> None:
         nn.Module.__init__(self)  # not that of the layer's class, which would make its modules
-        parts = parts_of(layer)
-        assert parts is not None
-        self.returns_tuple = isinstance(layer, MPNetLayer)
+        names = names_of(layer)
+        assert names is not None
+        parts: dict[str, Any] = {task: layer.get_submodule(name) for task, name in names.items()}
+        self.returns_tuple = names is _MPNET
         self.first_norm, self.second_norm = parts["first_norm"], parts["second_norm"]
         self.activation, self.bf16 = parts["activation"], bf16
-        attention: Any = parts["attention"]
+        attention = parts["attention"]
         self.heads, self.head_size = attention.num_attention_heads, attention.attention_head_size
         three = [plans[task] for task in ("query", "key", "value")]
         # The three outputs leave one product, with the scale 1: their own scales are moved into the weights.

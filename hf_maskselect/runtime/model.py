@@ -7,7 +7,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from ..masking.targets import prunable_weights
-from .layers import FAMILIES, LINEARS, fuse, parts_of
+from .layers import LINEARS, fuse, names_of
 from .linears import Choice, ExactLinear, Int8Linear, Int8Plan
 
 M = TypeVar("M", bound=nn.Module)
@@ -52,8 +52,8 @@ def layers_of(model: nn.Module) -> dict[str, dict[str, str]]:
     """Return the layers that can be fused: name -> {task: name of its linear layer}."""
     found = {}
     for name, module in model.named_modules():
-        if parts_of(module) is not None:
-            found[name] = {task: f"{name}.{FAMILIES[type(module)][task]}" for task in LINEARS}
+        if (names := names_of(module)) is not None:
+            found[name] = {task: f"{name}.{names[task]}" for task in LINEARS}
     return found
 
 

@@ -1,12 +1,15 @@
 """Ranges of the numbers that go in and out of linear layers, observed on calibration rows, and what 8 bits cost."""
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Value, load_dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from .linears import Step
 
@@ -43,9 +46,32 @@ def batches_of(calibration: Iterable[Mapping[str, Any]], model: PreTrainedModel)
     if len(batches) < 2:
         raise ValueError(
             f"calibration has {len(batches)} rows: give tokenized rows of the train split, such as 128, since int8 "
-            "needs the ranges of the activations"
+            "needs the ranges of the activations, or pass int8=False (--dtype fp32)"
         )
     return batches
+
+
+def rows_of_file(path: str | os.PathLike, tokenizer_folder: str | os.PathLike, count: int) -> list[dict[str, Any]]:
+    """Tokenize up to `count` rows of a JSON-lines or parquet file: all of its columns of text, in their order.
+
+    Raises:
+        ValueError: the file or the tokenizer cannot be read, or there are no columns of text.
+    """
+    kind = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.get(Path(path).suffix)
+    if kind is None or not Path(path).is_file():
+        raise ValueError(f"{path} is no .parquet or .jsonl file: give calibration rows of the train split")
+    try:
+        rows = load_dataset(kind, data_files=str(path), split="train")
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"calibration rows cannot be made of {path} ({str(error).splitlines()[0]})") from error
+    texts = [name for name, column in rows.features.items() if column == Value("string")]
+    if not texts:
+        raise ValueError(f"{path} has no columns of text: give calibration rows of the train split")
+    return [
+        dict(tokenizer(*(row[name] for name in texts), truncation=True))
+        for row in rows.select(range(min(count, len(rows))))
+    ]
 
 
 @dataclass

@@ -1,0 +1,184 @@
+"""The files of a CPU model: weights in the packed format, and beside them what runs how, as JSON."""
+
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..storage.packed_file import PackedFile, PackedWriter, PackItem
+from ..utils.files import read_json, write_json
+from ..utils.reading import build, typed
+from .kernels import KINDS
+from .linears import Choice, Int8Plan, Step
+from .model import Attention, ExactPlan, Plans
+
+CPU_FILE, CPU_JSON = "cpu_model.safetensors", "cpu_model.json"
+_SCALES = ".scales"
+_REMEDY = "export the model again"
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """How one linear layer runs.
+
+    kinds: (largest number of rows, kind) in rising order, where the last number does not count. input, output: scale
+    and zero point of its 8-bit numbers, both None for other kinds.
+    """
+
+    kinds: list[list[Any]]
+    input: list[float] | None = None
+    output: list[float] | None = None
+
+    def choice(self, where: object) -> Choice:
+        """Return the kinds; raises a ValueError if there is no such kind."""
+        pairs = [tuple(pair) for pair in self.kinds]
+        if not pairs or not all(
+            len(pair) == 2 and type(pair[0]) is int and isinstance(pair[1], str) and pair[1] in KINDS for pair in pairs
+        ):
+            raise ValueError(f"{where}: {self.kinds!r:.60} are no kinds of products: {_REMEDY}")
+        return Choice(tuple(pairs))
+
+
+@dataclass(frozen=True)
+class ShapeTime:
+    """Milliseconds of the whole model at one shape: the median and the 95th percentile, dense float32 and exported."""
+
+    batch: int
+    length: int
+    dense: list[float]
+    cpu: list[float]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a CPU model runs, and how fast it was where it was timed.
+
+    cpu, threads, torch: where. source: digest of the weights that it was made from. weights: checksum of the header of
+    the file of weights. fused, bf16: see `Attention`. divergence: of the outputs from those in float32, on calibration
+    rows that were held out (see `Judge`), NaN without such rows. ranges: how the ranges of 8-bit numbers were found.
+    layers: by name.
+    """
+
+    cpu: str
+    threads: int
+    torch: str
+    source: str
+    weights: str
+    fused: bool
+    bf16: bool
+    divergence: float | None
+    ranges: str
+    layers: dict[str, LayerRecord]
+    times: list[ShapeTime] = field(default_factory=list)
+
+    @property
+    def attention(self) -> Attention:
+        """How whole layers run."""
+        return Attention(self.fused, self.bf16)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write the JSON."""
+        write_json(Path(folder) / CPU_JSON, asdict(self))
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "Runtime":
+        """Read the JSON; raises a ValueError if it is missing or damaged."""
+        path = Path(folder) / CPU_JSON
+        stored = dict(typed(read_json(path, _REMEDY), dict, path, _REMEDY))
+        layers = typed(stored.get("layers"), dict[str, Any], f"{path}: layers", _REMEDY)
+        stored["layers"] = {
+            name: build(LayerRecord, each, f"{path}: {name}", _REMEDY) for name, each in layers.items()
+        }
+        times = typed(stored.get("times"), list[Any], f"{path}: times", _REMEDY)
+        stored["times"] = [build(ShapeTime, each, f"{path}: times", _REMEDY) for each in times]
+        return build(cls, stored, path, _REMEDY)
+
+
+def record_of(plan: ExactPlan | Int8Plan) -> LayerRecord:
+    """Return what is written of a plan beside its weights."""
+    kinds = [list(pair) for pair in plan.choice.kinds]
+    if isinstance(plan, ExactPlan):
+        return LayerRecord(kinds)
+    return LayerRecord(kinds, [plan.input.scale, plan.input.zero], [plan.output.scale, plan.output.zero])
+
+
+def write_weights(path: Path, model: PreTrainedModel, plans: Plans, metadata: Mapping[str, str]) -> PackedWriter:
+    """Write the weights of a float32 model, with int8 for the layers that run in 8 bits."""
+
+    def items() -> Iterator[PackItem]:
+        written: set[tuple[int, torch.Size]] = set()
+        for name, tensor in model.state_dict().items():
+            key = tensor.data_ptr(), tensor.shape
+            if key in written and tensor.numel():
+                continue  # tied
+            written.add(key)
+            plan = plans.get(name.removesuffix(".weight"))
+            if isinstance(plan, Int8Plan) and name.endswith(".weight"):
+                yield PackItem(name, plan.values, "sparse")
+                yield PackItem(name + _SCALES, plan.scales, "raw")
+            else:
+                yield PackItem(name, tensor, "raw" if plan is None else "sparse")
+
+    writer = PackedWriter()
+    writer.write(path, items(), metadata)
+    return writer
+
+
+def read_plans(packed: PackedFile, runtime: Runtime) -> tuple[dict[str, ExactPlan | Int8Plan], dict[str, Tensor]]:
+    """Return the plans of the linear layers, and the tensors of the rest of the model by name.
+
+    Raises:
+        ValueError: the JSON and the weights do not belong together.
+    """
+    if packed.metadata.get("checksum") != runtime.weights:
+        raise ValueError(f"{packed.path} is not the file that {CPU_JSON} was written with: {_REMEDY}")
+    plans: dict[str, ExactPlan | Int8Plan] = {}
+    tensors = {name: packed.tensor(name) for name in packed.entries if not _belongs(name, runtime)}
+    for name, record in runtime.layers.items():
+        where = f"{packed.path}: {name}"
+        if f"{name}.weight" not in packed.entries:
+            raise ValueError(f"{where} has no weight: {_REMEDY}")
+        weight, choice = packed.tensor(f"{name}.weight"), record.choice(where)
+        bias = tensors.get(f"{name}.bias")
+        if record.input is None or record.output is None:
+            plans[name] = ExactPlan(choice, _checked(weight, torch.float32, where), bias)
+            continue
+        if f"{name}.weight{_SCALES}" not in packed.entries:
+            raise ValueError(f"{where} has no scales: {_REMEDY}")
+        scales = packed.tensor(f"{name}.weight{_SCALES}")
+        if scales.shape != weight.shape[:1]:
+            raise ValueError(f"{where} has {tuple(scales.shape)} scales for {len(weight)} rows: {_REMEDY}")
+        steps = [_step(numbers, where) for numbers in (record.input, record.output)]
+        plans[name] = Int8Plan(choice, _checked(weight, torch.int8, where), scales, bias, *steps)
+    return plans, tensors
+
+
+def cpu_name() -> str:
+    """Return the name of this machine's processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _belongs(name: str, runtime: Runtime) -> bool:
+    return name.removesuffix(_SCALES).removesuffix(".weight") in runtime.layers and ".weight" in name
+
+
+def _checked(weight: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    if weight.dtype != dtype or weight.dim() != 2:
+        raise ValueError(f"{where} is {weight.dtype} of {weight.dim()} axes, not a matrix of {dtype}: {_REMEDY}")
+    return weight
+
+
+def _step(numbers: list[float], where: str) -> Step:
+    scale, zero = numbers if len(numbers) == 2 else (0.0, 0)
+    if not 0 < scale < float("inf") or zero not in range(256):
+        raise ValueError(f"{where}: {numbers!r:.60} are no scale and zero point: {_REMEDY}")
+    return Step(float(scale), int(zero))

@@ -1,0 +1,89 @@
+"""Load a CPU model: an ordinary transformers model with fast layers."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..storage.folders import find_folder
+from ..storage.models import load_strictly, model_class
+from ..storage.pack import open_packed
+from ..storage.weights import check_weights, has_weights
+from .choose import Timer, fastest, usable
+from .files import CPU_FILE, CPU_JSON, Runtime, cpu_name, read_plans, record_of
+from .kernels import EXACT_KINDS, INT8_KINDS, missing
+from .linears import Choice, Int8Plan
+from .model import ExactPlan, install
+
+
+def load_cpu(path_or_repo: str | os.PathLike, retime: bool | None = None) -> PreTrainedModel:
+    """Load a model that `export_cpu` wrote, in eval mode, in float32 outside of its fast layers.
+
+    It is of the same class as the exported model, and works in `pipeline`. It cannot be trained or saved. It uses
+    `torch.get_num_threads()` threads.
+
+    Args:
+        path_or_repo: a folder, or a Hub repository.
+        retime: whether the products are timed again on this machine, for the rows that they were chosen for. By
+            default they are timed on another CPU than that of the export, and the result is kept in the folder.
+
+    Raises:
+        ValueError: the files are missing, damaged or of another model, or the folder's own weights have changed since.
+    """
+    folder = find_folder(path_or_repo, weights=[CPU_FILE])
+    packed = open_packed(folder, CPU_FILE, "export --format cpu")
+    runtime = Runtime.load(folder)
+    if has_weights(folder) and check_weights(folder, {}) != runtime.source:
+        raise ValueError(f"{folder}: its weights have changed since {CPU_FILE} was made: export the model again")
+    plans, tensors = read_plans(packed, runtime)
+    if retime or (retime is None and runtime.cpu != cpu_name()):
+        runtime, plans = _retimed(runtime, plans)
+        if os.access(folder, os.W_OK) and not (folder / CPU_JSON).is_symlink():
+            runtime.save(folder)
+    cls, config = model_class(folder)
+    # Nobody reads what stands for the weights of the fast layers, so it takes no memory.
+    places = {f"{name}.weight": torch.empty(_shape(plan)) for name, plan in plans.items()}
+    model = load_strictly(cls, folder, config=config, state_dict={**tensors, **places}, dtype=torch.float32)
+    for name, plan in plans.items():
+        linear = model.get_submodule(name)
+        if not isinstance(linear, nn.Linear) or linear.weight.shape != _shape(plan):
+            raise ValueError(
+                f"{folder}: {name} of {CPU_JSON} is no linear layer of that shape: export the model again"
+            )
+    return install(model, {name: runnable(plan) for name, plan in plans.items()}, runtime.attention)
+
+
+def runnable(plan: ExactPlan | Int8Plan) -> ExactPlan | Int8Plan:
+    """Return a plan without the kinds that this machine lacks. Dense float32 is always there."""
+    kept = tuple(pair for pair in plan.choice.kinds if not missing(pair[1]))
+    if len(kept) == len(plan.choice.kinds):
+        return plan
+    if isinstance(plan, ExactPlan):
+        return replace(plan, choice=Choice(kept) if kept else Choice.always("dense"))
+    if kept or not missing("int8"):
+        return replace(plan, choice=Choice(kept) if kept else Choice.always("int8"))
+    return ExactPlan(Choice.always("dense"), plan.values * plan.scales[:, None], plan.bias)
+
+
+def _retimed(
+    runtime: Runtime, plans: Mapping[str, ExactPlan | Int8Plan]
+) -> tuple[Runtime, dict[str, ExactPlan | Int8Plan]]:
+    """Choose again among the kinds of the same outputs, for the rows of the shapes that were timed."""
+    timer = Timer([each.batch * each.length for each in runtime.times] or [128])
+    chosen: dict[str, ExactPlan | Int8Plan] = {}
+    for name, plan in plans.items():
+        weight = plan.values * plan.scales[:, None] if isinstance(plan, Int8Plan) else plan.weight
+        kinds = INT8_KINDS if isinstance(plan, Int8Plan) else (*EXACT_KINDS, *plan.choice.names() & {"bf16"})
+        if names := usable(weight, kinds):
+            plan = replace(plan, choice=fastest(timer.times(weight, names), weight))
+        chosen[name] = plan
+    layers = {name: record_of(plan) for name, plan in chosen.items()}
+    # The times of the whole model are of the machine before.
+    return replace(runtime, cpu=cpu_name(), threads=torch.get_num_threads(), layers=layers), chosen
+
+
+def _shape(plan: ExactPlan | Int8Plan) -> torch.Size:
+    return plan.values.shape if isinstance(plan, Int8Plan) else plan.weight.shape
