@@ -29,6 +29,7 @@ from .storage.models import own_names
 from .storage.pack import pack
 from .storage.state import PruningState
 from .training.atomic_checkpoints import AtomicCheckpoints
+from .training.check_inputs import check_inputs
 from .training.checkpoints import baked, describe, forget_preparation, put_baked, to_save
 from .training.checks import (
     check_arguments,
@@ -142,6 +143,7 @@ class PruningTrainer(Distilled, RunOptimizers, AtomicCheckpoints, WholePushes, T
         if not any(isinstance(callback, _StepEvents) for callback in self.callback_handler.callbacks):
             self.add_callback(_StepEvents(self))  # the user has replaced them
         self._renew()
+        check_inputs(self, self.run.bench)
 
     def _renew(self) -> None:
         """Make the parts of the run again if arguments or rows have changed since the last one."""

@@ -22,6 +22,7 @@ from ..masking.scores import Criterion, ScoreFn
 from ..masking.targets import transposed_weights
 from ..search.pool import candidate_pool
 from ..storage.models import pruned_modules_of
+from .check_inputs import check_output_dir
 
 
 def check_arguments(args: PruningConfig, model, score_fn: ScoreFn | None, compute_metrics) -> None:
@@ -31,6 +32,7 @@ def check_arguments(args: PruningConfig, model, score_fn: ScoreFn | None, comput
             f"args must be a PruningConfig, got {type(args).__name__}: it takes every TrainingArguments field"
         )
     check_devices(args)
+    check_output_dir(args)
     check_packs(args, model)
     check_batches(args)
     check_score_fn(args, score_fn)
