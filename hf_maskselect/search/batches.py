@@ -37,7 +37,7 @@ class Batches:
         """Copy the collator as it is now, unless this one has been copied."""
         trainer = self._trainer
         if self._copies and trainer.data_collator is not self._collator:
-            self._collator, self._first_collator = (
+            self._collator, self.first_collator = (
                 trainer.data_collator,
                 _copy_of(trainer.data_collator, trainer.model),
             )
@@ -73,7 +73,7 @@ class Batches:
         """Return the held-out rows in batches of `per_device_eval_batch_size`, the same at every call."""
         size = self._trainer.args.per_device_eval_batch_size
         # This loader knows when it ends, which metrics of batches ask for.
-        return self.load(self.held_out, size, None, self._first_collator, DataLoaderShard)
+        return self.load(self.held_out, size, None, self.first_collator, DataLoaderShard)
 
     def load(
         self,

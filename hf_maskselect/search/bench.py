@@ -20,7 +20,7 @@ from ..utils.swapped import swapped
 from ..utils.wrappers import eager
 from .batches import Batches
 from .borrowed import BorrowedTrainer, Inputs
-from .fingerprint import search_fingerprint
+from .identity import Identity
 from .sandbox import Sandbox, deterministic
 from .scorer import Scorer
 
@@ -64,16 +64,13 @@ class TrialBench:
         loads = settings.needs_selection_split or settings.criterion != "magnitude" or settings.refit_rows > 0
         self.sandbox = Sandbox(trainer, method)
         self.batches = Batches(trainer, held_out, copies=loads)
+        self.identity = Identity(trainer, self.sandbox, self.batches)
         self.scorer = Scorer(trainer, self.sandbox, self.batches)
         self.last_refit: Refit | None = None  # of the last trial, if it began with one
 
     def score(self) -> float:
         """Return `Scorer.score` of the model as it is."""
         return self.scorer.score()
-
-    def fingerprint(self, level: int) -> str:
-        """Return the digest of all that the scores of a search at `level` depend on."""
-        return search_fingerprint(self.trainer, self.sandbox, self.batches, level)
 
     def trial(
         self,

@@ -24,6 +24,9 @@ class BorrowedTrainer(Protocol):
     optimizer_cls_and_kwargs: Any
     given_optimizer: Any  # None where the trainer makes its own
     compute_loss_func: Callable[..., Any] | None
+    compute_metrics: Callable[..., Any] | None
+    preprocess_logits_for_metrics: Callable[..., Any] | None
+    eval_dataset: Any
     loss_is_scaled_for_ga: bool | None
     ignored_keys: list[str] | None  # outputs that metrics do not get
     state: Any

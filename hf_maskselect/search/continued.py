@@ -30,14 +30,20 @@ class ContinuedTrials:
 
     def open(self, key: str) -> None:
         """Continue, or begin, the search `key`, and delete the files of others."""
-        self._key = key[:16]
+        self._key = key
         for path in self._folder.glob("*"):
-            if not path.name.startswith(self._key):
+            if not path.name.startswith(key[:16]):
                 path.unlink(missing_ok=True)
 
     def scores(self, candidate: Candidate) -> Scores:
         """Return the scores that this process has on disk."""
-        scores = self._store.value(self._name(candidate), "scores", dict[str, float]) or {}
+        name = self._name(candidate)
+        if (owner := self._store.header(name).get("owner")) not in (None, self._owner(candidate)):
+            raise ValueError(
+                f"{self._store.path(name)} has the weights of another search or candidate ({owner[:8]}): delete "
+                f"{self._folder}, and its trials are repeated"
+            )
+        scores = self._store.value(name, "scores", dict[str, float]) or {}
         return {int(steps): score for steps, score in scores.items()}
 
     def start_of(self, candidate: Candidate) -> Callable[[], Mapping[str, Tensor]] | None:
@@ -47,7 +53,9 @@ class ContinuedTrials:
     def keep(self, candidate: Candidate, steps: int, score: float, weights: Mapping[str, Tensor]) -> None:
         """Keep the weights and the score of a trial of so many further steps."""
         scores = {**(self.scores(candidate) if candidate.steps else {}), candidate.steps + steps: score}
-        self._store.write(self._name(candidate), weights, {"scores": json.dumps(scores)})
+        self._store.write(
+            self._name(candidate), weights, {"scores": json.dumps(scores), "owner": self._owner(candidate)}
+        )
 
     def remembered(self, trials: Trials) -> ScoreAll:
         """Wrap `trials`: skip those that are finished, and give the others to processes that have their weights."""
@@ -87,4 +95,7 @@ class ContinuedTrials:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _name(self, candidate: Candidate) -> str:
-        return f"{self._key}-{candidate.digest[:16]}"
+        return f"{self._key[:16]}-{candidate.digest[:16]}"
+
+    def _owner(self, candidate: Candidate) -> str:
+        return f"{self._key} {candidate.digest}"

@@ -3,7 +3,6 @@
 "Mask candidate selection strategy" and "early mask evaluation pipeline" of arXiv 2310.13183, and successive halving.
 """
 
-import hashlib
 import math
 import os
 import shutil
@@ -23,6 +22,7 @@ from ..utils.processes import Processes
 from .bench import EARLY_EVALUATIONS, Trial, TrialBench
 from .continued import ContinuedTrials
 from .draws import CandidateMasks
+from .identity import key_of
 from .journal import Journal, journaled
 from .race import ScoreAll, race
 from .results import SEARCH_FILE, Candidate, LevelSearch, read_searches, write_searches
@@ -133,11 +133,15 @@ class MaskSearch:
 
     def _remembered(self, trials: Trials, level: int, rungs: list[tuple[int, int]]) -> ScoreAll:
         """Wrap `trials` so that those which a killed run has finished are not repeated."""
-        fingerprint, first = self._bench.fingerprint, self._team.first
+        first = self._team.first
+
+        def identity() -> dict[str, str]:
+            return self._bench.identity.of_search(level, self._criteria)
+
         if not self._continues:
-            first(lambda: self._journal.open(fingerprint(level)))
+            first(lambda: self._journal.open(identity()))
             return journaled(trials, self._journal, self._team)
-        key = first(lambda: hashlib.sha256(f"{fingerprint(level)} {rungs}".encode()).hexdigest())
+        key = first(lambda: key_of({**identity(), "rungs": str(rungs)}))
         self._team.processes.together(lambda: self._continued.open(key))
         return self._continued.remembered(trials)
 

@@ -19,7 +19,10 @@ from ..surgery.refit import Refit
 from ..utils.digests import header_checksum, weights_digest
 from ..utils.files import replacing
 from ..utils.reading import parse_json, typed
+from .identity import Parts, changed_parts
 from .results import order_of
+
+_NOTHING: Parts = {}
 
 
 class WeightStore:
@@ -94,26 +97,44 @@ class LevelBest:
         self._store = WeightStore(folder, "restore it, or resume from another checkpoint")
         self._path = self._store.path(self.NAME)
 
-    def consider(self, level: int, score: float, model: nn.Module) -> bool:
-        """Keep the weights if `score` (lower is better) beats the level's best so far; return whether it did."""
+    def consider(self, level: int, score: float, model: nn.Module, masks: str = "", scoring: Parts = _NOTHING) -> bool:
+        """Keep the weights if `score` (lower is better) beats the level's best so far; return whether it did.
+
+        masks: digest of those in force; scoring: identity of what the score depends on.
+        """
         if math.isnan(score):
             return False
         best = self._store.value(self.NAME, "score", float)
-        if best is not None and self._store.header(self.NAME).get("level") == str(level) and best <= score:
+        if best is not None and self._is_of(level, masks) and best <= score:
             return False
         weights: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         # Copies: buffers may share memory, which the file format cannot express.
         weights |= {n: b.detach().clone(memory_format=torch.contiguous_format) for n, b in model.named_buffers()}
-        self._store.write(self.NAME, weights, {"level": str(level), "score": repr(score)})
+        fields = {"level": str(level), "score": repr(score), "masks": masks, "scoring": json.dumps(dict(scoring))}
+        self._store.write(self.NAME, weights, fields)
         return True
 
+    def _is_of(self, level: int, masks: str) -> bool:
+        """Whether the file is of this level and these masks; earlier versions wrote no masks."""
+        fields = self._store.header(self.NAME)
+        return fields.get("level") == str(level) and fields.get("masks", masks) == masks
+
+    def check_scoring(self, scoring: Parts) -> None:
+        """Raise a ValueError if the score in the file cannot be compared with those of a run with this identity."""
+        then = self._store.value(self.NAME, "scoring", dict[str, str]) or {}
+        if changed := changed_parts(then, scoring):
+            raise ValueError(
+                f"{self._path} was chosen with other {', '.join(changed)}, so its score does not compare with those "
+                "of this run: resume with the same, or set level_eval_steps=0"
+            )
+
     @torch.no_grad()
-    def restore(self, level: int, model: nn.Module) -> bool:
+    def restore(self, level: int, model: nn.Module, masks: str = "") -> bool:
         """Load the best weights of `level` into the model; return False if there are none (every score was NaN).
 
         Tensors that are not in the file keep their values: earlier versions wrote no buffers.
         """
-        if self._store.header(self.NAME).get("level") != str(level):
+        if not self._is_of(level, masks):
             return False
         own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         weights = self._store.load(self.NAME)

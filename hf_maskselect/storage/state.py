@@ -18,9 +18,11 @@ from .weights import check_unpacked, check_weights
 
 STATE_FILE = "pruning_state.safetensors"
 
+NO_TEACHER = "none"
+
 _FIELDS = {"method": str, "pattern": str, "sparsity": float, "step": int, "level": int, "seed": int, "start": float}
 _TEXTS = ("architecture", "weights", "config")
-_LATER = ("needs",)  # states of earlier versions lack it
+_LATER = ("needs", "teacher")  # states of earlier versions lack it
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class PruningState:
     sparsity: target of the run; step: optimizer steps done; level: index of the level in force, -1 before the first
     cut; start: sparsity of the model that the run began with; architecture: class name of the model; weights, config:
     SHA-256 of the saved weights and configuration, empty before they are saved; needs: the other files that a resume
-    needs, with digests where they have one, as JSON; empty where no run goes on from.
+    needs, with digests where they have one, as JSON; empty where no run goes on from; teacher: SHA-256 of its weights,
+    or `NO_TEACHER`.
     """
 
     masks: MaskSet
@@ -45,6 +48,7 @@ class PruningState:
     weights: str = ""
     config: str = ""
     needs: str = ""
+    teacher: str = ""
 
     @property
     def fields(self) -> dict[str, str]:

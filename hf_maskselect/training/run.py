@@ -19,7 +19,7 @@ from ..search.bench import TrialBench
 from ..search.search import MaskSearch
 from ..search.weight_files import LevelBest
 from ..storage.runs import check_best, read_trainer_state
-from ..storage.state import PruningState, load_method_state
+from ..storage.state import NO_TEACHER, PruningState, load_method_state
 from ..utils.processes import Processes
 from ..utils.seeds import key_seed
 from .checks import check_start
@@ -171,8 +171,8 @@ class PruningRun:
             masks, search = self.search.choose(level, self.plan, step)
             reshard(model)  # the next forward pass must see what is written next
             self.method.start_level(level, masks)
-            if self.level_best and self.search.adopted is not None and self.config.should_save:
-                self.level_best.consider(level, self.search.adopted, model)
+            if self.search.adopted is not None:
+                self._consider(level, self.search.adopted, model)
         self.search.history.append(search)
         if self.processes.rank == 0:
             self.search.write()
@@ -194,8 +194,14 @@ class PruningRun:
         if (step - first) % self.config.level_eval_steps and step != last:
             return {}
         score = self.processes.first(self.bench.score())
-        best = self.level_best.consider(level, score, model) if self.config.should_save else False
-        return {"selection_score": score, "selection_best": float(best)}
+        return {"selection_score": score, "selection_best": float(self._consider(level, score, model))}
+
+    def _consider(self, level: int, score: float, model: nn.Module) -> bool:
+        """Keep the weights if they are the best of the level so far, on the process that saves; whether they are."""
+        if not (self.level_best and self.config.should_save):
+            return False
+        masks, scoring = self.method.masks.digest(), self.bench.identity.of_scores()
+        return self.level_best.consider(level, score, model, masks, scoring)
 
     def restore_level_best(self, level: int, model: nn.Module) -> None:
         """Load the best weights of `level`; all ranks call it together.
@@ -205,7 +211,7 @@ class PruningRun:
         """
         assert self.level_best is not None
         self.processes.gather(None)  # the file may still be written
-        restored = self.processes.gather(self.level_best.restore(level, model))
+        restored = self.processes.gather(self.level_best.restore(level, model, self.method.masks.digest()))
         if len(set(restored)) > 1:
             raise RuntimeError(
                 f"rank {restored.index(False)} does not see the weights that rank {restored.index(True)} wrote to "
@@ -262,6 +268,7 @@ class PruningRun:
             seed=self.config.seed,
             start=self.start,
             architecture=class_name(model),
+            teacher=self.bench.identity.teacher or NO_TEACHER,
         )
 
     def write_to(self, checkpoint: str) -> None:
@@ -280,6 +287,11 @@ class PruningRun:
         state.check_step(trainer_state["global_step"], checkpoint)
         check_best(trainer_state, checkpoint, self.config.output_dir or "")
         state.masks.check_fits(weights)
+        if state.teacher not in ("", self.bench.identity.teacher or NO_TEACHER):
+            raise ValueError(
+                f"the checkpoint {checkpoint} was written with another teacher, or with none: resume with the same, "
+                "or start a new run from the checkpoint's model"
+            )
         check_function(checkpoint, model)
 
     def expect(self, checkpoint: str) -> None:
@@ -294,5 +306,7 @@ class PruningRun:
         self.method.load_state_dict(state.masks, load_method_state(checkpoint), state.step)
         self.start, self.at_level, self.resumed = state.start, state.level, True
         self.search.recall(state.step, checkpoint)
-        if self.level_best and self.config.should_save:
-            self.level_best.copy_from(checkpoint)
+        if self.level_best:
+            LevelBest(checkpoint).check_scoring(self.bench.identity.of_scores())
+            if self.config.should_save:
+                self.level_best.copy_from(checkpoint)

@@ -49,7 +49,7 @@ def folders(tmp_path_factory):
         )
     )
     journal = Journal(run)
-    journal.open("a" * 64)
+    journal.open({"part": "a" * 64})
     journal.add({f"{index:064x}": 0.1 + index / 3 for index in range(4)}, 20)
     LevelBest(run).consider(1, 0.25, trainer.model)
     trials = ContinuedTrials(run, Team(Processes(), None))
@@ -72,7 +72,7 @@ def read_semi_structured(folder):
 
 def read_journal(folder):
     journal = Journal(folder)
-    journal.open("a" * 64)
+    journal.open({"part": "a" * 64})
     return {}, str([journal.find(f"{index:064x}", 20) for index in range(4)]), []
 
 
