@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..search.results import Candidate, LevelSearch
+from ..utils.files import replacing
 from .record import RunRecord, best_first, metrics_of
 
 if TYPE_CHECKING:  # matplotlib is optional
@@ -49,7 +50,8 @@ def plot(record: RunRecord, output: str | os.PathLike) -> list[Path]:
         figure = Figure(layout="constrained", dpi=150)
         FigureCanvasAgg(figure)
         draw(figure)
-        figure.savefig(output / name)
+        with replacing(output / name) as picture:
+            figure.savefig(picture, format="png")
     return [output / name for name in drawings]
 
 

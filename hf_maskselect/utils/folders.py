@@ -94,11 +94,25 @@ def put(new: Path, target: Path, keeps: Callable[[str], bool] = lambda name: Fal
 
 
 def finish(folder: str | os.PathLike) -> None:
-    """Move the files of a save that was interrupted to their places. Does nothing for any other folder."""
+    """Move the files of a save that was interrupted to their places. Does nothing for any other folder.
+
+    Raises:
+        ValueError: the folder may not be written.
+    """
     folder = Path(folder)
     saved = folder / SAVED
     if saved.is_symlink() or not saved.is_dir():
         return
+    try:
+        _move(saved, folder)
+    except OSError as error:
+        raise ValueError(
+            f"{folder} holds a save that was interrupted and cannot be finished ({error}): make the folder writable"
+        ) from error
+
+
+def _move(saved: Path, folder: Path) -> None:
+    """Move the files of `saved` into `folder`, in an order that never shows a mixture of two models."""
     with _alone(saved):
         names = set(os.listdir(saved)) if saved.is_dir() else set()  # another process may have moved them
         gone = set(os.listdir(saved / _GONE)) - names if _GONE in names else set()

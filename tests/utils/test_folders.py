@@ -115,6 +115,14 @@ def test_an_interrupted_move_is_finished_once(tmp_path):
     assert content(out) == {"model": "new", "other": "kept"}
 
 
+def test_a_folder_that_cannot_be_finished_is_named(tmp_path, monkeypatch):
+    out = fill(tmp_path / "out", model="old")
+    fill(out / "_saved", model="new")
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(ValueError, match="a save that was interrupted .* make the folder writable"):
+        finish(out)
+
+
 def test_what_a_link_leads_to_is_not_moved(tmp_path):
     out, far = fill(tmp_path / "out", model="old"), fill(tmp_path / "far", model="far", _gone__model="")
     (out / "_saved").symlink_to(far)
