@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -125,9 +126,28 @@ def read_recipe(path: Path) -> dict:
         import yaml  # comes with huggingface_hub
 
         try:
-            recipe = yaml.safe_load(text)
+            recipe = yaml.load(text, _yaml_loader())
         except yaml.YAMLError as error:
             raise ValueError(f"the recipe {path} is not valid YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"the recipe {path} must be one mapping from field to value")
     return recipe
+
+
+def _yaml_loader() -> type:
+    """Return a loader by the rules of YAML 1.2, where no and 2:4 are text, and 1e-4 is a number."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Reads plain values by the core schema of YAML 1.2."""
+
+        yaml_implicit_resolvers: dict = {}
+
+    for tag, pattern, first in (
+        ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
+        ("bool", "true|True|TRUE|false|False|FALSE", list("tTfF")),
+        ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
+        ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", list("-+.0123456789")),
+    ):
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^({pattern})$"), first)
+    return Loader

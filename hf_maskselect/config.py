@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from .fields.distillation import DistillFields
 from .fields.resolved import ResolvedConfig
-from .fields.rules import SELECTION_LOSSES, SOFT_METHODS, greater_is_better, listed
+from .fields.rules import SELECTION_LOSSES, SOFT_METHODS, check_inherited_types, greater_is_better, listed
 from .fields.search import SearchFields
 from .fields.soft import SoftFields
 from .fields.target import TargetFields
@@ -46,6 +46,7 @@ class PruningConfig(TargetFields, SearchFields, SoftFields, DistillFields, Train
         Raises:
             ValueError: a field is out of range, or does not go with another.
         """
+        check_inherited_types(self, TrainingArguments)
         self._check_target_values()
         self._check_search_values()
         self._check_soft_values()

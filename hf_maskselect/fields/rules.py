@@ -9,6 +9,8 @@ import typing
 from collections.abc import Collection, Sequence
 from dataclasses import field
 
+import numpy as np
+
 from ..masking.scores import CRITERIA
 
 SOFT_METHODS = ("pdp", "gumbel")
@@ -56,7 +58,7 @@ def option(default: typing.Any, text: str, choices: Sequence[str] | None = None)
 
 
 def check_types(config: object, group: type) -> None:
-    """Check that every field of `group` has a value of its annotated type.
+    """Check that every field of `group` has a value of its annotated type, and make NumPy numbers those of Python.
 
     Recipes are JSON or YAML, where a number easily becomes a string, a fraction or a list. Where text is listed, one
     string stands for a list of one.
@@ -69,10 +71,56 @@ def check_types(config: object, group: type) -> None:
         ValueError: a value has another type, or is not finite.
     """
     for name, kinds in _annotated(group).items():
-        value = getattr(config, name)
+        value = _plain(getattr(config, name))
+        setattr(config, name, value)
         if not any(_is(value, kind) for kind in kinds):
             wanted = next(text for kind, text in _TYPES.items() if kind in kinds)
-            raise ValueError(f"{name}={value!r} must be {wanted}")
+            raise ValueError(f"{name}={value!r} must be {wanted}{_hint(name, value, wanted)}")
+
+
+def check_inherited_types(config: object, group: type) -> None:
+    """Do as `check_types` for the numbers and switches of a class that is not ours, and which takes more than it says.
+
+    Only what is surely wrong is refused: text, lists, mappings and NaN.
+
+    Raises:
+        ValueError: a value is one of these.
+    """
+    for name, kinds in _annotated(group).items():
+        kind = next((kind for kind in (float, int, bool) if kind in kinds), None)
+        others = [other for other in kinds if other not in (float, int, bool, type(None))]
+        if kind is None or others:
+            continue
+        value = _plain(getattr(config, name))
+        setattr(config, name, value)
+        if isinstance(value, str | list | tuple | dict | set) or (isinstance(value, float) and math.isnan(value)):
+            wanted = "a number" if kind is float else _TYPES[kind]
+            raise ValueError(f"{name}={value!r} must be {wanted}{_hint(name, value, wanted)}")
+
+
+def _plain(value: object) -> object:
+    """Return NumPy's numbers and arrays as those of Python, alone and in a list; anything else as it is."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return [_plain(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _hint(name: str, value: object, wanted: str) -> str:
+    """Return how to write a value that YAML, or the user, has made another type of; empty where that is clear."""
+    if name == "pattern" and type(value) is int and value >= 60:
+        return (
+            f": YAML reads N:M without quotes as a number in base 60, so write '{value // 60}:{value % 60}' in quotes"
+        )
+    if isinstance(value, bool) and wanted == _TYPES[str]:
+        return ": YAML reads yes, no, on and off as true and false, so write the text in quotes"
+    if not isinstance(value, str):
+        return ""
+    if wanted == _TYPES[bool]:
+        return ", without quotes"
+    try:
+        return f": write it without quotes, and in YAML with a point and a sign, such as {float(value):.1e}"
+    except ValueError:
+        return ""
 
 
 @functools.cache

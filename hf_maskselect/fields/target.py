@@ -9,6 +9,8 @@ from ..masking.targets import check_module_names
 from .resolved import ResolvedConfig
 from .rules import METHODS, check_choice, check_least, check_positive, check_steps, check_types, no_meaning, option
 
+MOST_LEVELS = 10_000
+
 
 @dataclass
 class TargetFields:
@@ -83,6 +85,8 @@ class TargetFields:
                 f"sparsity={self.sparsity} must lie inside (0, 1): it is the fraction of zeros, 0.9375 for 16x smaller"
             )
         check_least(self, num_levels=1, level_eval_steps=0)
+        if self.num_levels is not None and self.num_levels > MOST_LEVELS:
+            raise ValueError(f"num_levels={self.num_levels} must be at most {MOST_LEVELS}, since each takes a step")
         check_positive(self, last_level_weight=2)
         check_steps("pruning_warmup_steps", self.pruning_warmup_steps)
 

@@ -139,6 +139,15 @@ def test_a_recipe_is_overridden_by_flags(tmp_path):
         assert (config.sparsity, config.method, config.resolved().criterion) == (0.5, "fisher", "fisher")
 
 
+def test_a_yaml_recipe_is_read_by_yaml_1_2(tmp_path):
+    """Not by 1.1, where 2:4 is 124, no is false, and 1e-4 is text."""
+    text = "pattern: 2:4\neval_strategy: no\nlearning_rate: 1e-4\nkeep_zeros: yes\nmethod: magnitude\nseed: 7\n"
+    (tmp_path / "r.yaml").write_text(text)
+    _, _, config = parse_arguments([str(tmp_path / "r.yaml"), "--task_name", "rte", "--use_cpu"])
+    assert (config.pattern, config.eval_strategy, config.learning_rate) == ("2:4", "no", 1e-4)
+    assert config.keep_zeros is True and config.seed == 7 and config.resolved().sparsity == 0.5
+
+
 def test_the_recipes_that_ship_are_valid(pytestconfig):
     recipes = sorted((pytestconfig.rootpath / "glue_scripts" / "recipes").glob("*.json"))
     targets = {"100x": 0.99, "2to4": 0.5}
