@@ -228,9 +228,9 @@ def _stands_in(folder: Path) -> bool:
 
 def _is_full(error: BaseException, folder: Path) -> bool:
     """Return whether an error is that of a full disk, on which `folder` lies."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
-    if any(os.strerror(number) in str(error) for number in _FULL):  # safetensors
+    if any(os.strerror(number) in str(error) for number in _FULL):  # safetensors, `shutil.copytree`
         return True
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     return (
