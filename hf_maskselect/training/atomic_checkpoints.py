@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -20,10 +19,11 @@ from ..storage.runs import last_checkpoint, rotate
 from ..storage.state import PruningState
 from ..utils.files import sync
 from ..utils.folders import STAGING, discarding, put, replacing_folder
+from .repeatable_batches import RepeatableBatches
 from .resumption import check_complete, needed_files
 
 
-class AtomicCheckpoints(Trainer):
+class AtomicCheckpoints(RepeatableBatches):
     """A `Trainer` that may be killed at any time and leaves no half-written checkpoint.
 
     All ranks write a checkpoint into a staging folder. It is synced to disk and then renamed, so that a run can be

@@ -22,6 +22,7 @@ from transformers.utils import CONFIG_NAME
 from ..search.weight_files import LevelBest
 from ..storage.state import STATE_FILE, PruningState
 from ..utils.reading import leaves_folder, parse_json, read_object, typed
+from .repeatable_batches import batches_file
 
 # Of checkpoints whose state lists no files, because an earlier version wrote it: one of each line must be there.
 _UNLISTED = (
@@ -45,6 +46,7 @@ def needed_files(trainer: Trainer, level_best: LevelBest | None) -> str:
     args = trainer.args
     own = [args.process_index] if args.save_on_each_node else range(args.world_size)
     names = [TRAINER_STATE_NAME, SCHEDULER_NAME, *(_random_state(args.world_size, rank) for rank in own)]
+    names += [batches_file(rank) for rank in own]
     names += [OPTIMIZER_NAME_BIN, f"{FSDP_MODEL_NAME}.bin"] if trainer.is_fsdp_enabled else [OPTIMIZER_NAME]
     names += [SCALER_NAME] if trainer.accelerator.scaler is not None else []
     best = {} if level_best is None else level_best.digests()
