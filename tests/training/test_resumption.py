@@ -14,13 +14,6 @@ from hf_maskselect.storage.runs import last_checkpoint
 SAVED = {"save_strategy": "steps", "save_steps": 3, "level_eval_steps": 1}
 NEEDED = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_batches_0.safetensors", "trainer_state.json"]
 NEEDED += ["_level_best.safetensors"]
-    "optimizer.pt",
-    "rng_batches_0.safetensors",
-    "scheduler.pt",
-    "rng_state.pth",
-    "trainer_state.json",
-    "_level_best.safetensors",
-]
 
 
 @pytest.fixture(scope="module")
