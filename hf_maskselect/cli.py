@@ -22,7 +22,7 @@ from .runtime.quantize import rows_of_file
 from .storage.folders import find_folder
 from .storage.pack import pack, unpack
 from .storage.packed_file import LOSSY
-from .storage.verify import parse_nm, verify
+from .storage.verify import parse_checkable, verify
 from .training.search_cost import check_run, cost_text, workload
 
 PLAN_USAGE = "hf-maskselect plan PATH [--ranks N ...] [--train_rows N] --max_steps N [any field of PruningConfig]"
@@ -56,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--values", choices=LOSSY, help="round all values to 16 bits (lossy)")
     add("--embeddings", choices=["int8"], help="round embedding tables to 8 bits (lossy)")
     add = commands["verify"].add_argument
-    add("--pattern", type=checked(parse_nm), help="check also that every pruned matrix holds this N:M pattern")
+    add("--pattern", type=checked(parse_checkable), help="check also this pattern of every pruned matrix (2:4, 1x4)")
     add = commands["export"].add_argument
     formats = "nm: 2:4 values and metadata (default); onnx; cpu: the fastest layers on this machine"
     add("--format", choices=["nm", "onnx", "cpu"], default="nm", help=formats)

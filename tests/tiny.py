@@ -4,7 +4,7 @@ import torch
 import transformers
 
 from hf_maskselect import MaskSet, PruningConfig, PruningState, PruningTrainer, prunable_weights
-from hf_maskselect.masking.patterns import NM, Unstructured
+from hf_maskselect.masking.patterns import parse_pattern
 
 COMMON = {
     "vocab_size": 64,
@@ -94,8 +94,7 @@ def save_pruned(folder, sparsity=0.75, pattern="unstructured", family="Bert", dt
     """A pruned model as `PruningTrainer` leaves it."""
     model = make(family, **changes)
     scores = {name: weight.detach().abs() for name, weight in prunable_weights(model).items()}
-    chosen = Unstructured("layer") if pattern == "unstructured" else NM(*map(int, pattern.split(":")))
-    masks = MaskSet(chosen.masks(scores, sparsity))
+    masks = MaskSet(parse_pattern(pattern).masks(scores, sparsity))
     masks.apply_(model)
     model.to(dtype).save_pretrained(folder)
     state = PruningState(masks, "magnitude", pattern, sparsity, step=10, level=0, seed=42)

@@ -25,8 +25,9 @@ class TargetFields:
             Defaults to 0.9375 (16x), or to the sparsity of an N:M pattern. Leave it unset with `gumbel_budget=False`,
             where it emerges.
         pattern (`str`, defaults to `"unstructured"`): or `"N:M"`, at most N of M consecutive weights along the input
-            axis; or `"channel"`, whole output channels, the same share of every matrix (not for `"random"` and
-            `"gumbel"`).
+            axis; `"RxC"` such as `"1x4"`, blocks of R outputs and C inputs that are kept or pruned whole, chosen as
+            single weights are, by the sum of their scores; or `"channel"`, whole output channels, the same share of
+            every matrix (not for `"random"` and `"gumbel"`).
         scope (`str`, *optional*): of candidate 0. `"layer"`: every matrix at the target; `"global"`: one ranking;
             `"balanced"`: half-way (scores divided by the root of their matrix's mean, then one ranking). Defaults to
             `"layer"` for magnitude (as in the paper), to `"balanced"` for every other criterion, and to `"global"` for
@@ -36,10 +37,10 @@ class TargetFields:
         target_modules, exclude_modules (`list[str]`, *optional*): module-name suffixes or regexes, as in PEFT.
             Default: the linear and convolution layers of the encoder.
         keep_zeros (`bool`, defaults to `True`): weights that are zero in the model a run starts from stay zero, so
-            that a pruned model is fine-tuned with its zeros kept, or pruned further. An N:M or channel pattern is
-            refused where a group has fewer weights left than it keeps, or a matrix fewer whole rows. `False` lets
-            zeros return, except those of frozen weights; use it for a model with matrices that are zero at their
-            initialisation.
+            that a pruned model is fine-tuned with its zeros kept, or pruned further. A pattern is refused
+            where a group has fewer weights left than it keeps, or a matrix fewer whole rows, or the model fewer whole
+            blocks. `False` lets zeros return, except those of frozen weights; use it for a model with matrices that
+            are zero at their initialisation.
         levels (`list[float]`, *optional*): rising sparsities that end at `sparsity`.
         num_levels (`int`, *optional*): number of cubic levels where `levels` is not given; defaults to 4, and to 1 for
             N:M.
@@ -55,7 +56,7 @@ class TargetFields:
 
     method: str = option("random", "random, magnitude, fisher, taylor, pdp or gumbel", METHODS)
     sparsity: float | None = option(None, "Fraction of zeros over the prunable weights (0.9375).")
-    pattern: str = option("unstructured", "unstructured, channel, or N:M such as 2:4.")
+    pattern: str = option("unstructured", "unstructured, channel, N:M such as 2:4, or RxC such as 1x4.")
     scope: str | None = option(None, "Of candidate 0: layer, balanced or global.")
     layer_floor: float = option(0.125, "Least share of the uniform allocation a matrix keeps.")
     target_modules: list[str] | None = option(None, "Suffixes or regexes of modules to prune.")

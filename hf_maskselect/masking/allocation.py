@@ -81,9 +81,9 @@ def only_allowed(score: Tensor, name: str, allowed: Mapping[str, Tensor] | None,
     return torch.where(allowed[name], score, float("-inf"))
 
 
-def too_few(keep: int, left: int) -> str:
-    """Error message for a count that the weights which are left cannot fill."""
-    return f"cannot keep {keep} weights: only {left} are not pruned yet; ask for a higher sparsity"
+def too_few(keep: int, left: int, unit: str = "weights") -> str:
+    """Error message for a count that the weights, or units, which are left cannot fill."""
+    return f"cannot keep {keep} {unit}: only {left} are not pruned yet; ask for a higher sparsity"
 
 
 def cannot_keep(name: str, shortage: str) -> str:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .allocation import cannot_keep, kept_count
+from .allocation import cannot_keep, kept_count, only_allowed
 from .groups import Groups
 from .ranking import top_k_masks
 from .schedule import cubic_levels
@@ -17,8 +17,18 @@ from .sharded import Shards
 
 Tensors = Mapping[str, Tensor]
 Masks = dict[str, Tensor]
-# For each whole matrix the number of its weights, and of those that are allowed; None where that is not known
+# For each whole matrix the number of its units, and of those that are allowed; None where that is not known
 Counts = tuple[Sequence[int], Sequence[int]] | None
+
+
+def counted(units: Tensors, allowed: Tensors | None, shards: Shards | None = None) -> tuple[list[int], list[int]]:
+    """The number of units of each matrix, and of those that are allowed; with shards summed over the processes."""
+    sizes = [scores.numel() for scores in units.values()]
+    room = sizes if allowed is None else [int(torch.count_nonzero(allowed[name])) for name in units]
+    if shards is None:
+        return sizes, room
+    sums = shards.sums([*sizes, *room])
+    return sums[: len(sizes)], sums[len(sizes) :]
 
 
 class Pattern:
@@ -28,10 +38,14 @@ class Pattern:
     largest L2 norm of scores. A new pattern is a frozen dataclass with `unit_axes`, and `view` if a unit is only a
     part of a row or column. It overrides the rest where it counts in another way.
 
+    Masks are made in three steps: `unit_scores` gives every unit a score, `unit_masks` chooses among the units, and
+    `spread` turns the choice into a mask of weights.
+
     Attributes:
         scope: which weights compete: "layer" (those of one matrix), "global" or "balanced" (those of all matrices).
         scopes: the scopes that the pattern can have.
-        searchable: whether votes and logits of single weights can make its masks.
+        searchable: whether votes and logits of its units can make its masks. The score of a unit is then the sum of
+            its weights' scores.
         row_local: whether units lie within a row, so that masks can be made where every process holds only its rows.
         transposable: whether the pattern fits weights that are stored transposed, as in `Conv1D`.
         unit: the word for its units, in the plural.
@@ -89,6 +103,10 @@ class Pattern:
         view = self.view(torch.empty(shape, device="meta"))
         return math.prod(view.shape[axis] for axis in self.unit_axes(view.dim()))
 
+    def unit_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the `unit_scores` of a weight of this shape."""
+        return tuple(self.unit_scores(torch.empty(shape, device="meta")).shape)
+
     def kept_units(self, units: int, sparsity: float) -> int:
         """How many of a matrix's `units` stay at `sparsity`."""
         return kept_count(units, sparsity)
@@ -128,12 +146,25 @@ class Pattern:
             allowed: boolean masks of an earlier level, whose pruned weights stay pruned. Too few are a ValueError.
             consume: whether the scores may be overwritten, which saves a copy of them.
         """
+        units = self._units(scores)
+        chosen = self.unit_masks(units, sparsity, self._whole(allowed), consume)
+        return {name: self.spread(chosen[name], score) for name, score in scores.items()}
+
+    def unit_masks(
+        self, units: Tensors, sparsity: float, allowed: Tensors | None = None, consume: bool = False
+    ) -> Masks:
+        """Choose among units: `masks` from the `unit_scores` of every matrix, and the `whole_units` of `allowed`.
+
+        Returns boolean masks shaped like the units' scores.
+        """
         masks = {}
-        for name, score in scores.items():
-            if allowed is not None and (short := self.shortage(allowed[name], sparsity)):
-                raise ValueError(cannot_keep(name, short))
-            norms = self._norms(score, None if allowed is None else allowed[name])
-            masks[name] = self.spread(top_k_masks([norms], self.kept_units(norms.numel(), sparsity))[0], score)
+        for name, scores in units.items():
+            keep = self.kept_units(scores.numel(), sparsity)
+            if allowed is not None:
+                if short := self._too_few(int(torch.count_nonzero(allowed[name])), keep):
+                    raise ValueError(cannot_keep(name, short))
+                scores = only_allowed(scores, name, allowed, consume)
+            masks[name] = top_k_masks([scores], keep)[0]
         return masks
 
     def sharded_masks(
@@ -142,30 +173,44 @@ class Pattern:
         """`masks` where every process holds only its rows: boolean masks shaped like the local scores.
 
         They are the rows of the masks of the whole to the bit. Only "balanced" may differ in a few weights, since its
-        means are summed over the processes. `counts` saves a sum. All processes pass the same names in the same order,
-        and raise a ValueError together: as `masks` does, or if a score is NaN, or if a unit reaches over several rows.
+        means are summed over the processes. `counts`, of units, saves a sum. All processes pass the same names in the
+        same order, and raise a ValueError together: as `masks` does, or if a score is NaN, or if a unit reaches over
+        several rows.
         """
         if not self.row_local:
             raise ValueError(f"{self} prunes across rows, which lie on several processes: train with DDP instead")
-        norms = [self._norms(score, None if allowed is None else allowed[name]) for name, score in scores.items()]
-        # A unit that is not whole has the norm -inf.
-        whole = [int(torch.count_nonzero(norm != float("-inf"))) for norm in norms]
-        sums = shards.sums([*(norm.numel() for norm in norms), *whole])
-        keeps = [self.kept_units(count, sparsity) for count in sums[: len(norms)]]
-        for name, count, keep in zip(scores, sums[len(norms) :], keeps, strict=True):
+        units = self._units(scores)
+        chosen = self.sharded_unit_masks(units, sparsity, shards, self._whole(allowed), counts)
+        return {name: self.spread(chosen[name], score) for name, score in scores.items()}
+
+    def sharded_unit_masks(
+        self, units: Tensors, sparsity: float, shards: Shards, allowed: Tensors | None = None, counts: Counts = None
+    ) -> Masks:
+        """`unit_masks` where every process holds only its units."""
+        sizes, room = counted(units, allowed, shards) if counts is None else counts
+        keeps = [self.kept_units(size, sparsity) for size in sizes]
+        for name, count, keep in zip(units, room, keeps, strict=True):
             if short := self._too_few(count, keep):
                 raise ValueError(cannot_keep(name, short))
-        kept, _ = shards.top_k_masks([[norm] for norm in norms], keeps)
-        return {name: self.spread(mask, score) for (name, score), (mask,) in zip(scores.items(), kept, strict=True)}
+        ranked = [only_allowed(scores, name, allowed, consume=False) for name, scores in units.items()]
+        kept, _ = shards.top_k_masks([[scores] for scores in ranked], keeps)
+        return {name: mask for name, (mask,) in zip(units, kept, strict=True)}
 
     # -- units -------------------------------------------------------------------------------------------------------
 
-    def _norms(self, score: Tensor, allowed: Tensor | None) -> Tensor:
-        """The L2 norm of every unit's scores, shaped like `unit_sizes`; -inf if a weight of it is not allowed."""
+    def unit_scores(self, score: Tensor) -> Tensor:
+        """One score a unit, float32 and flat; `score` itself if a unit is one weight."""
         view = self.view(score := score.contiguous())
         axes = self.unit_axes(view.dim())
-        norms = torch.linalg.vector_norm(view, dim=axes).flatten() if axes else score.clone()
-        return norms if allowed is None else norms.masked_fill_(~self.whole_units(allowed), float("-inf"))
+        return torch.linalg.vector_norm(view, dim=axes).flatten() if axes else score
+
+    def _units(self, scores: Tensors) -> dict[str, Tensor]:
+        for name, score in scores.items():
+            self.check(name, score.shape)
+        return {name: self.unit_scores(score) for name, score in scores.items()}
+
+    def _whole(self, allowed: Tensors | None) -> Tensors | None:
+        return None if allowed is None else {name: self.whole_units(mask) for name, mask in allowed.items()}
 
     def unit_sizes(self, sizes: Tensor) -> Tensor:
         """Root mean square of every unit of `sizes` (float32, >= 0), flat; `sizes` itself if a unit is one weight."""
@@ -179,11 +224,21 @@ class Pattern:
         axes = self.unit_axes(view.dim())
         return view.all(axes).flatten() if axes else allowed
 
+    def in_whole_units(self, masks: Tensors) -> int:
+        """How many weights of boolean masks lie in units that have no weight outside of their mask."""
+        kept = (
+            int(torch.count_nonzero(self.whole_units(mask))) * self.unit_size(mask.shape) for mask in masks.values()
+        )
+        return sum(kept)
+
     def spread(self, units: Tensor, like: Tensor) -> Tensor:
-        """The mask of a weight shaped as `like` from the mask of its units, which is shaped like `unit_sizes`."""
+        """Give every weight, shaped as `like`, the value or the mask of its unit; `units` are shaped as `unit_scores`.
+
+        Returns `units` itself if a unit is one weight.
+        """
         if units.shape == like.shape:
             return units
-        mask = torch.empty(like.shape, dtype=torch.bool, device=like.device)
+        mask = torch.empty(like.shape, dtype=units.dtype, device=like.device)
         view = self.view(mask)
         axes = self.unit_axes(view.dim())
         view.copy_(units.view([1 if axis in axes else size for axis, size in enumerate(view.shape)]))

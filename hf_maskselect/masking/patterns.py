@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .allocation import allocate, cannot_keep, joint_masks, kept_count, only_allowed, too_few, top_k
-from .base import Counts, Masks, Pattern, Tensors
+from .base import Counts, Masks, Pattern, Tensors, counted
 from .groups import Groups
 from .ranking import top_k_masks
 from .schedule import cubic_levels
@@ -22,7 +22,7 @@ SCOPES = ("layer", "balanced", "global")
 
 @dataclass(frozen=True)
 class Unstructured(Pattern):
-    """Single weights, anywhere.
+    """Single weights, anywhere. Its units compete in a matrix or over all of them.
 
     Attributes:
         scope: "layer" gives every matrix the target sparsity (as the paper on random masks does). "global" makes one
@@ -37,6 +37,7 @@ class Unstructured(Pattern):
 
     scopes = SCOPES
     searchable = row_local = transposable = True
+    unit = "weights"
 
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:
@@ -59,17 +60,20 @@ class Unstructured(Pattern):
 
     def keeps(self, shapes: Iterable[Sequence[int]], sparsity: float) -> int:
         """The exact count over all matrices together."""
-        return kept_count(sum(math.prod(shape) for shape in shapes), sparsity)
+        size = self.unit_size(())  # of every shape
+        return kept_count(sum(math.prod(shape) // size for shape in shapes), sparsity) * size
 
     def shortage(self, allowed: Tensor, sparsity: float) -> str:
         """Empty: other matrices may keep more instead."""
         return ""
 
-    def masks(self, scores: Tensors, sparsity: float, allowed: Tensors | None = None, consume: bool = False) -> Masks:
+    def unit_masks(
+        self, units: Tensors, sparsity: float, allowed: Tensors | None = None, consume: bool = False
+    ) -> Masks:
         """The best of every matrix, or of all matrices together; ties by index."""
-        names = list(scores)
-        sizes, room = _counts(scores, allowed)
-        keep = kept_count(sum(sizes), sparsity)
+        names, scores = list(units), units
+        sizes, room = counted(units, allowed)
+        keep = self._keep(sizes, room, sparsity)
         if self.scope == "layer":
             quotas = allocate(keep, sizes, room)
             return {
@@ -86,23 +90,25 @@ class Unstructured(Pattern):
             ranked.append(only_allowed(score, name, allowed, consume or score is not scores[name]))
         return dict(zip(names, joint_masks(ranked, keep, self._floors(keep, sizes, room), top_k), strict=True))
 
+    def _keep(self, sizes: Sequence[int], room: Sequence[int], sparsity: float) -> int:
+        """How many units all matrices keep together; a ValueError if fewer are allowed."""
+        keep = kept_count(sum(sizes), sparsity)
+        if keep > sum(room):
+            raise ValueError(too_few(keep, sum(room), self.unit))
+        return keep
+
     def _floors(self, keep: int, sizes: Sequence[int], room: Sequence[int]) -> list[int]:
         """How many entries each matrix keeps at least in a joint ranking of `keep`; room: entries allowed."""
-        if keep > sum(room):
-            raise ValueError(too_few(keep, sum(room)))
         uniform = allocate(keep, sizes, sizes)
         return [min(left, math.ceil(self.floor * share)) for left, share in zip(room, uniform, strict=True)]
 
-    def sharded_masks(
-        self, scores: Tensors, sparsity: float, shards: Shards, allowed: Tensors | None = None, counts: Counts = None
+    def sharded_unit_masks(
+        self, units: Tensors, sparsity: float, shards: Shards, allowed: Tensors | None = None, counts: Counts = None
     ) -> Masks:
-        """`masks` from all-reduced counts."""
-        names = list(scores)
-        if counts is None:
-            sums = shards.sums([count for local in _counts(scores, allowed) for count in local])
-            counts = sums[: len(names)], sums[len(names) :]
-        sizes, room = counts
-        keep = kept_count(sum(sizes), sparsity)
+        """`unit_masks` from all-reduced counts."""
+        names, scores = list(units), units
+        sizes, room = counted(units, allowed, shards) if counts is None else counts
+        keep = self._keep(sizes, room, sparsity)
         ranked = [only_allowed(scores[name], name, allowed, consume=False) for name in names]
         if self.scope == "layer":
             by_matrix, _ = shards.top_k_masks([[score] for score in ranked], allocate(keep, sizes, room))
@@ -112,12 +118,6 @@ class Unstructured(Pattern):
             roots = _roots_of_means(scores, sizes, shards, allowed)
             ranked = [score / root for score, root in zip(ranked, roots, strict=True)]
         return dict(zip(names, joint_masks(ranked, keep, floors, shards.top_k_masks), strict=True))
-
-
-def _counts(scores: Tensors, allowed: Tensors | None) -> tuple[list[int], list[int]]:
-    """The number of weights of each matrix, and of those that are allowed."""
-    sizes = [score.numel() for score in scores.values()]
-    return sizes, sizes if allowed is None else [int(torch.count_nonzero(allowed[name])) for name in scores]
 
 
 def _roots_of_means(scores: Tensors, sizes: Sequence[int], shards: Shards, allowed: Tensors | None) -> Tensor:
@@ -201,27 +201,28 @@ class NM(Pattern):
         words = f"{short} of its groups of {self.m} have fewer than {self.at(sparsity).keep} weights left"
         return words if short else ""
 
-    def masks(self, scores: Tensors, sparsity: float, allowed: Tensors | None = None, consume: bool = False) -> Masks:
+    def unit_masks(
+        self, units: Tensors, sparsity: float, allowed: Tensors | None = None, consume: bool = False
+    ) -> Masks:
         """The best of every group, ties by index."""
         self.check_sparsity(sparsity)
         masks = {}
-        for name, score in scores.items():
-            self.check(name, score.shape)
+        for name, score in units.items():
             if allowed is not None and (short := self.shortage(allowed[name], sparsity)):
                 raise ValueError(cannot_keep(name, short))
             masks[name] = self.at(sparsity).best(only_allowed(score, name, allowed, consume))
         return masks
 
-    def sharded_masks(
-        self, scores: Tensors, sparsity: float, shards: Shards, allowed: Tensors | None = None, counts: Counts = None
+    def sharded_unit_masks(
+        self, units: Tensors, sparsity: float, shards: Shards, allowed: Tensors | None = None, counts: Counts = None
     ) -> Masks:
-        """`masks` of the local rows, since a group lies within a row; all processes raise if one of them does."""
+        """`unit_masks` of the local rows, since a group lies within a row; all processes raise if one of them does."""
         left = allowed or {}
         short = shards.sums([self.at(sparsity).short(mask) for mask in left.values()]) if left else []
         for name, count in zip(left, short, strict=True):
             if count:
                 raise ValueError(cannot_keep(name, self._too_few_left(count, sparsity)))
-        return self.masks(scores, sparsity, allowed)
+        return self.unit_masks(units, sparsity, allowed)
 
 
 @dataclass(frozen=True)
@@ -240,17 +241,82 @@ class Channel(Pattern):
         return max(1, kept_count(units, sparsity))
 
 
+@dataclass(frozen=True)
+class Blocks(Unstructured):
+    """Blocks of `rows` neighbouring outputs and `columns` neighbouring inputs, kept or pruned whole.
+
+    A block's score is the sum of its weights' scores. The blocks of a convolution lie along its channels, at one place
+    of the kernel, as the groups of `NM` do. Counts, scopes and floors are those of `Unstructured`, in blocks.
+
+    Attributes:
+        scope, floor: as in `Unstructured`.
+        rows: outputs of a block.
+        columns: inputs of a block.
+    """
+
+    rows: int = 1
+    columns: int = 4
+
+    transposable = False
+    unit = "blocks"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rows < 1 or self.columns < 1 or self.rows * self.columns == 1:
+            raise ValueError(
+                f"pattern '{self}' must be blocks of at least two weights, as in '1x4': for "
+                "single weights use 'unstructured'"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}"
+
+    @property
+    def row_local(self) -> bool:  # type: ignore[override]
+        """Whether a block lies within a row."""
+        return self.rows == 1
+
+    def unit_axes(self, dim: int) -> tuple[int, ...]:
+        """The rows and the columns of a block."""
+        return (1, 3)
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """A view of shape `(out / rows, rows, in / columns, columns, ...)`."""
+        return tensor.unflatten(1, (-1, self.columns)).unflatten(0, (-1, self.rows))
+
+    def unit_size(self, shape: Sequence[int]) -> int:
+        """Number of weights of a block, whatever the shape."""
+        return self.rows * self.columns
+
+    def check(self, name: str, shape: Sequence[int]) -> None:
+        """Raise a ValueError if a weight of this shape does not consist of whole blocks."""
+        for axis, size, length in (("rows", shape[0], self.rows), ("columns", shape[1], self.columns)):
+            if size % length:
+                raise ValueError(
+                    f"pattern '{self}' does not fit {name}: its {size} {axis} are no multiple of "
+                    f"{length}; leave the module out with exclude_modules or choose other blocks"
+                )
+
+    def unit_scores(self, score: Tensor) -> Tensor:
+        """The sum of each block's scores, flat."""
+        # In double precision, where the order of the addends hardly matters: a process may hold only some of the rows.
+        return self.view(score.contiguous()).sum((1, 3), dtype=torch.float64).float().flatten()
+
+
 # A regex of the pattern's name -> the pattern, from the match, the scope and the floor of joint rankings.
 PATTERNS: dict[str, Callable[[re.Match, str, float], Pattern]] = {
     "unstructured": lambda match, scope, floor: Unstructured(scope, floor),
     "channel": lambda match, scope, floor: Channel(),
+    r"(\d+)x(\d+)": lambda match, scope, floor: Blocks(scope, floor, int(match[1]), int(match[2])),
     r"(\d+):(\d+)": lambda match, scope, floor: NM(int(match[1]), int(match[2])),
 }
 
 
 def parse_pattern(text: str, scope: str = "layer", floor: float = 0.125) -> Pattern:
-    """The pattern that a text names: `"unstructured"`, `"channel"` or `"N:M"`; a ValueError if it names none."""
+    """The pattern that a text names: `"unstructured"`, `"channel"`, `"N:M"` or `"RxC"`; a ValueError for others."""
     for name, make in PATTERNS.items():
         if match := re.fullmatch(name, text):
             return make(match, scope, floor)
-    raise ValueError(f"pattern={text!r} is unknown: use 'unstructured', 'channel' or 'N:M' such as '2:4'")
+    raise ValueError(
+        f"pattern={text!r} is unknown: use 'unstructured', 'channel' or 'N:M' such as '2:4', or 'RxC' such as '1x4'"
+    )

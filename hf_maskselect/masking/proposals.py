@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..utils.seeds import key_seed
 from .allocation import kept_count
-from .base import Pattern
+from .base import Pattern, counted
 from .dtensors import from_local_rows, gathered, local_rows, sharded_like, shards_of
 from .maskset import MaskSet
 from .patterns import SCOPES
@@ -132,25 +132,27 @@ def propose(
     """
     criterion = criteria[proposal.criterion]
     pattern = pattern.scoped(proposal.scope)
-    scores = {}
+    units, allowed = {}, {}  # the scores of all units, and which of them have no pruned weight
     for name, weight in weights.items():
+        pattern.check(name, weight.shape)
         of_weight = WeightStats(None, None, 0) if stats is None else stats.of(name)
-        scores[name] = checked_score(criterion.score, name, local_rows(weight), of_weight)
+        units[name] = pattern.unit_scores(checked_score(criterion.score, name, local_rows(weight), of_weight))
+        allowed[name] = pattern.whole_units(local_rows(sharded_like(masks[name], weight)))
     if proposal.ratio is not None:
         generator = torch.Generator(device=next(iter(weights.values())).device)
         generator.manual_seed(key_seed(seed, "votes", level, index))
-        for name, score in scores.items():
+        for name, score in units.items():
             if float(score.min()) < 0:
                 raise ValueError(f"votes need scores >= 0 but those of {name} are negative: shift them in score_fn")
-            score.masked_fill_(masks[name].logical_not(), 0)  # a pruned weight gets no vote
-        pattern = _vote_(scores, proposal.ratio, pattern, sparsity, criterion.vote_exponent, generator)
+            score.masked_fill_(allowed[name].logical_not(), 0)  # what is pruned gets no vote
+        pattern = _vote_(units, proposal.ratio, pattern, sparsity, criterion.vote_exponent, generator)
     shards = shards_of(weights)
     if shards is None:
-        return MaskSet(pattern.masks(scores, sparsity, masks, consume=True))
-    allowed = {name: local_rows(sharded_like(masks[name], weight)) for name, weight in weights.items()}
-    sizes = [weight.numel() for weight in weights.values()]
-    room = [int(torch.count_nonzero(masks[name])) for name in weights]
-    rows = pattern.sharded_masks(scores, sparsity, shards, allowed, (sizes, room))
+        chosen = pattern.unit_masks(units, sparsity, allowed, consume=True)
+    else:
+        whole = {name: pattern.whole_units(masks[name]) for name in weights}
+        chosen = pattern.sharded_unit_masks(units, sparsity, shards, allowed, counted(whole, whole))
+    rows = {name: pattern.spread(chosen[name], local_rows(weight)) for name, weight in weights.items()}
     return MaskSet({name: gathered(from_local_rows(rows[name], weight)) for name, weight in weights.items()})
 
 
@@ -162,7 +164,7 @@ def _vote_(
     exponent: float,
     generator: torch.Generator,
 ) -> Pattern:
-    """Overwrite scores by votes and return the pattern that makes a mask of them.
+    """Overwrite the scores of units by votes and return the pattern that makes a mask of them.
 
     Votes are drawn in every matrix, or from all matrices together where the ranking is joint.
     """

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from ..masking.allocation import allocate, kept_count
 from ..masking.base import Pattern
-from ..masking.dtensors import in_strides_of
 from ..masking.groups import Groups
 from ..masking.maskset import MaskSet, diverged
 from ..masking.schedule import LevelPlan
@@ -65,8 +64,8 @@ class Gumbel(SoftMethod):
     """Learned masks over frozen weights.
 
     Args:
-        pattern: a pattern of single weights, whose scope "global" or "layer" says which weights share a budget; or one
-            with groups, each of which keeps its best, from all weights down to the target along the ramp.
+        pattern: its units have one logit each. Its scope "global" or "layer" says which of them share a budget; or it
+            has groups, each of which keeps its best, from all weights down to the target along the ramp.
         sparsity: the target; not used without a budget.
         seed_of: returns the seed of an optimizer step's sample.
     """
@@ -103,7 +102,8 @@ class Gumbel(SoftMethod):
         options = self._options
         self._logits, self._scales, self._shifts, self._started = {}, {}, {}, False
         for name, weight in self.weights.items():
-            logits = torch.full(weight.shape, options.initial_logit, dtype=torch.float32, device=weight.device)
+            shape = self._pattern.unit_shape(weight.shape)
+            logits = torch.full(shape, options.initial_logit, dtype=torch.float32, device=weight.device)
             self._logits[name] = nn.Parameter(logits)
             self._scales[name] = nn.Parameter(torch.ones((), device=weight.device), requires_grad=options.rescale)
         body = model.base_model if isinstance(model, PreTrainedModel) else model
@@ -148,20 +148,30 @@ class Gumbel(SoftMethod):
     # -- one step ----------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        """Once, set the logits by the weights that the soft phase begins with; pruned weights get no chance."""
+        """Once, set the logits by the weights that the soft phase begins with; what is pruned gets no chance."""
         if self._started:
             return
-        self._started = True
+        self._started, allowed = True, self._allowed_units()
         for name, weight in self.weights.items():
-            logits, size = self._logits[name].data, weight.detach().abs().float()
+            logits, size = self._logits[name].data, self._pattern.unit_sizes(weight.detach().abs().float())
             if self._options.prior:
                 zero = size == 0
                 size.log_()
                 some = size[~zero]
                 size.sub_(some.mean()).div_(some.std(correction=0).clamp_min_(_SAME)).masked_fill_(zero, _LEAST)
                 logits.add_(size, alpha=self._options.prior)
-            if self._keep:
-                logits.masked_fill_(self._keep[name] == 0, _NEVER)
+            if allowed is not None:
+                logits.masked_fill_(~allowed[name], _NEVER)
+
+    def _allowed_units(self) -> dict[str, Tensor] | None:
+        """Boolean masks of the units without a weight that was pruned before the run; None if all are."""
+        allowed = self.allowed()
+        return None if allowed is None else {name: self._pattern.whole_units(mask) for name, mask in allowed.items()}
+
+    def _masks(self, logits: dict[str, Tensor], sparsity: float) -> MaskSet:
+        """The masks of the best logits."""
+        units = self._pattern.unit_masks(logits, sparsity, self._allowed_units())
+        return MaskSet({name: self._pattern.spread(mask, self.weights[name]) for name, mask in units.items()})
 
     def prepare(self, step: int) -> None:
         """Seed the samples of the step and compute the shifts that hold the budgets."""
@@ -194,14 +204,14 @@ class Gumbel(SoftMethod):
         return {name: logits.data for name, logits in self._logits.items()}
 
     def _budgets(self, pools: list[list[str]], sparsity: float) -> list[float | None]:
-        """How many weights each pool is to keep on average; None for all that are not pruned."""
-        sizes = [sum(self._logits[name].numel() for name in names) for names in pools]
-        if not self._keep:
+        """How many units each pool is to keep on average; None for all that are not pruned."""
+        sizes, allowed = [sum(self._logits[name].numel() for name in names) for names in pools], self._allowed_units()
+        if allowed is None:
             density = 1 - sparsity
             return [density * size for size in sizes]
-        room = [sum(int(torch.count_nonzero(self._keep[name])) for name in names) for names in pools]
+        room = [sum(int(torch.count_nonzero(allowed[name])) for name in names) for names in pools]
         quotas = allocate(min(kept_count(sum(sizes), sparsity), sum(room)), sizes, room)
-        # A share that rounds to nothing is half a weight on average.
+        # A share that rounds to nothing is half a unit on average.
         return [None if quota == left else max(quota, 0.5) for quota, left in zip(quotas, room, strict=True)]
 
     def _groups_now(self) -> Groups | None:
@@ -219,7 +229,7 @@ class Gumbel(SoftMethod):
         else:
             mask, slope = sample(drawn, self._options.tau, groups)
         self._slopes[name] = slope
-        return weight * self._scales[name].data.to(weight.dtype) * mask
+        return weight * self._scales[name].data.to(weight.dtype) * self._pattern.spread(mask, weight)
 
     def carry(self, name: str, weight: Tensor, grad: Tensor, effective: Tensor) -> None:
         """Compute the gradients of the scale and the logits."""
@@ -227,9 +237,9 @@ class Gumbel(SoftMethod):
         if scale.requires_grad:
             scale.grad = (grad * effective).sum(dtype=torch.float32).div_(scale.data)
         # d effective / d logit = scale * weight * slope, in the memory of the gradient, which is not needed any more
-        logits = self._logits[name]
-        of_logits = grad.float().mul_(self._slopes.pop(name)).mul_(weight).mul_(scale.data)
-        logits.grad = in_strides_of(logits, of_logits)
+        slope = self._pattern.spread(self._slopes.pop(name), weight)
+        of_weights = grad.float().mul_(slope).mul_(weight).mul_(scale.data)
+        self._logits[name].grad = self._pattern.unit_scores(of_weights)  # row-major, as the logits are
 
     def gap(self, masks: MaskSet) -> float:
         """The change by hardening, from one sample."""
@@ -260,15 +270,15 @@ class Gumbel(SoftMethod):
         if not self._options.budget:
             return MaskSet({name: t >= 0 for name, t in logits.items()})
         if self._pattern.groups is None:
-            sparsity, allowed = self.plan.ramp_at(self._step) * self._sparsity, self.allowed()
+            sparsity, allowed = self.plan.ramp_at(self._step) * self._sparsity, self._allowed_units()
             if allowed is not None:  # early on the ramp the model has more zeros than it asks for
                 sparsity = max(sparsity, MaskSet(allowed).sparsity())
-            return MaskSet(self._pattern.masks(logits, sparsity, allowed))
+            return self._masks(logits, sparsity)
         groups = self._groups_now()
         if groups is None:
-            return MaskSet.ones(logits)
+            return MaskSet.ones(self.weights)
         if groups == self._pattern.groups:
-            return MaskSet(self._pattern.masks(logits, self._sparsity, self.allowed()))
+            return self._masks(logits, self._sparsity)
         return MaskSet({name: groups.best(t) for name, t in logits.items()})  # they may need pruned weights
 
     def candidate(self, ratio: float | None, seed: int) -> MaskSet:
@@ -280,7 +290,7 @@ class Gumbel(SoftMethod):
             scores = {name: perturbed(t, generator) for name, t in scores.items()}
         if not self._options.budget:
             return MaskSet({name: t >= 0 for name, t in scores.items()})
-        return MaskSet(self._pattern.masks(scores, self._sparsity, self.allowed()))
+        return self._masks(scores, self._sparsity)
 
     def folded(self, name: str, weight: Tensor) -> Tensor:
         """The weight times its scale."""

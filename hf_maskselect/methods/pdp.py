@@ -118,7 +118,8 @@ class Pdp(SoftMethod):
         self.prepare(self._step)
         magnitudes, groups, ramp = self._magnitudes(), self._pattern.groups, self.plan.ramp_at(self._step)
         if groups is None:
-            return self._cut(magnitudes, {name: self._falling(name) for name in self.weights})
+            sizes = {name: self._pattern.unit_sizes(size) for name, size in magnitudes.items()}
+            return self._cut(sizes, {name: self._falling(name) for name in self.weights})
         if ramp == 1:
             return self._gathered(self._pattern.masks(magnitudes, self._sparsity, self.allowed()))
         masks = {name: torch.empty_like(size, dtype=torch.bool) for name, size in magnitudes.items()}
@@ -132,7 +133,7 @@ class Pdp(SoftMethod):
     def candidate(self, ratio: float | None, seed: int) -> MaskSet:
         """Masks of the fixed counts, by magnitude, or by votes around it."""
         self.prepare(self._step)
-        scores = self._magnitudes()
+        scores = {name: self._pattern.unit_sizes(size) for name, size in self._magnitudes().items()}
         if ratio is not None:
             generator = torch.Generator(device=next(iter(scores.values())).device).manual_seed(seed)
             for name, score in scores.items():
@@ -143,15 +144,14 @@ class Pdp(SoftMethod):
             return self._gathered(self._pattern.masks(scores, self._sparsity, self.allowed(), consume=True))
         return self._cut(scores, self._zeros)
 
-    def _cut(self, scores: dict[str, Tensor], zeros: dict[str, int]) -> MaskSet:
+    def _cut(self, sizes: dict[str, Tensor], zeros: dict[str, int]) -> MaskSet:
         """Masks that prune the `zeros` smallest units of every matrix."""
         masks, allowed = {}, self.allowed()
-        for name, score in scores.items():
-            sizes = self._pattern.unit_sizes(score)
+        for name, size in sizes.items():
             if allowed is not None:
-                sizes = sizes.masked_fill(~self._pattern.whole_units(allowed[name]), float("-inf"))
-            units = top_k_masks([sizes], sizes.numel() - zeros[name])[0]
-            masks[name] = self._pattern.spread(units, score)
+                size = size.masked_fill(~self._pattern.whole_units(allowed[name]), float("-inf"))
+            units = top_k_masks([size], size.numel() - zeros[name])[0]
+            masks[name] = self._pattern.spread(units, self.weights[name])
         return MaskSet(masks)
 
     def state_dict(self) -> dict[str, Tensor]:

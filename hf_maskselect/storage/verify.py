@@ -3,7 +3,10 @@
 import os
 from pathlib import Path
 
-from ..masking.patterns import NM, parse_pattern
+import torch
+from torch import Tensor
+
+from ..masking.patterns import NM, Blocks, parse_pattern
 from ..masking.targets import transposed_weights
 from .derived import check_derived
 from .models import load_strictly, model_class, skeleton
@@ -12,12 +15,29 @@ from .two_of_four import check_groups
 from .weights import saved_tensors
 
 
-def parse_nm(pattern: str) -> NM:
-    """Parse an N:M pattern such as `"2:4"`; raises a ValueError for anything else."""
+def parse_checkable(pattern: str) -> NM | Blocks:
+    """Parse `"N:M"` or `"RxC"`; raises a ValueError for anything else."""
     parsed = parse_pattern(pattern)
-    if not isinstance(parsed, NM):
-        raise ValueError(f"pattern={pattern!r} cannot be checked alone: give an N:M pattern such as '2:4'")
+    if not isinstance(parsed, NM | Blocks):
+        raise ValueError(
+            f"pattern={pattern!r} cannot be checked alone: give an N:M pattern such as '2:4', or blocks such as '1x4'"
+        )
     return parsed
+
+
+def check_pattern(name: str, weight: Tensor, pattern: NM | Blocks) -> None:
+    """Raise a ValueError unless the zeros of a weight have the pattern."""
+    if isinstance(pattern, NM):
+        check_groups(name, weight, pattern.n, pattern.m)
+        return
+    pattern.check(name, weight.shape)
+    zeros = weight == 0
+    whole = pattern.whole_units(zeros) | pattern.whole_units(~zeros)
+    if broken := whole.numel() - int(torch.count_nonzero(whole)):
+        raise ValueError(
+            f"{name} does not hold the pattern {pattern}: {broken} of its {whole.numel()} blocks have both zeros and "
+            f"other weights; prune it with pattern='{pattern}', or leave it dense with exclude_modules"
+        )
 
 
 def verify(folder: str | os.PathLike, pattern: str | None = None) -> PruningState:
@@ -25,7 +45,7 @@ def verify(folder: str | os.PathLike, pattern: str | None = None) -> PruningStat
 
     Args:
         folder: a folder that `PruningTrainer` saved.
-        pattern: `"N:M"`: check also that every masked matrix holds it along its input axis.
+        pattern: `"N:M"` or `"RxC"`: check also that every masked matrix holds it along its input axis.
 
     Returns:
         The pruning state of the folder.
@@ -33,17 +53,17 @@ def verify(folder: str | os.PathLike, pattern: str | None = None) -> PruningStat
     Raises:
         ValueError: the first check that failed, with the tensor or the counts.
     """
-    groups = None if pattern is None else parse_nm(pattern)
+    wanted = None if pattern is None else parse_checkable(pattern)
     state = PruningState.load(folder)
     state.check_saved(folder)
     check_derived(Path(folder), state.weights)
-    if groups is not None and (transposed := sorted(transposed_weights(skeleton(folder)) & state.masks.keys())):
+    if wanted is not None and (transposed := sorted(transposed_weights(skeleton(folder)) & state.masks.keys())):
         raise ValueError(f"{transposed[0]} belongs to a Conv1D, which stores it transposed: it cannot hold {pattern}")
     for name, tensor in saved_tensors(folder):
         if name not in state.masks:
             continue
-        if groups is not None:
-            check_groups(name, tensor, groups.n, groups.m)
+        if wanted is not None:
+            check_pattern(name, tensor, wanted)
         nonzero, kept = int(tensor.count_nonzero()), int(state.masks[name].count_nonzero())
         if nonzero != kept:
             raise ValueError(

@@ -237,11 +237,14 @@ def _same_zeros(pattern: Pattern, masks: MaskSet) -> str:
 
 
 def _shortage(pattern: Pattern, masks: MaskSet, sparsity: float) -> str:
-    """Why the first matrix cannot hold the pattern among its kept weights; empty if all can."""
+    """Why the matrices cannot hold the pattern among their kept weights; empty if they can."""
     if masks.reaches(pattern, sparsity):  # the level changes nothing
         return ""
     found = ((name, pattern.shortage(mask, sparsity)) for name, mask in masks.items())
-    return next((f"in {name} {text}" for name, text in found if text), "")
+    if text := next((f"in {name} {text}" for name, text in found if text), ""):
+        return text
+    keep, left = pattern.keeps([mask.shape for mask in masks.values()], sparsity), pattern.in_whole_units(masks)
+    return f"{keep} weights must stay in whole {pattern.unit}, and only {left} lie in such" if left < keep else ""
 
 
 def check_devices(args: PruningConfig) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from hf_maskselect.masking import ranking, sharded
-from hf_maskselect.masking.patterns import NM, Channel, Unstructured
+from hf_maskselect.masking.patterns import NM, SCOPES, Channel, Unstructured, parse_pattern
 from hf_maskselect.masking.sharded import Shards
 
 RANKS = 3
@@ -234,6 +234,18 @@ def channels(group):
         check_pattern(group, Channel(), make_scores(kind))
 
 
+def blocks_within_rows(group):
+    shapes = [(37, 64), (5, 16), (7, 8, 3, 3)]
+    for scope in SCOPES:  # whole numbers, whose means are exact
+        scores = {str(i): t.abs() for i, t in enumerate(make("few values", shapes=shapes))}
+        check_pattern(group, parse_pattern("1x4", scope), scores)
+    for scope in ("layer", "global"):
+        check_pattern(group, parse_pattern("1x4", scope), make_scores(shapes=shapes))
+    ranks = Ranks(group, "uneven")
+    message = error(lambda: parse_pattern("2x2").sharded_masks(ranks.named(make_scores(shapes=[(4, 4)])), 0.5, ranks))
+    assert message.startswith("2x2 prunes across rows")
+
+
 CASES = (
     one_pool,
     one_pool_of_many_tensors,
@@ -248,6 +260,7 @@ CASES = (
     balanced,
     groups_of_rows,
     channels,
+    blocks_within_rows,
 )
 
 
