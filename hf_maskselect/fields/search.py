@@ -61,8 +61,8 @@ class SearchFields:
             and errors such as `"rmse"`, `"wer"` or `"perplexity"`, True for all others.
         refit_rows (`int`, *optional*): train rows for the refit of every cut matrix (hard masks): least squares over
             its kept weights against its output before the cut (see [`refit`]); at most so many rows as have 16,384
-            tokens. A refit row costs as much as two training rows. Defaults to 256, and to 0 (off) where `criterion`
-            is magnitude, the plain baseline.
+            positions (tokens, patches or frames). A refit row costs as much as two training rows. Defaults to 256,
+            and to 0 (off) where `criterion` is magnitude, the plain baseline.
     """
 
     num_candidates: int | None = option(None, "Masks tried at each level (4 for random).")

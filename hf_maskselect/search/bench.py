@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import find_batch_size
 from ..masking.maskset import MaskSet
 from ..masking.scores import GradientStats
 from ..methods.base import Method
-from ..surgery.refit import Refit, refit, refittable
+from ..surgery.refit import Refit, positions_of_row, refit, refittable
 from ..utils.seeds import key_seed
 from ..utils.swapped import swapped
 from ..utils.wrappers import eager
@@ -28,7 +28,7 @@ EARLY_EVALUATIONS = 20  # of one "early" trial; its score is the mean of the las
 EARLY_MEAN = 10
 TRIAL_WARMUP = 0.1
 REFIT_COST = 2  # a refit row costs as much as two training rows
-MOST_POSITIONS = 1 << 14  # tokens of a refit, padding included: all pass through the model at once, twice
+MOST_POSITIONS = 1 << 14  # tokens, patches or frames of a refit, padding included: all pass at once, twice
 
 
 @dataclass(frozen=True)
@@ -173,14 +173,12 @@ class TrialBench:
         """Refit the weights that the masks in force keep; `before` are all weights before the cut, by name."""
         with self.sandbox.random_state(), deterministic(self.trainer.args.device):
             inputs = self._refit_inputs(level)
-            self.trainer.model.eval()
             return refit(self.trainer.model, self.method.weights, before, inputs, self._forward())
 
     def steps_of_refit(self, level: int) -> float:
         """Return the cost of one `refit` in training steps; 0 where no matrix can be refitted."""
         with self.sandbox.random_state():
             inputs = self._refit_inputs(level)
-            self.trainer.model.eval()
             any_matrix = refittable(self.trainer.model, self.method.weights, inputs, self._forward())
         return REFIT_COST * find_batch_size(inputs) / self.batches.rows_of_training() if any_matrix else 0.0
 
@@ -196,22 +194,28 @@ class TrialBench:
     def _refit_inputs(self, level: int) -> Inputs:
         """Return one batch of `refit_rows` train rows, without labels; call it inside `random_state`.
 
-        There are fewer rows where these have more than `MOST_POSITIONS` tokens.
+        There are fewer rows where these have more than `MOST_POSITIONS` positions. The model is in eval mode then.
         """
-        trainer, seed = self.trainer, self.trainer.args.seed
+        seed, count = self.trainer.args.seed, self.settings.refit_rows
         order = torch.Generator().manual_seed(key_seed(seed, "refit", level))
-        rows = torch.randperm(len(trainer.train_dataset), generator=order)[: self.settings.refit_rows].tolist()
+        rows = torch.randperm(len(self.trainer.train_dataset), generator=order)[:count].tolist()
         set_seed(key_seed(seed, "refit", level) % 2**32)  # for a collator that draws
+        inputs = self._without_labels(rows)
+        self.trainer.model.eval()
+        with self.sandbox.random_state():
+            positions = positions_of_row(self.trainer.model, inputs, self._forward()) * find_batch_size(inputs)
+        if positions <= MOST_POSITIONS:
+            return inputs
+        return self._without_labels(rows[: max(1, MOST_POSITIONS * len(rows) // positions)])
+
+    def _without_labels(self, rows: list[int]) -> Inputs:
+        """Return some train rows as one batch for the model, with labels only where its forward pass needs them."""
+        trainer = self.trainer
         (inputs,) = self.batches.load(trainer.train_dataset, len(rows), rows)
-        if "input_ids" in inputs and inputs["input_ids"].numel() > MOST_POSITIONS:
-            fewer = max(1, MOST_POSITIONS * len(rows) // inputs["input_ids"].numel())
-            (inputs,) = self.batches.load(trainer.train_dataset, fewer, rows[:fewer])
         inputs = trainer.own_inputs(trainer._prepare_inputs(inputs))
-        return (
-            inputs
-            if trainer.own_loss or self._wants_labels()
-            else {n: v for n, v in inputs.items() if n not in trainer.label_names}
-        )
+        if trainer.own_loss or self._wants_labels():
+            return inputs
+        return {name: value for name, value in inputs.items() if name not in trainer.label_names}
 
     def _wants_labels(self) -> bool:
         """Return whether the forward pass may need labels.

@@ -180,6 +180,38 @@ def refittable(
     return {name: half for name, half in multiples.items() if uses[name] == 1}
 
 
+@torch.no_grad()
+def positions_of_row(
+    model: nn.Module, inputs: Mapping[str, Any], run: Callable[[dict[str, Any]], Any] | None = None
+) -> int:
+    """Measure how many positions (tokens, patches, frames) one row has in the layer that gets the most.
+
+    Layers whose input is not made of the rows of the batch (DeBERTa's of distances) do not count.
+
+    Args:
+        model: in eval mode.
+        inputs: as in `refittable`; the first row goes through the model, twice.
+        run: passes a batch through the model; by default `model(**inputs)`.
+    """
+    model, most = plain_model(model), 0
+
+    def count(module: nn.Module, args: Any, output: Tensor) -> None:
+        nonlocal most
+        half = len(output) // 2
+        if len(output) == 2 * half and torch.allclose(output[:half], output[half:], equal_nan=True):
+            features = output.shape[1 if isinstance(module, nn.Conv2d) else -1]
+            most = max(most, output[:half].numel() // features)
+
+    hooks = [module.register_forward_hook(count) for module in model.modules() if is_layer(module)]
+    try:
+        with eager():
+            _run(model, run, _take_rows(inputs, [0, 0]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return most
+
+
 def _check_weights(model: nn.Module, weights: Mapping[str, nn.Parameter], before: Mapping[str, Tensor]) -> None:
     layers = {f"{name}.weight": module.weight for name, module in model.named_modules() if is_layer(module)}
     for name, weight in weights.items():
