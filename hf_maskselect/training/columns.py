@@ -47,7 +47,7 @@ def chunks_of(dataset: Any, names: Collection[str]) -> Iterator[tuple[int, dict[
     while isinstance(base, Subset):
         base = base.dataset
     listed, deadline = isinstance(base, list | tuple), time.monotonic() + MOST_SECONDS
-    if not listed and any(isinstance(value, _GENERATORS) for value in vars(base).values()):
+    if not listed and any(isinstance(value, _GENERATORS) for value in getattr(base, "__dict__", {}).values()):
         return
     step = CHUNK if listed else CHUNK // 100
     for start in range(0, len(dataset), step):

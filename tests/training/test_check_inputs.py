@@ -137,7 +137,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["list", "lists", "torch", "arrow"])
+@pytest.mark.parametrize("kind", ["list", "lists", "torch", "dict", "arrow"])
 @pytest.mark.parametrize(("changes", "message"), WRONG, ids=[message for _, message in WRONG])
 def test_a_value_that_the_model_does_not_know_is_refused(tmp_path, changes, message, kind):
     rows = [{**row, "token_type_ids": torch.zeros(8, dtype=torch.long)} for row in make_rows()]
@@ -146,6 +146,7 @@ def test_a_value_that_the_model_does_not_know_is_refused(tmp_path, changes, mess
         "list": lambda rows: rows,
         "lists": as_lists,
         "torch": OfRows,
+        "dict": lambda rows: dict(enumerate(rows)),
         "arrow": lambda rows: datasets.Dataset.from_list(as_lists(rows)),
     }[kind]
     refused(make_trainer(tmp_path, rows=make_rows(), keywords={"train_dataset": make_of(rows)}), f"row 70 .*{message}")
