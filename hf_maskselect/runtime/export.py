@@ -27,7 +27,7 @@ from ..utils.wrappers import plain_model
 from .choose import Timer, fastest, usable, zeros_of
 from .files import CPU_FILE, CPU_JSON, Runtime, ShapeTime, cpu_name, record_of, write_weights
 from .kernels import EXACT_KINDS, INT8_KINDS, missing, quantized_rows
-from .linears import Choice, Int8Plan
+from .linears import Choice, Int8Plan, Step
 from .model import Attention, ExactPlan, install, layers_of, linear_names
 from .quantize import RANGES, Batch, Judge, Observed, batches_of, observe
 
@@ -220,12 +220,14 @@ class _Search:
     def _int8_plans(
         self, seen: Mapping[str, tuple[Observed, Observed]], how: str, choices: Mapping[str, Choice]
     ) -> _Plans:
-        centred = {six[task] for six in layers_of(self._model).values() for task in ("query", "key", "value")}
+        task_of = {linear: task for six in layers_of(self._model).values() for task, linear in six.items()}
         plans: _Plans = {}
         for name, choice in choices.items():
             linear: Any = self._model.get_submodule(name)
             inputs, outputs = seen[name]
-            output = outputs.centred(how) if name in centred else outputs.step(how)
+            output: Step | torch.Tensor = outputs.units()  # some channels are a hundred times as large as others
+            if (task := task_of.get(name)) is not None and task not in ("context", "down"):
+                output = outputs.step(how) if task == "up" else outputs.centred(how)
             values, scales = quantized_rows(linear.weight.detach())
             plans[name] = Int8Plan(choice, values, scales, linear.bias, inputs.step(how), output)
         return plans

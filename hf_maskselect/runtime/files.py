@@ -19,7 +19,7 @@ from .linears import Choice, Int8Plan, Step
 from .model import Attention, ExactPlan, Plans
 
 CPU_FILE, CPU_JSON = "cpu_model.safetensors", "cpu_model.json"
-_SCALES = ".scales"
+_SCALES, _UNITS = ".scales", ".units"
 _REMEDY = "export the model again"
 
 
@@ -28,7 +28,7 @@ class LayerRecord:
     """How one linear layer runs.
 
     kinds: (largest number of rows, kind) in rising order, where the last number does not count. input, output: scale
-    and zero point of its 8-bit numbers, both None for other kinds.
+    and zero point of its 8-bit numbers. Other kinds have none, and an output with a unit a channel has it as a tensor.
     """
 
     kinds: list[list[Any]]
@@ -105,7 +105,8 @@ def record_of(plan: ExactPlan | Int8Plan) -> LayerRecord:
     kinds = [list(pair) for pair in plan.choice.kinds]
     if isinstance(plan, ExactPlan):
         return LayerRecord(kinds)
-    return LayerRecord(kinds, [plan.input.scale, plan.input.zero], [plan.output.scale, plan.output.zero])
+    output = [plan.output.scale, plan.output.zero] if isinstance(plan.output, Step) else None
+    return LayerRecord(kinds, [plan.input.scale, plan.input.zero], output)
 
 
 def write_weights(path: Path, model: PreTrainedModel, plans: Plans, metadata: Mapping[str, str]) -> PackedWriter:
@@ -122,6 +123,8 @@ def write_weights(path: Path, model: PreTrainedModel, plans: Plans, metadata: Ma
             if isinstance(plan, Int8Plan) and name.endswith(".weight"):
                 yield PackItem(name, plan.values, "sparse")
                 yield PackItem(name + _SCALES, plan.scales, "raw")
+                if isinstance(plan.output, Tensor):
+                    yield PackItem(name + _UNITS, plan.output, "raw")
             else:
                 yield PackItem(name, tensor, "raw" if plan is None else "sparse")
 
@@ -146,16 +149,13 @@ def read_plans(packed: PackedFile, runtime: Runtime) -> tuple[dict[str, ExactPla
             raise ValueError(f"{where} has no weight: {_REMEDY}")
         weight, choice = packed.tensor(f"{name}.weight"), record.choice(where)
         bias = tensors.get(f"{name}.bias")
-        if record.input is None or record.output is None:
+        if record.input is None:
             plans[name] = ExactPlan(choice, _checked(weight, torch.float32, where), bias)
             continue
-        if f"{name}.weight{_SCALES}" not in packed.entries:
-            raise ValueError(f"{where} has no scales: {_REMEDY}")
-        scales = packed.tensor(f"{name}.weight{_SCALES}")
-        if scales.shape != weight.shape[:1]:
-            raise ValueError(f"{where} has {tuple(scales.shape)} scales for {len(weight)} rows: {_REMEDY}")
-        steps = [_step(numbers, where) for numbers in (record.input, record.output)]
-        plans[name] = Int8Plan(choice, _checked(weight, torch.int8, where), scales, bias, *steps)
+        scales, output = _of_rows(packed, f"{name}.weight{_SCALES}", len(weight)), record.output
+        units = _of_rows(packed, f"{name}.weight{_UNITS}", len(weight)) if output is None else _step(output, where)
+        input = _step(record.input, where)
+        plans[name] = Int8Plan(choice, _checked(weight, torch.int8, where), scales, bias, input, units)
     return plans, tensors
 
 
@@ -168,7 +168,18 @@ def cpu_name() -> str:
 
 
 def _belongs(name: str, runtime: Runtime) -> bool:
-    return name.removesuffix(_SCALES).removesuffix(".weight") in runtime.layers and ".weight" in name
+    weight = name.removesuffix(_SCALES).removesuffix(_UNITS)
+    return weight.endswith(".weight") and weight.removesuffix(".weight") in runtime.layers
+
+
+def _of_rows(packed: PackedFile, name: str, rows: int) -> Tensor:
+    """Read a positive number for each row of a matrix."""
+    if name not in packed.entries:
+        raise ValueError(f"{packed.path} has no {name}: {_REMEDY}")
+    numbers = packed.tensor(name)
+    if numbers.shape != (rows,) or numbers.dtype != torch.float32 or not bool((numbers > 0).all()):
+        raise ValueError(f"{packed.path}: {name} is no positive number for each of {rows} rows: {_REMEDY}")
+    return numbers
 
 
 def _checked(weight: Tensor, dtype: torch.dtype, where: str) -> Tensor:

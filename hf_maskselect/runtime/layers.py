@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .linears import TOKENS, Int8Plan, Int8Product, Step, Unsaved
+from .linears import CENTRED, TOKENS, Int8Plan, Int8Product, Step, Unsaved
 from .threads import pieces_of, share
 
 _BERT = {
@@ -45,7 +45,6 @@ _FAMILIES = {
     }.items()
 }
 LINEARS = ("query", "key", "value", "context", "up", "down")
-_CENTER = 128  # the zero point of query, key and value, which are centred
 
 
 def names_of(layer: nn.Module) -> dict[str, str] | None:
@@ -73,13 +72,13 @@ class FusedLayer(Unsaved):
         attention = parts["attention"]
         self.heads, self.head_size = attention.num_attention_heads, attention.attention_head_size
         three = [plans[task] for task in ("query", "key", "value")]
-        # The three outputs leave one product, with the scale 1: their own scales are moved into the weights.
-        units = [max(plan.output.scale, torch.finfo(torch.float32).tiny) for plan in three]
-        scales = torch.cat([plan.scales / unit for plan, unit in zip(three, units, strict=True)])
+        # The three leave one product as whole numbers: one unit each, so that they meet in products themselves.
+        units = [self._unit(plan) for plan in three]
         biases = [torch.zeros(len(plan.scales)) if plan.bias is None else plan.bias for plan in three]
-        bias = torch.cat([each / unit for each, unit in zip(biases, units, strict=True)])
+        every = torch.cat([torch.full((len(plan.scales),), unit) for plan, unit in zip(three, units, strict=True)])
+        scales, bias = torch.cat([plan.scales for plan in three]) / every, torch.cat(biases) / every
         values = torch.cat([plan.values for plan in three])
-        self._three = Int8Product(three[0].choice, values, scales, bias, Step(1.0, _CENTER))
+        self._three = Int8Product(three[0].choice, values, scales, bias, CENTRED)
         self._alpha = units[0] * units[1] / self.head_size**0.5
         context, up, down = (plans[task] for task in ("context", "up", "down"))
         self._input, self._up_input, self._down_input = three[0].input, up.input, down.input
@@ -89,6 +88,12 @@ class FusedLayer(Unsaved):
         self._context = Int8Product(context.choice, context.values, scales, context.bias, context.output)
         self._up = Int8Product(up.choice, up.values, up.scales, up.bias, up.output)
         self._down = Int8Product(down.choice, down.values, down.scales, down.bias, down.output)
+
+    @staticmethod
+    def _unit(plan: Int8Plan) -> float:
+        if not isinstance(plan.output, Step) or plan.output.zero != CENTRED.zero:
+            raise ValueError("query, key and value need one centred step each: export the model again")
+        return plan.output.scale
 
     def forward(
         self,
@@ -158,10 +163,10 @@ class FusedLayer(Unsaved):
         rows, tokens, width = states.shape
         context = self._attend(query, key, value, mask, bias).transpose(1, 2)
         context = torch.empty(context.shape, dtype=torch.float32).copy_(context).view(rows * tokens, -1)
-        attended = self._context(self._context_input.quantize(context)).add_(states.reshape(-1, width))
+        attended = self._context.plus(self._context_input.quantize(context), states.reshape(-1, width))
         attended = self.first_norm(attended)
         inner = self.activation(self._up(self._up_input.quantize(attended)))
-        output = self._down(self._down_input.quantize(inner)).add_(attended)
+        output = self._down.plus(self._down_input.quantize(inner), attended)
         return self.second_norm(output).view(rows, tokens, width)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:

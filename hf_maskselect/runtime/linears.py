@@ -25,6 +25,9 @@ class Step:
         return torch.quantize_per_tensor(rows, self.scale, self.zero, torch.quint8)
 
 
+CENTRED = Step(1.0, 128)  # whole numbers from -128 to 127
+
+
 @dataclass(frozen=True)
 class Choice:
     """Which product multiplies how many rows: up to `limit` rows `kind`, the last one any number.
@@ -118,22 +121,38 @@ class ExactLinear(CpuLinear):
 
 
 class Int8Product:
-    """Maps quantized rows to quantized rows, by the kind of product that fits their number.
+    """Maps quantized rows to float32, by the kind of product that fits their number.
 
     Args:
         choice: kinds by the number of rows.
         values: int8 (out, in).
         scales: float32 (out,), one a row.
         bias: float32 (out,), or None.
-        output: how outputs are rounded.
+        output: how outputs are rounded: one step for all, or the unit of each, float32 (out,).
     """
 
-    def __init__(self, choice: Choice, values: Tensor, scales: Tensor, bias: Tensor | None, output: Step) -> None:
-        self._choice, self._output = choice, output
+    def __init__(
+        self, choice: Choice, values: Tensor, scales: Tensor, bias: Tensor | None, output: Step | Tensor
+    ) -> None:
+        self._choice = choice
+        self._units: Tensor | None = None
+        self._output = CENTRED if isinstance(output, Tensor) else output
+        if isinstance(output, Tensor):  # outputs leave the product as whole numbers
+            scales, bias = scales / output, None if bias is None else bias / output
+            self._units = output
         self._products = {kind: Product(kind, values, scales, bias) for kind in sorted(choice.names())}
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Multiply quint8 rows (n, in); returns float32 (n, out), rounded to the steps of the output."""
+        output = self._numbers(rows)
+        return output if self._units is None else output.mul_(self._units)
+
+    def plus(self, rows: Tensor, other: Tensor) -> Tensor:
+        """Multiply quint8 rows and add float32 (n, out)."""
+        output = self._numbers(rows)
+        return output.add_(other) if self._units is None else torch.addcmul(other, output, self._units)
+
+    def _numbers(self, rows: Tensor) -> Tensor:
         product = self._products[self._choice.kind(len(rows))]
         return product(rows, self._output.scale, self._output.zero).dequantize()
 
@@ -148,7 +167,7 @@ class Int8Plan:
         scales: float32 (out,), one a row.
         bias: float32 (out,), or None.
         input: how inputs are rounded.
-        output: how outputs are rounded.
+        output: how outputs are rounded: one step for all, or the unit of each, float32 (out,).
     """
 
     choice: Choice
@@ -156,7 +175,7 @@ class Int8Plan:
     scales: Tensor
     bias: Tensor | None
     input: Step
-    output: Step
+    output: Step | Tensor
 
 
 class Int8Linear(CpuLinear):

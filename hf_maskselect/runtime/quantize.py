@@ -16,6 +16,7 @@ from .linears import Step
 RANGES = ("minmax", "percentile", "mse")
 _SAMPLES = 2048  # values of one batch that are kept for percentiles and errors
 _TAIL = 1e-4  # share of the values beyond each end that a percentile leaves out
+_ROOM = 1.1  # of a channel's range, beyond the largest magnitude that was seen in it
 Batch = Mapping[str, Tensor]
 
 
@@ -76,16 +77,19 @@ def rows_of_file(path: str | os.PathLike, tokenizer_folder: str | os.PathLike, c
 
 @dataclass
 class Observed:
-    """Values of one tensor over all calibration rows: exact extremes, and a sample."""
+    """Values of one tensor over all calibration rows: extremes, largest magnitudes of each channel, and a sample."""
 
     low: float = 0.0
     high: float = 0.0
     samples: Tensor = torch.empty(0)
+    largest: Tensor = torch.zeros(1)
 
     def add(self, values: Tensor) -> None:
         """Observe a tensor."""
-        values = values.detach().reshape(-1).float()
+        values = values.detach().float()
         if values.numel():
+            self.largest = torch.maximum(self.largest, values.abs().reshape(-1, values.shape[-1]).amax(0))
+            values = values.reshape(-1)
             self.low = min(self.low, float(values.min()))
             self.high = max(self.high, float(values.max()))
             stride = max(1, values.numel() // _SAMPLES)
@@ -111,6 +115,12 @@ class Observed:
         """Return steps with zero in the middle."""
         low, high = self.ends(how)
         return Step(max(-low, high, 1e-10) / 127, 128)
+
+    def units(self) -> Tensor:
+        """Return the unit of each channel, float32 (channels,), with room for what calibration has not seen."""
+        units = self.largest * (_ROOM / 127)
+        # A channel that hardly moves gets a unit that no bias overflows.
+        return units.clamp(min=max(float(units.max()) * 1e-4, 1e-10))
 
     def _error(self, low: float, high: float) -> float:
         scale = max((high - low) / 255, 1e-12)

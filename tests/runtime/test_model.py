@@ -1,6 +1,7 @@
 """Whole models with fast layers: the same outputs, in every family."""
 
 import copy
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -52,7 +53,7 @@ def int8_plans(model, kind="int8", how="minmax"):
     centred = {six[task] for six in layers_of(model).values() for task in ("query", "key", "value")}
     for name in names:
         linear, (inputs, outputs) = model.get_submodule(name), seen[name]
-        step = outputs.centred(how) if name in centred else outputs.step(how)
+        step = outputs.centred(how) if name in centred else outputs.units()
         pair = quantized_rows(linear.weight.detach())
         plans[name] = Int8Plan(Choice.always(kind), *pair, linear.bias.detach(), inputs.step(how), step)
     return plans
@@ -163,6 +164,19 @@ def test_ranges_and_the_judge():
     assert inputs.ends("percentile")[1] < 2 and inputs.ends("mse")[1] <= 50
     score = make_sparse("Bert", num_labels=1)
     assert Judge(score, batches())(score) == 0
+
+
+def test_outliers_of_one_channel_cost_the_others_nothing():
+    """Encoders have channels of the residual that are a hundred times as large as others."""
+    model = make_sparse("Bert")
+    model.bert.encoder.layer[0].output.dense.weight.data[3] *= 100
+    expected, plans = states(model, batches()[0]), int8_plans(model)
+    error = relative(states(install(copy.deepcopy(model), plans, Attention(True, False)), batches()[0]), expected)
+    name = "bert.encoder.layer.0.output.dense"
+    _, outputs = observe(model, [name], batches())[name]
+    plans[name] = dataclasses.replace(plans[name], output=outputs.step("minmax"))
+    one_step = relative(states(install(model, plans, Attention(True, False)), batches()[0]), expected)
+    assert error < one_step / 2
 
 
 def test_calibration_rows_are_checked():
