@@ -24,7 +24,7 @@ from ..storage.state import PruningState
 from ..storage.weights import check_unpacked, check_weights
 from ..utils.tables import text_table
 from ..utils.wrappers import plain_model
-from .choose import Timer, fastest, usable, zeros_of
+from .choose import Timer, clock, fastest, usable, zeros_of
 from .files import CPU_FILE, CPU_JSON, Runtime, ShapeTime, cpu_name, record_of, write_weights
 from .kernels import EXACT_KINDS, INT8_KINDS, missing, quantized_rows
 from .linears import Choice, Int8Plan, Step
@@ -275,7 +275,7 @@ class _Search:
 def time_models(
     models: Mapping[str, PreTrainedModel], shapes: Sequence[tuple[int, int]]
 ) -> dict[tuple[int, int], dict[str, list[float]]]:
-    """Return median and 95th percentile of the milliseconds of each model at each (batch, length), in turns."""
+    """Return median and 95th percentile of the milliseconds (see `clock`) of each model at each (batch, length)."""
     times = {}
     for batch, length in shapes:
         size = next(iter(models.values())).config.vocab_size
@@ -289,9 +289,9 @@ def time_models(
                 time.perf_counter() - start < _SECONDS * len(models) and len(min(taken.values(), key=len)) < 100
             ):
                 for name, model in models.items():
-                    begin = time.perf_counter()
+                    begin = clock()
                     model(ids)
-                    taken[name].append((time.perf_counter() - begin) * 1000)
+                    taken[name].append((clock() - begin) * 1000)
         times[batch, length] = {
             name: [statistics.median(each), sorted(each)[math.ceil(0.95 * len(each)) - 1]]
             for name, each in taken.items()
