@@ -234,9 +234,10 @@ class _Search:
 
     def _fastest_attention(self, plans: _Plans) -> Attention | None:
         """Time whole layers as they are, in 8 bits, and in 8 bits with attention in bf16; None if exact was faster."""
+        lengths = sorted({length for _, length in self._shapes})
         kinds: list[Attention | None] = [None, Attention(False)]
         if layers_of(self._model):
-            kinds += [Attention(True, False), *([] if missing("bf16") else [Attention(True, True)])]
+            kinds += [Attention(True, bf16) for bf16 in (0, *([] if missing("bf16") else lengths))]
         models = {
             str(index): self._installed(plans if kind else self._exact, kind or Attention(False))
             for index, kind in enumerate(kinds)

@@ -71,7 +71,7 @@ class Runtime:
     source: str
     weights: str
     fused: bool
-    bf16: bool
+    bf16: int
     divergence: float | None
     ranges: str
     layers: dict[str, LayerRecord]

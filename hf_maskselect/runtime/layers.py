@@ -58,10 +58,10 @@ def names_of(layer: nn.Module) -> dict[str, str] | None:
 class FusedLayer(Unsaved):
     """A layer in 8 bits; its class is also a subclass of the layer's class, so that hidden states are recorded.
 
-    Attention multiplies in bf16 where `bf16` says so, otherwise in float32 by torch's own attention.
+    Attention multiplies in bf16 from the length `bf16` on (0: never), otherwise in float32 by torch's own attention.
     """
 
-    def __init__(self, layer: nn.Module, plans: Mapping[str, Int8Plan], bf16: bool) -> None:
+    def __init__(self, layer: nn.Module, plans: Mapping[str, Int8Plan], bf16: int) -> None:
         nn.Module.__init__(self)  # not that of the layer's class, which would make its modules
         names = names_of(layer)
         assert names is not None
@@ -124,16 +124,16 @@ class FusedLayer(Unsaved):
 
             def work(piece: slice) -> None:
                 part = states[piece]
-                query, key, value = self._project(part)
+                query, key, value = self._project(part, self._dtype(tokens))
                 masks = [None if each is None else each[piece] if len(each) > 1 else each for each in (mask, bias)]
                 output[piece] = self._finish(part, query, key, value, *masks)
 
             share(work, pieces_of(rows, max(1, TOKENS // tokens)))
             return output
-        three = states.new_empty(3, rows, self.heads, tokens, self.head_size, dtype=self._dtype)
+        three = states.new_empty(3, rows, self.heads, tokens, self.head_size, dtype=self._dtype(tokens))
 
         def project(piece: slice) -> None:
-            three[:, :, :, piece] = self._project(states[:, piece])
+            three[:, :, :, piece] = self._project(states[:, piece], three.dtype)
 
         def finish(piece: slice) -> None:
             masks = [None if e is None else e[:, :, piece] if e.shape[2] > 1 else e for e in (mask, bias)]
@@ -145,16 +145,15 @@ class FusedLayer(Unsaved):
         share(finish, pieces)
         return output
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.bf16 else torch.float32
+    def _dtype(self, length: int) -> torch.dtype:
+        return torch.bfloat16 if 0 < self.bf16 <= length else torch.float32
 
-    def _project(self, states: Tensor) -> Tensor:
+    def _project(self, states: Tensor, dtype: torch.dtype) -> Tensor:
         """Return query, key and value as whole numbers, (3, rows, heads, tokens, size)."""
         rows, tokens, width = states.shape
         numbers = self._three(self._input.quantize(states.reshape(-1, width)))
         numbers = numbers.view(rows, tokens, 3, self.heads, self.head_size).permute(2, 0, 3, 1, 4)
-        return torch.empty(numbers.shape, dtype=self._dtype).copy_(numbers)
+        return torch.empty(numbers.shape, dtype=dtype).copy_(numbers)
 
     def _finish(
         self, states: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None
@@ -171,7 +170,7 @@ class FusedLayer(Unsaved):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
         """Return the context (rows, heads, tokens, size) in units of the value's scale."""
-        if not self.bf16:
+        if query.dtype == torch.float32:
             both = mask if bias is None else bias if mask is None else mask + bias
             return nn.functional.scaled_dot_product_attention(query, key, value, both, scale=self._alpha)
         shape = (*query.shape[:3], key.shape[2])
@@ -185,7 +184,7 @@ class FusedLayer(Unsaved):
         return torch.bmm(shares, value).view(*shape[:3], -1)
 
 
-def fuse(layer: nn.Module, plans: Mapping[str, Int8Plan], bf16: bool) -> FusedLayer:
+def fuse(layer: nn.Module, plans: Mapping[str, Int8Plan], bf16: int) -> FusedLayer:
     """Return the layer in 8 bits. plans: those of its six linear layers, by task."""
     kind = type(f"Fused{type(layer).__name__}", (FusedLayer, type(layer)), {})
     return kind(layer, plans, bf16)

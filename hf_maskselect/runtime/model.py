@@ -27,10 +27,13 @@ Plans = Mapping[str, ExactPlan | Int8Plan]
 
 @dataclass(frozen=True)
 class Attention:
-    """How whole layers are computed. fused: in 8 bits where all six linear layers are; bf16: attention in bf16."""
+    """How whole layers are computed.
+
+    fused: in 8 bits where all six linear layers are. bf16: the length from which attention is in bf16; 0 is never.
+    """
 
     fused: bool = True
-    bf16: bool = False
+    bf16: int = 0
 
 
 def linear_names(model: nn.Module) -> list[str]:

@@ -52,7 +52,7 @@ def exported(folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_maskselect.runtime.export._SECONDS", 0.01)
         patch.setattr("hf_maskselect.runtime.choose._SECONDS", 0.001)
-        patch.setattr("hf_maskselect.runtime.export._Search._fastest_attention", lambda *_: Attention(True, False))
+        patch.setattr("hf_maskselect.runtime.export._Search._fastest_attention", lambda *_: Attention(True, 0))
         return output, export_cpu(folder, output, ROWS, **FAST)
 
 
@@ -91,7 +91,7 @@ def test_memory_is_below_dense(folder, exported):
 
 @pytest.mark.skipif(bool(missing("int8")), reason="no int8 product")
 def test_a_bound_keeps_layers_exact(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_maskselect.runtime.export._Search._fastest_attention", lambda *_: Attention(True, False))
+    monkeypatch.setattr("hf_maskselect.runtime.export._Search._fastest_attention", lambda *_: Attention(True, 0))
     free = export_cpu(folder, tmp_path / "free", ROWS, **FAST)
     kl = free.runtime.divergence
     assert all(record.input for record in free.runtime.layers.values()) and kl > 0

@@ -90,7 +90,7 @@ def test_int8_stays_near_the_model_fused_or_not(family, kind):
     model = make_sparse(family)
     plans, batch = int8_plans(model, kind), batches()[0]
     expected = states(model, batch)
-    for attention in (Attention(False), Attention(True, False), Attention(True, True)):
+    for attention in (Attention(False), Attention(True, 1), Attention(True, 11), Attention(True, 0)):
         changed = install(copy.deepcopy(model), plans, attention)
         # 8 bits of six layers in a row; large random weights make the softmax steep, which the bound allows for.
         assert relative(states(changed, batch), expected) < 0.12, attention
@@ -101,7 +101,7 @@ def test_int8_stays_near_the_model_fused_or_not(family, kind):
 @pytest.fixture(scope="module")
 def fused():
     model = make_sparse("Bert")
-    return model, install(copy.deepcopy(model), int8_plans(model), Attention(True, False))
+    return model, install(copy.deepcopy(model), int8_plans(model), Attention(True, 0))
 
 
 def test_a_fused_model_treats_rows_and_masks_alone(fused):
@@ -171,11 +171,11 @@ def test_outliers_of_one_channel_cost_the_others_nothing():
     model = make_sparse("Bert")
     model.bert.encoder.layer[0].output.dense.weight.data[3] *= 100
     expected, plans = states(model, batches()[0]), int8_plans(model)
-    error = relative(states(install(copy.deepcopy(model), plans, Attention(True, False)), batches()[0]), expected)
+    error = relative(states(install(copy.deepcopy(model), plans, Attention(True, 0)), batches()[0]), expected)
     name = "bert.encoder.layer.0.output.dense"
     _, outputs = observe(model, [name], batches())[name]
     plans[name] = dataclasses.replace(plans[name], output=outputs.step("minmax"))
-    one_step = relative(states(install(model, plans, Attention(True, False)), batches()[0]), expected)
+    one_step = relative(states(install(model, plans, Attention(True, 0)), batches()[0]), expected)
     assert error < one_step / 2
 
 
