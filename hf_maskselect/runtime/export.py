@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..storage.folders import check_output, copy_companions, find_folder
+from ..storage.derived import CPU_FILE, ORIGIN, beside_model
+from ..storage.folders import check_output, find_folder
 from ..storage.models import config_digest, load_strictly, model_class, own_names
 from ..storage.packed_file import PackedFile
 from ..storage.state import PruningState
@@ -25,7 +26,7 @@ from ..storage.weights import check_unpacked, check_weights
 from ..utils.tables import text_table
 from ..utils.wrappers import plain_model
 from .choose import Timer, clock, fastest, usable, zeros_of
-from .files import CPU_FILE, CPU_JSON, Runtime, ShapeTime, cpu_name, record_of, write_weights
+from .files import Runtime, ShapeTime, cpu_name, record_of, write_weights
 from .kernels import EXACT_KINDS, INT8_KINDS, missing, quantized_rows
 from .linears import Choice, Int8Plan, Step
 from .model import Attention, ExactPlan, install, layers_of, linear_names
@@ -137,26 +138,24 @@ def export_cpu(
             for shape, each in time_models({"dense": model, "cpu": fast}, shapes).items()
         ]
         count = torch.get_num_threads()
-    output.mkdir(parents=True, exist_ok=True)
+    source, layers = check_weights(folder, {}), {name: record_of(plan) for name, plan in plans.items()}
+    with beside_model(folder, output, lambda: source) as new:
+        write_weights(new / CPU_FILE, model, plans, {"config": config_digest(folder), ORIGIN: source})
+        runtime = Runtime(
+            cpu=cpu_name(),
+            threads=count,
+            torch=torch.__version__,
+            source=source,
+            weights=PackedFile(new / CPU_FILE).metadata["checksum"],
+            fused=attention.fused,
+            bf16=attention.bf16,
+            divergence=divergence,
+            ranges=ranges,
+            layers=layers,
+            times=times,
+        )
+        runtime.save(new)
     path = output / CPU_FILE
-    (output / CPU_JSON).unlink(missing_ok=True)  # of an earlier export: two files cannot be replaced at once
-    write_weights(path, model, plans, {"config": config_digest(folder)})
-    layers = {name: record_of(plan) for name, plan in plans.items()}
-    runtime = Runtime(
-        cpu=cpu_name(),
-        threads=count,
-        torch=torch.__version__,
-        source=check_weights(folder, {}),
-        weights=PackedFile(path).metadata["checksum"],
-        fused=attention.fused,
-        bf16=attention.bf16,
-        divergence=divergence,
-        ranges=ranges,
-        layers=layers,
-        times=times,
-    )
-    runtime.save(output)
-    copy_companions(folder, output)
     dense = sum(tensor.numel() * 4 for tensor in model.state_dict().values())
     return CpuReport(path, runtime, dense, path.stat().st_size, search.hints())
 

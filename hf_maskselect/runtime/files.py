@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..storage.derived import CPU_JSON
 from ..storage.packed_file import PackedFile, PackedWriter, PackItem
 from ..utils.files import read_json, write_json
 from ..utils.reading import build, typed
@@ -18,7 +19,6 @@ from .kernels import KINDS
 from .linears import Choice, Int8Plan, Step
 from .model import Attention, ExactPlan, Plans
 
-CPU_FILE, CPU_JSON = "cpu_model.safetensors", "cpu_model.json"
 _SCALES, _UNITS = ".scales", ".units"
 _REMEDY = "export the model again"
 
@@ -47,7 +47,10 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class ShapeTime:
-    """Milliseconds of the whole model at one shape: the median and the 95th percentile, dense float32 and exported."""
+    """Milliseconds of the whole model at one shape: median and 95th percentile, dense float32 and exported.
+
+    Both are empty if the products were timed again on another machine.
+    """
 
     batch: int
     length: int

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..storage.derived import CPU_FILE, CPU_JSON
 from ..storage.folders import find_folder
 from ..storage.models import load_strictly, model_class
 from ..storage.pack import open_packed
-from ..storage.weights import check_weights, has_weights
 from .choose import Timer, fastest, usable
-from .files import CPU_FILE, CPU_JSON, Runtime, cpu_name, read_plans, record_of
+from .files import Runtime, cpu_name, read_plans, record_of
 from .kernels import EXACT_KINDS, INT8_KINDS, missing
 from .linears import Choice, Int8Plan
 from .model import ExactPlan, install
@@ -36,8 +36,6 @@ def load_cpu(path_or_repo: str | os.PathLike, retime: bool | None = None) -> Pre
     folder = find_folder(path_or_repo, weights=[CPU_FILE])
     packed = open_packed(folder, CPU_FILE, "export --format cpu")
     runtime = Runtime.load(folder)
-    if has_weights(folder) and check_weights(folder, {}) != runtime.source:
-        raise ValueError(f"{folder}: its weights have changed since {CPU_FILE} was made: export the model again")
     plans, tensors = read_plans(packed, runtime)
     if retime or (retime is None and runtime.cpu != cpu_name()):
         runtime, plans = _retimed(runtime, plans)
@@ -81,8 +79,10 @@ def _retimed(
             plan = replace(plan, choice=fastest(timer.times(weight, names), weight))
         chosen[name] = plan
     layers = {name: record_of(plan) for name, plan in chosen.items()}
-    # The times of the whole model are of the machine before.
-    return replace(runtime, cpu=cpu_name(), threads=torch.get_num_threads(), layers=layers), chosen
+    shapes = [replace(each, dense=[], cpu=[]) for each in runtime.times]  # their times are of the machine before
+    return replace(
+        runtime, cpu=cpu_name(), threads=torch.get_num_threads(), torch=torch.__version__, layers=layers, times=shapes
+    ), chosen
 
 
 def _shape(plan: ExactPlan | Int8Plan) -> torch.Size:

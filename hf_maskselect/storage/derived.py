@@ -22,6 +22,7 @@ from .weights import check_weights, has_weights
 SEMI_STRUCTURED_FILE = "semi_structured_model.safetensors"
 TIMING_FILE = "semi_structured_timing.json"
 ONNX_FILE = "model.onnx"
+CPU_FILE, CPU_JSON = "cpu_model.safetensors", "cpu_model.json"
 CARD, SPEED_HEADING = "README.md", "## Speed on sparse tensor cores"
 ORIGIN = "weights"  # the field with the digest of the weights
 _COMMANDS = {  # file -> the console command that makes it
@@ -29,6 +30,8 @@ _COMMANDS = {  # file -> the console command that makes it
     SEMI_STRUCTURED_FILE: "export --format nm",
     TIMING_FILE: "export --format nm --benchmark",
     ONNX_FILE: "export --format onnx",
+    CPU_FILE: "export --format cpu",
+    CPU_JSON: "export --format cpu",
 }
 _OF_WEIGHTS = re.compile(
     rf"(adapter_)?model(-\d{{5}}-of-\d{{5}})?\.safetensors|{re.escape(SAFE_WEIGHTS_INDEX_NAME)}|adapter_config\.json|"
@@ -77,8 +80,10 @@ def stays(path: Path, weights: Callable[[], str]) -> bool:
 def origin_of(path: Path) -> str:
     """Return the digest of the weights that a file was made from; empty if it names none, or is damaged."""
     try:
-        if path.name in (PACKED_FILE, SEMI_STRUCTURED_FILE):
+        if path.name in (PACKED_FILE, SEMI_STRUCTURED_FILE, CPU_FILE):
             return _origin(TensorFile(path).metadata)
+        if path.name == CPU_JSON:
+            return _origin(TensorFile(path.with_name(CPU_FILE)).metadata)
         if path.name == TIMING_FILE:
             return str(typed(read_json(path, "delete it"), dict, path).get(ORIGIN, ""))
         if path.name.startswith(ONNX_FILE) and importlib.util.find_spec("onnx") is not None:

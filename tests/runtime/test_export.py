@@ -12,10 +12,11 @@ from transformers import AutoTokenizer, BertTokenizerFast, pipeline
 from hf_maskselect import export_cpu, load_cpu
 from hf_maskselect.cli import main
 from hf_maskselect.runtime.export import time_models
-from hf_maskselect.runtime.files import CPU_FILE, CPU_JSON, Runtime
+from hf_maskselect.runtime.files import Runtime
 from hf_maskselect.runtime.kernels import missing
 from hf_maskselect.runtime.linears import CpuLinear
 from hf_maskselect.runtime.model import Attention, linear_names
+from hf_maskselect.storage.derived import CPU_FILE, CPU_JSON
 from hf_maskselect.utils.files import read_json, write_json
 
 ROWS = make_rows(24)
@@ -115,7 +116,10 @@ def test_another_cpu_is_timed_anew_and_the_result_is_kept(exported, monkeypatch)
     expected = logits(load_cpu(output, retime=False))
     assert Runtime.load(output).cpu == "another"
     torch.testing.assert_close(logits(load_cpu(output)), expected, atol=1e-4, rtol=1e-4)
-    assert Runtime.load(output).cpu == report.runtime.cpu
+    again = Runtime.load(output)
+    assert again.cpu == report.runtime.cpu and not again.times[0].cpu
+    shapes = [[(each.batch, each.length) for each in times] for times in (again.times, report.runtime.times)]
+    assert shapes[0] == shapes[1]
 
 
 def test_a_missing_product_is_replaced(exported, folder, monkeypatch):
@@ -147,7 +151,7 @@ def test_changed_and_damaged_files_are_refused(folder, exported, tmp_path):
     load_cpu(tmp_path, retime=False)
     sparse_model(sparsity=0.7).save_pretrained(tmp_path)
     shutil.copy(exported[0] / "config.json", tmp_path)
-    with pytest.raises(ValueError, match="weights have changed"):
+    with pytest.raises(ValueError, match="made from other weights"):
         load_cpu(tmp_path, retime=False)
     for path in tmp_path.glob("model*"):
         path.unlink()
@@ -168,6 +172,17 @@ def test_changed_and_damaged_files_are_refused(folder, exported, tmp_path):
     (tmp_path / CPU_JSON).write_text(json.dumps(good))
     with pytest.raises(ValueError, match="damaged"):
         load_cpu(tmp_path, retime=False)
+
+
+def test_a_folder_with_an_earlier_export_is_exported_anew(tmp_path):
+    model = sparse_model("Bert", 0.9)
+    model.save_pretrained(tmp_path / "model")
+    export_cpu(tmp_path / "model", tmp_path / "model", int8=False, **FAST)
+    torch.testing.assert_close(logits(load_cpu(tmp_path / "model")), logits(model), atol=1e-5, rtol=1e-4)
+    changed = sparse_model("Bert", 0.8)
+    changed.save_pretrained(tmp_path / "model")
+    export_cpu(tmp_path / "model", tmp_path / "other", int8=False, **FAST)
+    torch.testing.assert_close(logits(load_cpu(tmp_path / "other")), logits(changed), atol=1e-5, rtol=1e-4)
 
 
 def test_times_are_of_each_model_and_shape():
