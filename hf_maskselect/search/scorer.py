@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerControl, set_seed
+from transformers import DefaultFlowCallback, Trainer, TrainerControl, set_seed
 from transformers.trainer_callback import CallbackHandler
 
 from ..fields.rules import SELECTION_LOSSES
@@ -55,7 +55,7 @@ class Scorer:
             "get_eval_dataloader": lambda *args, **kwargs: loader,
             "gather_function": trainer.accelerator.gather_for_metrics,
             "log": lambda *args, **kwargs: None,
-            "callback_handler": CallbackHandler([], trainer.model, None, None, None),
+            "callback_handler": CallbackHandler([DefaultFlowCallback()], trainer.model, None, None, None),
             "control": TrainerControl(),
             "state": copy.copy(trainer.state),
             "optimizer": None,  # one without a schedule would change its weights

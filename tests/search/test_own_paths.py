@@ -199,20 +199,22 @@ class Watching(TrainerCallback):
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_a_trial_gives_compute_metrics_what_evaluate_gives(tmp_path, name):
+def test_a_trial_gives_compute_metrics_what_evaluate_gives(tmp_path, name, monkeypatch):
     metric, changes, train = METRICS[name]
     model, rows, watching = make(), make_rows(32, seed=2), Watching()
     model = with_states(model) if name == "ignored" else model
     keywords = {"compute_metrics": metric, "selection_dataset": rows, "callbacks": [watching]}
     changes = {**TRAINED, **changes, "selection_metric": "accuracy", "max_steps": 2, "num_candidates": 2}
     trainer = make_trainer(tmp_path, model, keywords=keywords, **changes)
-    found, score = [], trainer.run.bench.scorer.score
+    said, found, score = [], [], trainer.run.bench.scorer.score
+    monkeypatch.setattr("transformers.trainer_callback.logger.warning", said.append)
     trainer.run.bench.scorer.score = lambda: found.append(score()) or found[-1]
     trainer.train(**train)
     trainer.ignored_keys = train.get("ignore_keys_for_eval")
     assert len(found) == 3 and all(type(value) is float for value in found)
     assert watching.evaluations == watching.predictions == 0
     assert not any("eval_accuracy" in entry for entry in trainer.state.log_history)
+    assert not said
     last, evaluated = score(), trainer.evaluate(rows, ignore_keys=trainer.ignored_keys)
     assert last == pytest.approx(-evaluated["eval_accuracy"])
 
