@@ -279,6 +279,38 @@ def test_rows_of_a_dataset_that_draws_are_left_alone(tmp_path):
     assert not dataset.read
 
 
+def test_rows_that_draw_from_the_global_generators_do_not_move_them(tmp_path):
+    class Drawing(OfRows):
+        def __getitem__(self, index):
+            random.random(), np.random.random(), torch.rand(1)
+            return super().__getitem__(index)
+
+    trainer = make_trainer(tmp_path, rows=make_rows(32), keywords={"train_dataset": Drawing(make_rows(32))})
+    before = random.getstate(), np.random.get_state()[2], torch.get_rng_state()
+    check_values(trainer, trainer.run.bench)
+    assert (random.getstate(), np.random.get_state()[2]) == before[:2] and torch.equal(
+        torch.get_rng_state(), before[2]
+    )
+
+
+class DuringRun(PruningTrainer):
+    """Has its own names of the classes, 5 and 6, and a loss that only a run can compute."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels") - 5
+        outputs = model(**inputs)
+        loss = nn.functional.cross_entropy(outputs.logits, labels)
+        loss *= 1 + self.state.global_step / self.state.max_steps
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_a_loss_that_needs_a_run_is_not_tried_before_it(tmp_path):
+    rows = changed(labels=lambda row: row["labels"] + 5)
+    make_trainer(tmp_path, rows=rows, trainer=DuringRun, max_steps=2, num_levels=1).train()
+    rows = changed(labels=lambda row: row["labels"] + 9)
+    refused(make_trainer(tmp_path, rows=rows, trainer=DuringRun), "has labels=10, and Bert.* knows 0 to 1")
+
+
 @pytest.mark.slow
 def test_a_hundred_thousand_rows_take_about_a_second(tmp_path):
     ids = np.random.default_rng(0).integers(3, 64, (100_000, 128))
