@@ -27,7 +27,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 from transformers.utils import logging
 
 from hf_maskselect import MaskSet, PruningConfig, PruningState, PruningTrainer, pack, prunable_weights, unpack
-from hf_maskselect.training.atomic_checkpoints import sync_folder
+from hf_maskselect.utils.folders import sync_tree
 from hf_maskselect.utils.tables import text_table
 
 SPARSITIES = (0.8, 0.9, 0.9375, 0.99)
@@ -103,7 +103,7 @@ def checkpoints(model: PreTrainedModel, root: Path, repeats: int) -> None:
 
     def save_to_disk() -> None:
         save(plain)
-        sync_folder(root / "plain" / "checkpoint-1")
+        sync_tree(root / "plain" / "checkpoint-1")
 
     jobs = {
         "Trainer": lambda: save(plain),

@@ -70,9 +70,7 @@ def put(new: Path, target: Path, keeps: Callable[[str], bool] = lambda name: Fal
 
     Both lie on one disk. By default nothing stays that `target` held before.
     """
-    for path in new.rglob("*"):
-        sync(path)
-    sync(new)
+    sync_tree(new)
     if not target.exists():
         os.rename(new, target)
         sync(target.parent)
@@ -124,6 +122,13 @@ def _move(saved: Path, folder: Path) -> None:
             os.replace(saved / name, folder / name)
         sync(folder)
         _remove(saved)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file and every folder below `folder`, and its own names, to the disk."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
 
 
 def remove_folder(folder: Path) -> None:
