@@ -24,6 +24,7 @@ from .storage.pack import pack, unpack
 from .storage.packed_file import LOSSY
 from .storage.verify import parse_checkable, verify
 from .training.search_cost import check_run, cost_text, workload
+from .utils.tables import visible
 
 PLAN_USAGE = "hf-maskselect plan PATH [--ranks N ...] [--train_rows N] --max_steps N [any field of PruningConfig]"
 COMMANDS = {
@@ -204,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.path = find_folder(options.path)
         print(run(options))
     except (ValueError, OSError) as error:
-        print(f"{options.command} failed: {error}", file=sys.stderr)
+        print(f"{options.command} failed: {visible(str(error))}", file=sys.stderr)  # it may name what a file says
         return 1
     return 0
 

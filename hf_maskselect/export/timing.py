@@ -94,9 +94,11 @@ class TimingReport:
     def write_card(self, folder: Path, new: Path) -> None:
         """Write the model card of `folder` into `new`, with the tables in place of those of an earlier timing."""
         path = folder / CARD
-        text = without_section(path.read_text(encoding="utf-8"), SPEED_HEADING) if path.is_file() else ""
+        readable = path.is_file() and not path.is_symlink()
+        text = path.read_text(encoding="utf-8", errors="surrogateescape") if readable else ""
         section = "\n\n".join([SPEED_HEADING, self.verdict, *self.tables(markdown_table)])
-        (new / CARD).write_text(f"{text.rstrip()}\n\n{section}\n".lstrip(), encoding="utf-8")
+        text = f"{without_section(text, SPEED_HEADING).rstrip()}\n\n{section}\n".lstrip()
+        (new / CARD).write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def time_export(

@@ -16,11 +16,11 @@ from ..utils.digests import header_checksum
 from ..utils.wrappers import plain_model
 from .base import Pattern
 from .dtensors import gathered
-from .tensor_files import TensorFile
+from .tensor_files import MOST_AXES, TensorFile
 
 FORMAT_VERSION = 1
 _BESIDE = "beside/"  # no parameter name holds a slash
-_SIZES = re.compile(r"[0-9]{1,18}(,[0-9]{1,18})*")
+_SIZES = re.compile(rf"[0-9]{{1,18}}(,[0-9]{{1,18}}){{0,{MOST_AXES - 1}}}")
 # Gathers the low bits of eight little-endian bytes into the top byte of their product, first byte highest.
 _BITS = 0x8040201008040201 - (1 << 64)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..utils.reading import check_file
 
 _LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
+MOST_AXES = 64  # of a tensor, as in torch
 # Bits of the dtypes of the format.
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -90,8 +91,11 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"its header names {next(name for name in names if names.count(name) > 1)!r} twice")
+        seen = set[str]()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"its header names {name!r} twice")
+            seen.add(name)
     return content
 
 
@@ -104,7 +108,7 @@ def _checked_shapes(header: dict[str, Any], size: int) -> dict[str, tuple[int, .
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _BITS:
             raise ValueError(f"{name!r} has the unknown dtype {dtype!r}")
-        if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or len(shape) > MOST_AXES:
             raise ValueError(f"{name!r} has no sizes")
         if 8 * (offsets[1] - offsets[0]) != math.prod(shape) * _BITS[dtype]:
             raise ValueError(f"{name!r} of shape {shape} has {offsets[1] - offsets[0]} bytes")

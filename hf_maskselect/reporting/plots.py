@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 from ..search.results import Candidate, LevelSearch
 from ..utils.files import replacing
+from ..utils.reading import is_number
+from ..utils.tables import visible
 from .record import RunRecord, best_first, metrics_of
 
 if TYPE_CHECKING:  # matplotlib is optional
@@ -32,6 +34,7 @@ def plot(record: RunRecord, output: str | os.PathLike) -> list[Path]:
         ValueError: matplotlib is not installed.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -49,7 +52,8 @@ def plot(record: RunRecord, output: str | os.PathLike) -> list[Path]:
     for name, draw in drawings.items():
         figure = Figure(layout="constrained", dpi=150)
         FigureCanvasAgg(figure)
-        draw(figure)
+        with rc_context({"text.parse_math": False}):  # a name with dollars is no formula
+            draw(figure)
         with replacing(output / name) as picture:
             figure.savefig(picture, format="png")
     return [output / name for name in drawings]
@@ -68,9 +72,9 @@ def draw_density(record: RunRecord, figure: Figure) -> None:
     values = [[densities.get((row, column), math.nan) for column in columns] for row in rows]
     top = max(densities.values()) or 1
     image = axes.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
-    labels = [column.removesuffix(".dense") for column in columns]  # many names end in it
+    labels = [visible(column.removesuffix(".dense")) for column in columns]  # many names end in it
     axes.set_xticks(range(len(columns)), labels, rotation=35, ha="right", fontsize=8)
-    axes.set_yticks(range(len(rows)), [row or "-" for row in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), [visible(row) or "-" for row in rows], fontsize=8)
     axes.set_ylabel("layer", fontsize=8)
     figure.suptitle(f"Weights kept in each matrix, in % (in all: {1 - record.report.sparsity:.2%})", fontsize=10)
     if len(rows) * len(columns) <= 200:
@@ -183,7 +187,7 @@ def _name(candidate: Candidate, others: Sequence[Candidate]) -> str:
     """The proposal of a candidate, with its number where the proposal alone is ambiguous."""
     twice = sum(other.proposal == candidate.proposal for other in others) > 1
     number = f" #{candidate.index}" if twice else ""
-    return candidate.proposal + number + (" (deterministic)" if candidate.index == 0 else "")
+    return visible(candidate.proposal) + number + (" (deterministic)" if candidate.index == 0 else "")
 
 
 def _colour(candidate: Candidate, other: str = _GREY) -> str:
@@ -199,14 +203,14 @@ def _mark(label: Text, candidate: Candidate, other: str) -> None:
 def history_panels(record: RunRecord) -> dict[str, str]:
     """The logged values that the history can show: key in the log -> label of its panel."""
     metrics = dict.fromkeys(name for entry in record.history for name in metrics_of(entry, "eval_"))
-    labels = {"loss": "training loss", **{f"eval_{name}": name for name in list(metrics)[:1]}}
+    labels = {"loss": "training loss", **{f"eval_{name}": visible(name) for name in list(metrics)[:1]}}
     labels["eval_sparsity"] = "sparsity"
     return {key: label for key, label in labels.items() if _points(record, key)}
 
 
 def _points(record: RunRecord, key: str) -> list[tuple[int, float]]:
     """The logged (step, value) pairs of one key."""
-    return [(entry["step"], entry[key]) for entry in record.history if isinstance(entry.get(key), int | float)]
+    return [(entry["step"], entry[key]) for entry in record.history if is_number(entry.get(key))]
 
 
 def draw_history(record: RunRecord, figure: Figure) -> None:

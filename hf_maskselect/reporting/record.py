@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +13,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..search.results import SEARCH_FILE, Candidate, LevelSearch, read_searches
 from ..storage.runs import last_checkpoint, read_trainer_state
 from ..storage.state import PruningState
-from ..utils.reading import read_object
+from ..utils.reading import is_number, read_object
 from .sparsity import SparsityReport, sparsity_report
 
 RESULTS_FILE = "all_results.json"
 _REMEDY = "restore the file or delete it"
 _NOT_SCORES = ("runtime", "per_second", "sparsity", "samples", "loss")  # endings of keys
-_LAYER = re.compile(r"^(.*?\.)?(\d+)\.(.*)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -71,19 +69,32 @@ class RunRecord:
         parsed = []
         for tensor in self.report.tensors:
             if tensor.prunable:
-                match = _LAYER.match(tensor.name)
-                stack, number, rest = match.groups() if match else ("", "", tensor.name.removesuffix(".weight"))
-                parsed.append(((stack or "", int(number or 0)), number, rest, 1 - tensor.zeros / tensor.total))
+                stack, number, rest = _layer_of(tensor.name)
+                parsed.append(((stack, int(number or 0)), number, rest, 1 - tensor.zeros / tensor.total))
         several = len({stack for (stack, _), _, _, _ in parsed}) > 1
         names = {layer: f"{layer[0]}{number}" if several else number for layer, number, _, _ in sorted(parsed)}
         densities = {(names[layer], column): density for layer, _, column, density in parsed}
         return list(names.values()), list(dict.fromkeys(column for _, column in densities)), densities
 
 
+def _layer_of(name: str) -> tuple[str, str, str]:
+    """Split the name of a weight into its stack, the number of its layer and its matrix.
+
+    Stack and number are empty outside of layers. A number that begins the name counts only if there is no other.
+    """
+    plain = name.removesuffix(".weight")
+    parts = plain.split(".") if plain != name else []
+    numbers = [place for place, part in enumerate(parts[:-1]) if part.isdecimal() and len(part) < 10]
+    if not numbers:
+        return "", "", plain
+    place = next((place for place in numbers if place), 0)
+    return "".join(f"{part}." for part in parts[:place]), parts[place], ".".join(parts[place + 1 :])
+
+
 def metrics_of(results: Mapping[str, object], prefix: str) -> dict[str, float]:
     """The scores among results whose keys begin with `prefix`, without the prefix: no times, counts or losses."""
     values = {key.removeprefix(prefix): value for key, value in results.items() if key.startswith(prefix)}
-    return {k: v for k, v in values.items() if not k.endswith(_NOT_SCORES) and isinstance(v, int | float)}
+    return {k: v for k, v in values.items() if not k.endswith(_NOT_SCORES) and is_number(v)}
 
 
 def best_first(search: LevelSearch) -> list[Candidate]:

@@ -2,12 +2,12 @@
 
 import functools
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
+from ..utils.folders import remove
 from .race import ScoreAll
 from .results import Candidate
 from .sharing import Team, Trials
@@ -31,6 +31,8 @@ class ContinuedTrials:
     def open(self, key: str) -> None:
         """Continue, or begin, the search `key`, and delete the files of others."""
         self._key = key
+        if self._folder.is_symlink():
+            remove(self._folder)  # nothing is deleted behind a link
         for path in self._folder.glob("*"):
             if not path.name.startswith(key[:16]):
                 path.unlink(missing_ok=True)
@@ -92,7 +94,7 @@ class ContinuedTrials:
 
     def forget(self) -> None:
         """Remove all files."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove(self._folder)
 
     def _name(self, candidate: Candidate) -> str:
         return f"{self._key[:16]}-{candidate.digest[:16]}"

@@ -5,7 +5,6 @@
 
 import math
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from ..masking.maskset import MaskSet
 from ..masking.schedule import LevelPlan
 from ..masking.scores import Criterion
 from ..surgery.refit import Refit
+from ..utils.folders import remove
 from ..utils.processes import Processes
 from .bench import EARLY_EVALUATIONS, Trial, TrialBench
 from .continued import ContinuedTrials
@@ -230,7 +230,7 @@ class MaskSearch:
             self.write()
         for folder in self._output_dir.glob(f"{_FOLDER}*"):
             if folder.is_dir():
-                shutil.rmtree(folder)
+                remove(folder)
 
     def forget(self) -> None:
         """Remove what a killed run would need: the run is over. All processes must call it."""

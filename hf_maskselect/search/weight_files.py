@@ -18,7 +18,7 @@ from ..masking.tensor_files import TensorFile
 from ..surgery.refit import Refit
 from ..utils.digests import header_checksum, weights_digest
 from ..utils.files import replacing
-from ..utils.reading import parse_json, typed
+from ..utils.reading import check_file, parse_json, typed
 from .identity import Parts, changed_parts
 from .results import order_of
 
@@ -162,7 +162,7 @@ class LevelBest:
     def copy_to(self, folder: str | os.PathLike) -> None:
         """Copy the file into a checkpoint, so that a run resumed from there knows the level's best so far."""
         if self._path.is_file():
-            shutil.copyfile(self._path, Path(folder) / self._path.name)
+            shutil.copyfile(check_file(self._path), Path(folder) / self._path.name)
 
     def copy_from(self, folder: str | os.PathLike) -> None:
         """Take the file of a checkpoint in place of the present one."""
@@ -171,7 +171,7 @@ class LevelBest:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self._path) as temporary:
-            shutil.copyfile(Path(folder) / self._path.name, temporary)
+            shutil.copyfile(check_file(Path(folder) / self._path.name), temporary)
 
     def forget(self) -> None:
         """Remove the file: the level is over."""

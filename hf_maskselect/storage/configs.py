@@ -1,20 +1,24 @@
 """Read `config.json`: nothing in it runs code, loads other files or takes memory before it is checked."""
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, dynamic_module_utils
 from transformers.utils import CONFIG_NAME, cached_file
 
 from ..utils.folders import finish
 from ..utils.reading import read_object
+from ..utils.swapped import swapped
 
 LARGEST = 1 << 40  # of any number
 MOST_PARTS = 10_000  # layers, stages or blocks, each of which is built in a loop
-MOST_LABELS = 10_000_000  # for each of which a name is made
-_PARTS = ("layer", "depth", "block", "stage", "repeat")  # in the keys of numbers of parts
+MOST_LABELS = 100_000  # for each of which a name is made; a configuration that transformers wrote lists the names
+MOST_PARAMETERS = 100_000  # of a model whose weights are not there to compare with
+_PARTS = ("layer", "depth", "block", "stage", "repeat", "attention_types")  # in the keys of numbers of parts
 _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 
 
@@ -41,7 +45,7 @@ def load_config(folder: str | os.PathLike) -> PretrainedConfig:
         ):
             raise ValueError("its architectures are no list of names")
     except Exception as error:  # whatever a model type makes of values that it does not expect
-        raise ValueError(f"{folder}: config.json cannot be read ({_first_line(error)}): restore the file") from error
+        raise ValueError(f"{folder}: config.json cannot be read ({first_line(error)}): restore the file") from error
     return config
 
 
@@ -71,7 +75,7 @@ def check_plain(config: Mapping[str, Any], where: object) -> None:
     for each in _objects(config):
         _check_sources(each, where)
         for key, value in each.items():
-            numbers = [number for number in (value if isinstance(value, list) else [value]) if type(number) is int]
+            numbers = [number for number in _flat(value) if type(number) is int]
             limit = MOST_PARTS if any(part in key for part in _PARTS) else LARGEST
             limit = MOST_LABELS if key == "num_labels" else limit
             if sum(map(abs, numbers)) > max(limit, 0):
@@ -85,8 +89,9 @@ def _check_sources(config: Mapping[str, Any], where: object) -> None:
             raise ValueError(
                 f"{where} has a {key}: masks need weights that are not quantized, so dequantize the model"
             )
-    if config.get("transformers_weights"):
-        raise ValueError(f"{where} names another file of weights in transformers_weights: save the model again")
+    for key in ("transformers_weights", "configuration_files"):
+        if config.get(key):
+            raise ValueError(f"{where} names other files in {key}, which are not read: save the model again")
     for key in _ATTENTION:
         value = config.get(key)
         names = value.values() if isinstance(value, dict) else [value]
@@ -95,6 +100,45 @@ def _check_sources(config: Mapping[str, Any], where: object) -> None:
     backbone = config.get("backbone")
     if config.get("use_pretrained_backbone") or (backbone and config.get("model_type") != "timm_backbone"):
         raise ValueError(f"{where} names a backbone {backbone!r:.60} that lies elsewhere: save the whole model again")
+
+
+@contextlib.contextmanager
+def guarded(saved: int | None = None) -> Iterator[None]:
+    """Inside, transformers runs no code that a configuration names, asks for none, and builds no endless model.
+
+    saved: number of tensors that are saved for the model, if they are known.
+
+    Raises:
+        ValueError: the model has many more parameters than there are tensors.
+    """
+    most = MOST_PARAMETERS if saved is None else 4 * saved + 1_000  # one tensor may hold several parameters
+    built = 0
+
+    def count(*_: object) -> None:
+        nonlocal built
+        built += 1
+        if built > most:
+            raise ValueError(f"it has more than {most:,} parameters")
+
+    counting = register_module_parameter_registration_hook(count)
+    try:
+        # Parts of a model may be built by classes that a nested configuration names: passing trust_remote_code to the
+        # whole does not reach them. With no time to answer, transformers refuses and does not ask.
+        with swapped(dynamic_module_utils, TIME_OUT_REMOTE_CODE=0):
+            yield
+    finally:
+        counting.remove()
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """Yield a value, or what lists within lists hold."""
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, list):
+            waiting += each
+        else:
+            yield each
 
 
 def _objects(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -109,5 +153,6 @@ def _objects(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             waiting += each
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or else its type."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

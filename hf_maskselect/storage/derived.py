@@ -136,10 +136,11 @@ def weights_beside(folder: Path) -> str:
 def add_card_without_times(folder: Path, new: Path) -> None:
     """Write the card of `folder` into `new` without the times of an exported file that is no longer there."""
     for card in (new / CARD, folder / CARD):
-        if card.is_file():
-            text = card.read_text(encoding="utf-8")
+        if card.is_file() and not card.is_symlink():
+            text = card.read_text(encoding="utf-8", errors="surrogateescape")  # a user may have written it
             if SPEED_HEADING in text:
-                (new / CARD).write_text(without_section(text, SPEED_HEADING), encoding="utf-8")
+                text = without_section(text, SPEED_HEADING)
+                (new / CARD).write_text(text, encoding="utf-8", errors="surrogateescape")
             return
 
 

@@ -5,8 +5,9 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from ..masking.targets import is_regex, known_modules
 from ..utils.reading import read_object, typed
-from .configs import load_config
+from .configs import first_line, guarded, load_config
+from .weights import has_weights, weight_files
 
+_SMALL = 1 << 24  # numbers that a model may hold besides its weights, such as tables of positions
 # Keys of config.json that do not affect the model's outputs.
 _DESCRIPTIVE = ("_name_or_path", "finetuning_task", "id2label", "label2id", "transformers_version")
 
@@ -34,6 +37,11 @@ def model_class(folder: str | os.PathLike) -> tuple[type[PreTrainedModel], Pretr
     if cls is None:
         name = architecture_of(config)
         raise ValueError(f"{folder}: config.json names the architecture {name!r}, which transformers does not have")
+    if not isinstance(config, cls.config_class or PretrainedConfig):
+        raise ValueError(
+            f"{folder}: config.json names the architecture {cls.__name__} but the model type {config.model_type!r}: "
+            "restore the file"
+        )
     return cls, config
 
 
@@ -104,13 +112,17 @@ def skeleton(folder: str | os.PathLike) -> PreTrainedModel:
     return _unfilled(*model_class(folder), folder)
 
 
-def _unfilled(cls: type[PreTrainedModel], config: PretrainedConfig, folder: str | os.PathLike) -> PreTrainedModel:
+def _unfilled(
+    cls: type[PreTrainedModel], config: PretrainedConfig, folder: str | os.PathLike, saved: int | None = None
+) -> PreTrainedModel:
+    if saved is None and has_weights(folder):
+        saved = sum(len(file.shapes) for file in weight_files(folder))
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), guarded(saved):
             return cls._from_config(config)
     except Exception as error:  # whatever a class makes of sizes that do not go together
         raise ValueError(
-            f"{folder}: config.json describes no {cls.__name__} ({type(error).__name__}: {error}): restore the file"
+            f"{folder}: config.json describes no {cls.__name__} ({first_line(error)}): restore the file"
         ) from error
 
 
@@ -135,15 +147,23 @@ def load_strictly(
             f"{folder} holds an adapter, which from_pretrained would add to the weights: merge it by "
             f"merge_adapter_with_masks, or move {ADAPTER_CONFIG_NAME} elsewhere"
         )
+    shapes: dict[str, Sequence[int]] | None = None
+    if source is None:
+        shapes = {name: tensor.shape for name, tensor in options["state_dict"].items()}
+    elif has_weights(source):
+        shapes = {name: shape for file in weight_files(source) for name, shape in file.shapes.items()}
+    if shapes is not None:
+        _check_size(cls, folder, shapes)
     try:
-        loaded: Any = cls.from_pretrained(source, output_loading_info=True, use_safetensors=True, **options)
+        with guarded(None if shapes is None else len(shapes)):
+            loaded: Any = cls.from_pretrained(source, output_loading_info=True, use_safetensors=True, **options)
     except OSError:
         raise  # the Hub's own message
     except Exception as error:  # whatever transformers makes of files that do not go together
         if isinstance(error, TypeError) and any(repr(name) in str(error) for name in options):
             raise  # the caller's mistake
         raise ValueError(
-            f"{folder}: its weights do not fit {cls.__name__} as config.json describes it ({error})"
+            f"{folder}: its weights do not fit {cls.__name__} as config.json describes it ({first_line(error)})"
         ) from error
     model, info = loaded
     for kind in refused:
@@ -152,6 +172,17 @@ def load_strictly(
                 f"{folder}: {len(keys)} {kind.replace('_', ' ')} in {cls.__name__}, such as {keys[0]!r}; {remedy}"
             )
     return model
+
+
+def _check_size(cls: type[PreTrainedModel], folder: str | os.PathLike, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise a ValueError if the model of a folder is far larger than its weights, for which memory would be taken."""
+    model = _unfilled(cls, load_config(folder), folder, len(shapes))
+    described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    saved = sum(math.prod(shape) for shape in shapes.values())
+    if described > 4 * saved + _SMALL:
+        raise ValueError(
+            f"{folder}: config.json describes {described:,} numbers but {saved:,} are saved: restore the file"
+        )
 
 
 @contextlib.contextmanager

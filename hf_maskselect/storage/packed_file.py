@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..masking.maskset import pack_bits, unpack_bits
-from ..masking.tensor_files import TensorFile
+from ..masking.tensor_files import MOST_AXES, TensorFile
 from ..utils.digests import header_checksum
 from ..utils.files import DTYPES, bytes_of, replacing, write_safetensors
 from ..utils.reading import build, parse_json, typed
@@ -60,7 +60,8 @@ class Entry:
     def check(self) -> None:
         """Raise a ValueError unless the fields fit each other."""
         numbers = (self.kept, self.k, *self.shape)
-        if not all(type(n) is int and 0 <= n <= LARGEST**2 for n in numbers) or self.kept > self.total:
+        sizes = len(self.shape) <= MOST_AXES and all(type(n) is int and 0 <= n <= LARGEST**2 for n in numbers)
+        if not sizes or self.kept > self.total:
             raise ValueError("impossible sizes")
         if self.dtype not in _TORCH or self.stored not in _TORCH or self.coding not in CODINGS:
             raise ValueError("unknown dtype or coding")

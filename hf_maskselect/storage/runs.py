@@ -3,14 +3,25 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..utils.folders import finish, remove_folder, remove_leftovers
 from ..utils.reading import read_object, typed
 from .state import STATE_FILE
+
+# Types of the trainer's state as they are in JSON.
+_HINTS: dict[str, Any] = {
+    **get_type_hints(TrainerState),
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps", "num_train_epochs", "num_input_tokens_seen"), float),
+    "epoch": float | None,
+    "log_history": list[dict[str, Any]],
+    "trial_params": dict[str, Any] | None,
+    "stateful_callbacks": dict[str, dict[str, Any] | list[dict[str, Any]]],
+}
 
 
 def checkpoints(folder: str | os.PathLike) -> dict[int, Path]:
@@ -61,10 +72,13 @@ def rotate(folder: str | os.PathLike, limit: int | None, newest: int, best: int 
 def read_trainer_state(path: str | os.PathLike, remedy: str = "resume from another checkpoint") -> dict[str, Any]:
     """Read `trainer_state.json`; raises a ValueError that ends with `remedy` if it is damaged."""
     state = read_object(path, remedy)
-    hints: dict[str, Any] = {"global_step": int, "max_steps": int, "epoch": float | None}
-    hints |= {"log_history": list[dict[str, Any]], "best_model_checkpoint": str | None}
-    for name, hint in hints.items():
-        typed(state.get(name), hint, f"{path}: {name}", remedy)
+    for name in ("global_step", "max_steps", "log_history"):
+        if name not in state:
+            raise ValueError(f"{path} lacks {name}: {remedy}")
+    for name, value in state.items():
+        if name not in _HINTS:
+            raise ValueError(f"{path} has the unknown field {name!r:.60}: {remedy}")
+        typed(value, _HINTS[name], f"{path}: {name}", remedy)
     for entry in state["log_history"]:
         typed(entry.get("step"), int, f"{path}: log_history: step", remedy)
     return state

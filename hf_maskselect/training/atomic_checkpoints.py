@@ -2,7 +2,6 @@
 
 import functools
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -18,7 +17,7 @@ from ..storage.derived import TIMING_FILE, add_card_without_times, of_weights, s
 from ..storage.runs import last_checkpoint, rotate
 from ..storage.state import PruningState
 from ..utils.files import sync
-from ..utils.folders import STAGING, discarding, put, replacing_folder
+from ..utils.folders import STAGING, discarding, put, remove, replacing_folder
 from .repeatable_batches import RepeatableBatches
 from .resumption import check_complete, needed_files
 
@@ -65,14 +64,14 @@ class AtomicCheckpoints(RepeatableBatches):
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         written, final = folder / STAGING / name, folder / name
         if self.args.should_save:
-            shutil.rmtree(folder / STAGING, ignore_errors=True)  # left by a run that was killed
+            remove(folder / STAGING)  # left by a run that was killed
         self.accelerator.wait_for_everyone()
         with discarding(final, folder / STAGING) if self.args.should_save else nullcontext():
             self._write_checkpoint(model, trial, final)
             if self.args.should_save:
                 self.state.save_to_json(str(written / TRAINER_STATE_NAME))
                 put(written, final)  # there is an old one if an earlier run was saved at this step
-                shutil.rmtree(folder / STAGING)
+                remove(folder / STAGING)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))

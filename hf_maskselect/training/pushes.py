@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..storage.derived import of_weights
 from ..storage.state import PruningState
-from ..utils.folders import discarding
+from ..utils.folders import discarding, remove
 
 UPLOADED = "_uploaded"  # in `output_dir`: what is being uploaded
 _MODEL = "model"
@@ -40,7 +40,7 @@ class WholePushes(Trainer):
         super()._finish_current_push()
         output = Path(self.args.output_dir or "")
         if self.is_world_process_zero():
-            shutil.rmtree(output / UPLOADED, ignore_errors=True)
+            remove(output / UPLOADED)
             if self._uploads_output:  # `Trainer` does that next
                 _copy_output(output)
                 self.args.output_dir = str(output / UPLOADED / _MODEL)

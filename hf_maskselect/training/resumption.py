@@ -20,6 +20,7 @@ from transformers.trainer import (
 from transformers.utils import CONFIG_NAME
 
 from ..search.weight_files import LevelBest
+from ..storage.runs import read_trainer_state
 from ..storage.state import STATE_FILE, PruningState
 from ..utils.reading import leaves_folder, parse_json, read_object, typed
 from .repeatable_batches import batches_file
@@ -80,6 +81,7 @@ def check_complete(checkpoint: str | os.PathLike, trainer: Trainer) -> None:
             f"{folder} lacks {', '.join(missing)}, so a resumed run would differ: it was saved with "
             "save_only_model=True, or files were lost; name a complete checkpoint, or start a new run from its model"
         )
+    read_trainer_state(folder / TRAINER_STATE_NAME)  # `Trainer` reads it before it loads the model
     if digests:
         LevelBest(folder).check(digests)
     own = _random_state(trainer.args.world_size, trainer.args.process_index)

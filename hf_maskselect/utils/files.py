@@ -39,6 +39,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f"_{path.name}.tmp")  # uploads to the Hub skip names that begin with an underscore
+    temporary.unlink(missing_ok=True)  # it may be a link, through which another file would be written
     try:
         yield temporary
         sync(temporary)

@@ -58,7 +58,7 @@ def discarding(target: Path, *staging: Path) -> Iterator[None]:
     except BaseException as error:
         full = _is_full(error, target)
         for folder in staging:
-            _remove(folder)
+            remove(folder)
         if full:
             text = f"no room on the disk of {target}, which is left as it was: make room there, and save again"
             raise OSError(errno.ENOSPC, text) from error
@@ -79,7 +79,7 @@ def put(new: Path, target: Path, keeps: Callable[[str], bool] = lambda name: Fal
     if new.parent != target and not _stands_in(target) and _took_place(new, target, gone):
         sync(target.parent)
         _link_rest(new, target, gone)  # what another process has written meanwhile; `new` is the old folder now
-        _remove(new)
+        remove(new)
         return
     (new / _GONE).mkdir()
     for name in gone:
@@ -115,13 +115,13 @@ def _move(saved: Path, folder: Path) -> None:
         names = set(os.listdir(saved)) if saved.is_dir() else set()  # another process may have moved them
         gone = set(os.listdir(saved / _GONE)) - names if _GONE in names else set()
         for name in sorted(gone | {name for name in names if name.endswith(_LAST)}):
-            _remove(folder / name)
+            remove(folder / name)
         for name in sorted(names - {_GONE}, key=lambda name: (name.endswith(_LAST), name)):
             if (folder / name).is_dir():  # a rename cannot replace a folder
-                _remove(folder / name)
+                remove(folder / name)
             os.replace(saved / name, folder / name)
         sync(folder)
-        _remove(saved)
+        remove(saved)
 
 
 def sync_tree(folder: Path) -> None:
@@ -134,15 +134,15 @@ def sync_tree(folder: Path) -> None:
 def remove_folder(folder: Path) -> None:
     """Delete a folder. It loses its name first, so that a kill never leaves half of it under that name."""
     hidden = folder.with_name(f"{REMOVED}.{folder.name}")
-    _remove(hidden)  # left by a process that was killed
+    remove(hidden)  # left by a process that was killed
     os.rename(folder, hidden)
-    _remove(hidden)
+    remove(hidden)
 
 
 def remove_leftovers(parent: Path) -> None:
     """Delete what killed processes have left of the folders in `parent` that they were deleting."""
     for hidden in parent.glob(f"{REMOVED}.*"):
-        _remove(hidden)
+        remove(hidden)
 
 
 def link_tree(source: Path, target: Path) -> None:
@@ -157,7 +157,7 @@ def link_tree(source: Path, target: Path) -> None:
     sync(target)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Delete a file, a link, or a folder with all that it holds, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -181,7 +181,7 @@ def _alone(folder: Path) -> Iterator[None]:
 def _make_empty(beside: Path, inside: Path) -> Path:
     """Make an empty folder for new files: beside the target if it can be exchanged with the target, else in it."""
     for left in (beside, inside):
-        _remove(left)  # by a process that was killed
+        remove(left)  # by a process that was killed
     if not inside.parent.exists():
         beside.mkdir()
         return beside
@@ -191,7 +191,7 @@ def _make_empty(beside: Path, inside: Path) -> Path:
         exchange(beside, inside)  # also tells whether both are on one file system, and may be written
         inside.rmdir()
         return beside
-    _remove(beside)
+    remove(beside)
     return inside
 
 
@@ -207,7 +207,7 @@ def _took_place(new: Path, target: Path, gone: set[str]) -> bool:
         exchange(new, target)
     except OSError as error:
         for path in linked:
-            _remove(path)
+            remove(path)
         if _is_full(error, target):
             raise
         return False

@@ -6,10 +6,11 @@ import os
 import types
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
 
 MOST_BYTES = 1 << 26  # of a JSON file: the trainer's log of a very long run has some megabytes
 MOST_DEPTH = 64  # of nested lists and objects
+MOST_OBJECTS = 1_000_000  # lists and objects in a file; brackets in texts count too
 
 Content = TypeVar("Content")
 
@@ -54,6 +55,9 @@ def parse_json(text: str | bytes, where: object, remedy: str = "restore the file
     try:
         if len(text) > MOST_BYTES:
             raise ValueError(f"it is longer than {MOST_BYTES:,} bytes")
+        brackets = ("[", "{") if isinstance(text, str) else (b"[", b"{")
+        if sum(map(text.count, brackets)) > MOST_OBJECTS:  # type: ignore[arg-type]
+            raise ValueError(f"it holds more than {MOST_OBJECTS:,} lists and objects")
         content = json.loads(text)
         _check_depth(content)
     except (ValueError, RecursionError) as error:
@@ -133,6 +137,11 @@ def build(cls: type[Content], content: object, where: object, remedy: str = "res
     return cls(**values)
 
 
+def is_number(content: object) -> TypeGuard[float]:
+    """Return whether a JSON value is a number that a float can hold. NaN, infinity and `bool` count, as in Python."""
+    return isinstance(content, float) or (isinstance(content, int) and abs(content) < 1 << 1023)
+
+
 def _matches(content: object, hint: Any) -> bool:
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -140,9 +149,9 @@ def _matches(content: object, hint: Any) -> bool:
     if origin in (Union, types.UnionType):
         return any(_matches(content, argument) for argument in arguments)
     if hint is float:
-        return isinstance(content, float) or (type(content) is int and abs(content) < 1 << 1023)
+        return not isinstance(content, bool) and is_number(content)
     if hint is int:
-        return type(content) is int
+        return type(content) is int and abs(content) < 1 << 63
     if origin is None:
         return content is None if hint is type(None) else isinstance(content, hint)
     if origin is dict:

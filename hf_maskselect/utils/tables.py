@@ -47,7 +47,14 @@ def code(text: object) -> str:
 
 def without_section(text: str, heading: str) -> str:
     """Remove a section from a model card: its heading and everything up to the next `## ` heading."""
-    return re.sub(rf"\n*^{re.escape(heading)}\n.*?(?=\n+## |\Z)", "", text, flags=re.DOTALL | re.MULTILINE)
+    first, *others = f"\n{text}".split(f"\n{heading}\n")
+    if not others:
+        return text
+    kept = [first.rstrip("\n")[1:]]
+    for other in others:
+        section, found, rest = other.partition("\n## ")
+        kept.append(section[len(section.rstrip("\n")) :] + found + rest if found else "")
+    return "".join([*(part.rstrip("\n") for part in kept[:-1]), kept[-1]])
 
 
 def _is_number(text: str) -> bool:

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import resource
 import shutil
 import struct
 import sys
@@ -11,18 +12,22 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import make, make_trainer, weights_of
+from tiny import make, make_trainer, save_pruned, weights_of
 
 from hf_maskselect import MaskSet, load_pruned
 from hf_maskselect.cli import main
 from hf_maskselect.masking.tensor_files import TensorFile
 from hf_maskselect.reporting.card import card_text
 from hf_maskselect.reporting.record import RunRecord
+from hf_maskselect.reporting.sparsity import SparsityReport, TensorReport
 from hf_maskselect.storage.pack import pack
+from hf_maskselect.storage.packed_file import PACKED_FILE
 from hf_maskselect.storage.state import PruningState
 from hf_maskselect.storage.verify import verify
 from hf_maskselect.training.search_cost import workload
-from hf_maskselect.utils.tables import code, escaped
+from hf_maskselect.utils.digests import header_checksum
+from hf_maskselect.utils.reading import parse_json
+from hf_maskselect.utils.tables import code, escaped, without_section
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -230,6 +235,38 @@ def test_a_regex_of_the_user_is_saved_as_names(tmp_path):
     assert load_pruned(tmp_path)[1].keys() == trainer.pruning_state().masks.keys()
 
 
+@pytest.mark.usefixtures("asked")
+def test_no_code_runs_that_a_part_of_a_configuration_names(tmp_path):
+    # The decoder is built by an Auto class, which has no decoder of this type and would take the folder's.
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    encoder = {"model_type": "bert", **SMALL, "vocab_size": 30}
+    decoder = {"model_type": "vit", "is_decoder": True, "add_cross_attention": True, "_name_or_path": str(tmp_path)}
+    decoder["auto_map"] = {"AutoModelForCausalLM": "evil.Evil"}
+    parts = {"model_type": "encoder-decoder", "architectures": ["EncoderDecoderModel"], "is_encoder_decoder": True}
+    (tmp_path / "config.json").write_text(json.dumps({**parts, "encoder": encoder, "decoder": decoder}))
+    save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"config\.json describes no EncoderDecoderModel"):
+        load_pruned(tmp_path)
+    assert main(["pack", str(tmp_path), "--output", str(tmp_path / "out")]) == 1
+    assert not (tmp_path / "ran").exists() and "evil" not in sys.modules
+
+
+def test_a_class_of_another_model_type_is_refused(folder):
+    (folder / "pruning_state.safetensors").unlink()
+    change(folder / "config.json", architectures=["ShieldGemma2ForImageClassification"])
+    with pytest.raises(ValueError, match="the model type 'bert'"):
+        load_pruned(folder)
+
+
+def test_another_configuration_that_the_first_names_is_not_read(folder):
+    other = json.loads((folder / "config.json").read_text()) | {"hidden_act": "relu"}
+    (folder / "config.4.0.0.json").write_text(json.dumps(other))
+    (folder / "pruning_state.safetensors").unlink()
+    change(folder / "config.json", configuration_files=["config.4.0.0.json"])
+    with pytest.raises(ValueError, match="names other files in configuration_files"):
+        load_pruned(folder)
+
+
 # -- sizes ------------------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +290,97 @@ def test_an_absurd_configuration_takes_no_memory(saved, tmp_path, sizes):
         (folder / "pruning_state.safetensors").unlink(missing_ok=True)
         with pytest.raises(ValueError, match=r"config\.json"):
             load_pruned(folder)
+
+
+@pytest.mark.parametrize("key", ["inner_group_num", "num_hidden_groups"])
+@pytest.mark.parametrize("parts", [500, 10**9])
+def test_parts_are_counted_under_any_name(tmp_path, key, parts):
+    save_pruned(tmp_path, family="Albert")
+    (tmp_path / "pruning_state.safetensors").unlink()
+    change(tmp_path / "config.json", **{key: parts})
+    start = time.process_time()
+    with pytest.raises(ValueError, match="more than [0-9,]+ parameters"):
+        load_pruned(tmp_path)
+    assert time.process_time() - start < 1
+
+
+def test_a_list_of_kinds_of_attention_is_not_repeated_without_end(folder):
+    (folder / "pruning_state.safetensors").unlink()
+    change(folder / "config.json", model_type="gpt_neo", attention_types=[[["global"], 10**9]])
+    with pytest.raises(ValueError, match="attention_types.*too large"):
+        load_pruned(folder)
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_a_description_far_larger_than_the_weights_takes_no_memory(folder, layers):
+    (folder / "pruning_state.safetensors").unlink()
+    change(folder / "config.json", num_hidden_layers=layers, hidden_size=1 << 14, intermediate_size=1 << 15)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"config\.json describes [0-9,]+ numbers but [0-9,]+ are saved"):
+        load_pruned(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
+
+
+def with_header(text, data=b""):
+    return struct.pack("<Q", len(text)) + text.encode() + data
+
+
+ENTRY = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+SLOW_HEADERS = {
+    "axes": json.dumps({"a": {"dtype": "F32", "shape": [2**62 - 1] * 60_000, "data_offsets": [0, 8]}}),
+    "names": "{" + ",".join(f'"n{i}":{ENTRY}' for i in range(20_000)) + f',"n19999":{ENTRY}}}',
+}
+
+
+@pytest.mark.parametrize("kind", SLOW_HEADERS)
+def test_a_long_header_is_refused_at_once(tmp_path, kind):
+    (tmp_path / "x.safetensors").write_bytes(with_header(SLOW_HEADERS[kind], b"\0" * 8))
+    start = time.process_time()
+    with pytest.raises(ValueError, match="cannot be read as tensors"):
+        TensorFile(tmp_path / "x.safetensors")
+    assert time.process_time() - start < 1
+
+
+def changed_fields(path, change):
+    """Change the text fields of a header, and make its checksum again."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    fields = header["__metadata__"]
+    change(fields)
+    fields["checksum"] = header_checksum({key: value for key, value in fields.items() if key != "checksum"})
+    path.write_bytes(with_header(json.dumps(header), data[8 + length :]))
+
+
+def test_a_mask_of_many_axes_is_refused_at_once(folder):
+    def widen(fields):
+        fields[next(key for key in fields if key.startswith("shape."))] = ",".join(["9" * 18] * 60_000)
+
+    changed_fields(folder / "pruning_state.safetensors", widen)
+    start = time.process_time()
+    refused(folder, "do not match its header")
+    assert time.process_time() - start < 1
+
+
+def test_a_packed_tensor_of_many_axes_is_refused_at_once(saved, tmp_path):
+    def widen(fields):
+        tensors = json.loads(fields["tensors"])
+        next(iter(tensors.values()))["shape"] = [2**60] * 60_000
+        fields["tensors"] = json.dumps(tensors)
+
+    folder = shutil.copytree(saved / "packed", tmp_path / "copy")
+    changed_fields(folder / PACKED_FILE, widen)
+    start = time.process_time()
+    with pytest.raises(ValueError, match="impossible sizes"):
+        load_pruned(folder)
+    assert time.process_time() - start < 1
+
+
+def test_json_of_millions_of_lists_is_refused_at_once():
+    start = time.process_time()
+    with pytest.raises(ValueError, match="lists and objects"):
+        parse_json("[" + "[]," * 3_000_000 + "[]]", "a file")
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("length", [0, 7, 1 << 20, 1 << 62, (1 << 64) - 1])
@@ -324,3 +452,42 @@ def test_a_plan_reads_nothing_but_a_description(folder):
     change(folder / "config.json", num_hidden_layers=10**7)
     with pytest.raises(ValueError, match="too large for a model"):
         workload(None, folder, 10)
+
+
+def test_a_name_with_many_numbers_is_split_at_once():
+    start = time.process_time()
+    tensors = tuple(TensorReport(name, (2, 2), 1, 4, True) for name in ("1." * 15_000 + "x", "a.3.b.weight"))
+    assert RunRecord(None, SparsityReport(tensors), None).densities()[2]["a.3", "b"] == 0.75
+    assert time.process_time() - start < 1
+
+
+def test_a_section_of_a_card_is_found_among_many_empty_lines():
+    start = time.process_time()
+    card = "# a\n" + "\n" * 100_000 + "## b\nx\n" + "\n" * 100_000 + "## c\ny\n"
+    assert without_section(card, "## b") == "# a" + "\n" * 100_001 + "## c\ny\n"
+    assert without_section(card, "## c") == card[: card.index("## c")].rstrip("\n")
+    assert without_section(card, "## d") == card
+    assert time.process_time() - start < 1
+
+
+def test_a_score_that_no_float_holds_is_left_out(folder):
+    (folder / "all_results.json").write_text('{"eval_a": 1' + "0" * 400 + ', "eval_b": 0.5}')
+    text = card_text(RunRecord.load(folder), "name", folder)
+    assert "| b | - | 0.5000 |" in text and "| a |" not in text
+
+
+def test_a_picture_shows_dollars_in_names(folder):
+    pytest.importorskip("matplotlib")
+    candidate = {"proposal": "$\\frac$", "ratio": None, "overlap": 1.0, "digest": "d", "scores": [0.5]}
+    candidates = [{**candidate, "index": 0, "chosen": True}, {**candidate, "index": 1, "proposal": "$x^"}]
+    search = {"level": 0, "sparsity": 0.5, "step": 0, "candidates": candidates}
+    (folder / "search.json").write_text(json.dumps([search]))
+    assert main(["plot", str(folder)]) == 0
+
+
+def test_an_error_does_not_move_the_cursor(folder, capsys):
+    change(folder / "config.json", architectures=["\x1b[2J\ngood: x"])
+    (folder / "pruning_state.safetensors").unlink()
+    assert main(["report", str(folder)]) == 1
+    printed = capsys.readouterr().err
+    assert "\x1b" not in printed and printed.count("\n") == 1

@@ -1,13 +1,16 @@
-"""Checkpoints are found and deleted in the order of their steps."""
+"""Checkpoints are found and deleted in the order of their steps; what they say is checked, links lead nowhere."""
 
+import json
 import os
+import shutil
 
 import pytest
-from tiny import make_trainer
+from tiny import make, make_trainer
 from transformers import TrainerCallback
 
 from hf_maskselect.storage.runs import checkpoints, rotate
 
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 AHEAD = 4_000_000_000.0  # seconds: a clock that was ahead when the files were written
 
 
@@ -98,3 +101,52 @@ def test_the_best_alone_is_left_after_training(tmp_path):
     )
     trainer.train()
     assert steps(tmp_path) == [trainer.state.best_global_step]
+
+
+WRONG = [
+    {"more": 1},
+    {"stateful_callbacks": [1]},
+    {"stateful_callbacks": {"TrainerControl": 3}},
+    {"train_batch_size": "x"},
+    {"best_metric": "x"},
+    {"total_flos": {}},
+    {"logging_steps": "x"},
+    {"save_steps": None},
+    {"global_step": 1 << 80},
+    {"best_global_step": "x"},
+]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """An output folder with a checkpoint of step 6. Do not change."""
+    folder = tmp_path_factory.mktemp("stopped")
+    make_trainer(folder, make(**SMALL), save_strategy="steps", save_steps=6, max_steps=6).train()
+    return folder
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_a_run_does_not_resume_from_a_wrong_trainer_state(stopped, tmp_path, wrong):
+    checkpoint = shutil.copytree(stopped / "checkpoint-6", tmp_path / "checkpoint-6")
+    path = checkpoint / "trainer_state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **wrong}))
+    with pytest.raises(ValueError, match=rf"trainer_state\.json.*{next(iter(wrong))}"):
+        make_trainer(tmp_path, make(**SMALL)).train(str(checkpoint))
+
+
+def test_a_run_neither_writes_nor_deletes_through_links(tmp_path):
+    elsewhere, output = tmp_path / "elsewhere", tmp_path / "output"
+    elsewhere.mkdir()
+    output.mkdir()
+    (elsewhere / "a.safetensors").write_text("x")
+    for name in ("_survivors", "_saving", "_search-x"):
+        (output / name).symlink_to(elsewhere)
+    for name in ("README.md", "_search.json.tmp", "__level_best.safetensors.tmp"):
+        (output / name).symlink_to(elsewhere / "a.safetensors")
+    options = {"method": "random", "num_candidates": 3, "trial_steps": 1, "selection": "survivors"}
+    trainer = make_trainer(output, make(**SMALL), save_strategy="steps", save_steps=6, **options)
+    trainer.train()
+    trainer.save_model()
+    assert [path.name for path in elsewhere.iterdir()] == ["a.safetensors"]
+    assert (elsewhere / "a.safetensors").read_text() == "x"
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-6"]
