@@ -14,9 +14,10 @@ from ..utils.tables import text_table
 SEARCH_FILE = "search.json"
 
 
-def order_of(score: float, index: int) -> tuple[float, int]:
+def order_of(score: float, index: int) -> tuple[bool, float, float]:
     """Return a sort key, the best first: by score, ties by index; a diverged trial (NaN) comes last of all."""
-    return (math.inf if math.isnan(score) else score, index)
+    diverged = math.isnan(score)
+    return (diverged, 0.0 if diverged else score, index)
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Candidate:
     chosen: bool = False
 
     @property
-    def order(self) -> tuple[float, int]:
+    def order(self) -> tuple[bool, float, float]:
         """Sort key by the last score, if there is one: see `order_of`."""
         return order_of(self.scores[-1] if self.scores else 0.0, self.index)
 

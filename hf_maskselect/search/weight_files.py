@@ -201,7 +201,7 @@ class BestRefit:
 
     def __init__(self, folder: Path) -> None:
         self._store = WeightStore(folder, "start the run again")
-        self._order = (math.inf, math.inf)
+        self._order = (True, math.inf, math.inf)
 
     def offer(self, index: int, score: float, done: Refit, weights: Mapping[str, Tensor]) -> None:
         """Keep the weights that the refit of candidate `index` has changed, if no earlier candidate is better."""

@@ -8,6 +8,7 @@ import pytest
 from tiny import make_config, make_rows, make_trainer
 
 from hf_maskselect.fields.rules import greater_is_better
+from hf_maskselect.search.race import race
 from hf_maskselect.search.results import Candidate, LevelSearch
 
 LOWER = """loss eval_loss error eval_mse mae rmse perplexity wer eval_cer mean_squared_error MeanSquaredError logloss
@@ -106,6 +107,8 @@ def test_the_best_checkpoint_has_the_lowest_error(tmp_path):
 
 
 def test_nan_is_never_the_best():
-    candidates = [Candidate(i, f"p{i}", None, 1.0, str(i), [s]) for i, s in enumerate([math.nan, 0.5, math.nan, 0.4])]
+    scores = [math.nan, 0.5, math.nan, 0.4, math.inf]
+    candidates = [Candidate(i, f"p{i}", None, 1.0, str(i), [score]) for i, score in enumerate(scores)]
     table = LevelSearch(0, 0.5, 0, candidates).table()
-    assert re.findall(r"p\d", table) == ["p3", "p1", "p0", "p2"]
+    assert re.findall(r"p\d", table) == ["p3", "p1", "p4", "p0", "p2"]
+    assert race([candidates[0], candidates[4]], [(2, 0)], lambda tried, steps: {0: math.nan, 4: math.inf}).index == 4
