@@ -85,14 +85,20 @@ def read_trainer_state(path: str | os.PathLike, remedy: str = "resume from anoth
 
 
 def check_best(trainer_state: Mapping[str, Any], checkpoint: str | os.PathLike, output_dir: str | os.PathLike) -> None:
-    """Raise a ValueError if the best checkpoint of a state lies neither beside `checkpoint` nor in `output_dir`.
+    """Raise a ValueError if the best checkpoint of a state is of another run.
 
-    `Trainer` loads it at the end. One that does not exist is left to `Trainer`, which forgets it.
+    `Trainer` loads it at the end. It is of this run if it lies beside `checkpoint` or in `output_dir`, or if its
+    history is the beginning of this one, as after a copy of the folder. One that does not exist is left to `Trainer`,
+    which forgets it.
     """
     best = trainer_state.get("best_model_checkpoint")
     if best is None or "\0" in best or not Path(best).exists():
         return
-    if Path(best).resolve().parent not in (Path(checkpoint).resolve().parent, Path(output_dir).resolve()):
+    if Path(best).resolve().parent in (Path(checkpoint).resolve().parent, Path(output_dir).resolve()):
+        return
+    path, ours = Path(best) / TRAINER_STATE_NAME, trainer_state["log_history"]
+    theirs = read_trainer_state(path)["log_history"] if path.is_file() else []
+    if not theirs or repr(theirs) != repr(ours[: len(theirs)]):
         raise ValueError(
             f"{checkpoint}: {TRAINER_STATE_NAME} names the best checkpoint {best!r:.200}, which is not of this run: "
             "resume from another checkpoint"

@@ -188,9 +188,16 @@ def test_a_soft_run_that_would_skip_its_cut_is_refused(tmp_path, method):
     assert longer.pruning_state().masks.sparsity() == 0.75
 
 
-def test_a_best_checkpoint_of_elsewhere_is_refused(folder, tmp_path):
-    elsewhere = shutil.copytree(folder / "checkpoint-6", tmp_path / "elsewhere" / "checkpoint-6")
-    for best, refused in ((folder / "checkpoint-6", False), (elsewhere, True), (tmp_path / "gone", False)):
+def test_a_best_checkpoint_of_another_run_is_refused(folder, tmp_path):
+    copied = shutil.copytree(folder / "checkpoint-6", tmp_path / "copied" / "checkpoint-6")
+    other = shutil.copytree(folder / "checkpoint-6", tmp_path / "other" / "checkpoint-6")
+    state = json.loads((other / "trainer_state.json").read_text())
+    state["log_history"][0]["epoch"] += 0.1
+    (other / "trainer_state.json").write_text(json.dumps(state))
+    stateless = shutil.copytree(folder / "checkpoint-6", tmp_path / "stateless" / "checkpoint-6")
+    (stateless / "trainer_state.json").unlink()
+    known = [(folder / "checkpoint-6", False), (copied, False), (tmp_path / "gone", False)]
+    for best, refused in (*known, (other, True), (stateless, True)):
         path = folder / "checkpoint-12" / "trainer_state.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "best_model_checkpoint": str(best)}))
         if refused:
