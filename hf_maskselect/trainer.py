@@ -143,6 +143,8 @@ class PruningTrainer(Distilled, RunOptimizers, AtomicCheckpoints, WholePushes, T
         if not any(isinstance(callback, _StepEvents) for callback in self.callback_handler.callbacks):
             self.add_callback(_StepEvents(self))  # the user has replaced them
         self._renew()
+        if self.args.level_eval_steps or self.run.settings.searches:
+            self.run.bench.identity.note_functions()
         check_inputs(self, self.run.bench)
 
     def _renew(self) -> None:

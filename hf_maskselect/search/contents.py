@@ -27,7 +27,7 @@ _PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None)})
 # Of a class or function: where it stands, and what Python computes from the rest.
 _DESCRIPTIVE = {"__module__", "__doc__", "__dict__", "__weakref__", "__firstlineno__", "__static_attributes__"}
 _DESCRIPTIVE |= {"__qualname__", "__abstractmethods__", "_abc_impl", "__annotations__", "__annotate_func__"}
-_DESCRIPTIVE |= {"__annotations_cache__", "__parameters__", "__orig_bases__", "__match_args__"}
+_DESCRIPTIVE |= {"__annotations_cache__", "__parameters__", "__orig_bases__", "__match_args__", "__slotnames__"}
 _MEMBERS = {property: ("fget", "fset", "fdel"), functools.cached_property: ("func",)}
 _MEMBERS |= {staticmethod: ("__func__",), classmethod: ("__func__",), types.MethodType: ("__func__", "__self__")}
 

@@ -43,6 +43,7 @@ class Identity:
 
     def __init__(self, trainer: BorrowedTrainer, sandbox: Sandbox, batches: Batches) -> None:
         self._trainer, self._sandbox, self._batches = trainer, sandbox, batches
+        self._noted: tuple[list[Any], str] = ([], "")  # functions of the score, with their digest
 
     @functools.cached_property
     def teacher(self) -> str:
@@ -64,16 +65,27 @@ class Identity:
         """Return the parts on which the score of given weights depends."""
         trainer: Any = self._trainer
         metric = [trainer.selection_metric, trainer.args.resolved().selection_greater_is_better]
-        functions = [trainer.compute_loss_func, *(vars(trainer).get(name) for name in _SCORING)]
-        functions += [_own(getattr(type(trainer), name, None)) for name in _SCORING]
-        if trainer.selection_metric not in SELECTION_LOSSES:
-            functions += [trainer.compute_metrics, trainer.preprocess_logits_for_metrics]
         return {
             "selection metric": repr(metric),
             "teacher": self.teacher,
             "held-out rows": self.held_out,
-            "functions of the score": self._digest("functions of the score", lambda contents: contents.add(functions)),
+            "functions of the score": self.note_functions(),
         }
+
+    def note_functions(self) -> str:
+        """Return the digest of the functions that a score is computed with, as they were when they were first noted.
+
+        Call it before the first score: a function that counts or remembers its calls has another state afterwards.
+        """
+        trainer: Any = self._trainer
+        functions = [trainer.compute_loss_func, *(vars(trainer).get(name) for name in _SCORING)]
+        functions += [_own(getattr(type(trainer), name, None)) for name in _SCORING]
+        if trainer.selection_metric not in SELECTION_LOSSES:
+            functions += [trainer.compute_metrics, trainer.preprocess_logits_for_metrics]
+        if list(map(id, functions)) != list(map(id, self._noted[0])):
+            digest = self._digest("functions of the score", lambda contents: contents.add(functions))
+            self._noted = functions, digest
+        return self._noted[1]
 
     def of_search(self, level: int, criteria: Mapping[str, Any]) -> dict[str, str]:
         """Return the parts on which the trials of a search depend."""

@@ -120,6 +120,16 @@ def test_functions_count_with_code_and_all_that_they_read(monkeypatch):
     assert [i for i, pair in enumerate(zip(digests, changed, strict=True)) if pair[0] != pair[1]] == [9]
 
 
+def test_a_class_counts_the_same_after_one_of_its_objects_was_copied():
+    class Remembering:
+        def metric(self, predicted):
+            return predicted
+
+    digest = digest_of(Remembering().metric, known={})
+    copy.deepcopy(Remembering())
+    assert digest_of(Remembering().metric, known={}) == digest
+
+
 @pytest.mark.slow
 def test_the_digest_is_the_same_in_another_process():
     text = (
@@ -306,3 +316,23 @@ def test_another_teacher_is_refused(whole, tmp_path, teacher_seed):
 def test_the_best_of_a_level_on_other_rows_is_refused(whole, tmp_path):
     with pytest.raises(ValueError, match="_level_best.safetensors was chosen with other held-out rows, so its score"):
         resume(whole, tmp_path, selection_dataset=changed_held_out())
+
+
+class Counting:
+    """A metric that remembers its calls."""
+
+    def __init__(self):
+        self.seen = []
+
+    def compute(self, predicted):
+        self.seen.append(len(predicted.label_ids))
+        return {"seen": len(self.seen)}
+
+
+def test_a_metric_that_remembers_its_calls_is_the_same_in_a_resumed_run(tmp_path):
+    def run(**train):
+        keywords = {**HELD_OUT, "compute_metrics": Counting().compute}
+        make_trainer(tmp_path, keywords=keywords, selection_metric="seen", **LEVELS).train(**train)
+
+    run()
+    run(resume_from_checkpoint=f"{tmp_path}/checkpoint-6")
