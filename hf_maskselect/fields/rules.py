@@ -118,9 +118,11 @@ def _hint(name: str, value: object, wanted: str) -> str:
     if wanted == _TYPES[bool]:
         return ", without quotes"
     try:
-        return f": write it without quotes, and in YAML with a point and a sign, such as {float(value):.1e}"
+        number = float(value)
     except ValueError:
         return ""
+    form = "" if wanted == _TYPES[int] else f", and in YAML with a point and a sign, such as {number:.1e}"
+    return f": write it without quotes{form}"
 
 
 @functools.cache

@@ -27,13 +27,14 @@ def check_inputs(trainer: Any, bench: TrialBench) -> None:
     Raises:
         ValueError: something of these would fail in the middle of the run.
     """
+    check_output_dir(trainer.args, writes=True)
     check_trainable(trainer)
     check_savable(trainer)
     check_values(trainer, bench)
 
 
-def check_output_dir(args: PruningConfig) -> None:
-    """Make the output folder, and check that files can be written into it.
+def check_output_dir(args: PruningConfig, writes: bool = False) -> None:
+    """Make the output folder, and if a run `writes`, check that files can be written into it.
 
     Raises:
         ValueError: they cannot.
@@ -43,8 +44,9 @@ def check_output_dir(args: PruningConfig) -> None:
         return
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"0")
+        if writes:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"0")
     except (OSError, ValueError) as error:  # a ValueError where the name holds a null character
         reason = error.strerror or error if isinstance(error, OSError) else error
         raise ValueError(

@@ -109,11 +109,12 @@ def _limits(model: PreTrainedModel, label_names: Sequence[str]) -> dict[str, _Li
     except NotImplementedError:  # what a model raises that has none
         rows = inf
     longest: Any = getattr(config, "max_position_embeddings", None) or inf
+    limits = {"position_ids": _Limit(longest - 1, inf, "leave the column out, or shorten the rows")}
     positions = [module for name, module in model.named_modules() if "position" in name]
     if any(isinstance(module, nn.Embedding) and module.padding_idx is not None for module in positions):
         longest -= (config.pad_token_id or 0) + 1  # RoBERTa counts positions from there
     remedy = "use the tokenizer of the model, or call model.resize_token_embeddings(len(tokenizer))"
-    limits = dict.fromkeys(_IDS, _Limit(rows - 1, longest, remedy))
+    limits |= dict.fromkeys(_IDS, _Limit(rows - 1, longest, remedy))
     remedy = "leave the column out (return_token_type_ids=False), or load the model with type_vocab_size={more}"
     limits["token_type_ids"] = _Limit((getattr(config, "type_vocab_size", None) or inf) - 1, inf, remedy)
     output = model.get_output_embeddings()

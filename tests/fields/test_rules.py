@@ -41,6 +41,7 @@ def test_a_pattern_that_yaml_reads_in_base_60_is_named(tmp_path, pattern):
         ("keep_zeros: 'no'", "keep_zeros='no' must be true or false, without quotes"),
         ("bf16: 'no'", "bf16='no' must be true or false, without quotes"),
         ("max_steps: [3]", r"max_steps=\[3\] must be a whole number"),
+        ("max_steps: '12'", "max_steps='12' must be a whole number: write it without quotes$"),
         ("weight_decay: .nan", "weight_decay=nan must be a number"),
         ("levels: 0.75", r"levels=0.75 must be a list of finite numbers, such as \[0.5, 0.9\]"),
         ("num_levels: 1000000000", "num_levels=1000000000 must be at most 10000"),

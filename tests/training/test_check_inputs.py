@@ -64,6 +64,15 @@ def test_an_output_dir_set_between_two_runs_is_checked(tmp_path):
     refused(trainer, "output_dir=.* cannot be written")
 
 
+def test_a_folder_that_is_only_read_serves_an_evaluation(tmp_path, monkeypatch):
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied", dir)
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    assert make_trainer(tmp_path).evaluate()["eval_loss"] > 0
+    refused(make_trainer(tmp_path), "output_dir=.* cannot be written .Permission denied")
+
+
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +159,14 @@ def test_a_value_that_the_model_does_not_know_is_refused(tmp_path, changes, mess
         "arrow": lambda rows: datasets.Dataset.from_list(as_lists(rows)),
     }[kind]
     refused(make_trainer(tmp_path, rows=make_rows(), keywords={"train_dataset": make_of(rows)}), f"row 70 .*{message}")
+
+
+def test_a_position_that_the_model_does_not_have_is_refused(tmp_path):
+    rows = [{**row, "position_ids": torch.arange(8)} for row in make_rows()]
+    make_trainer(tmp_path, rows=rows, max_steps=2, num_levels=1).train()
+    rows = with_value(rows, 70, position_ids=torch.arange(57, 65))
+    keywords = {"train_dataset": rows}
+    refused(make_trainer(tmp_path, keywords=keywords), "row 70 .*position_ids=64, and Bert.* knows 0 to 63")
 
 
 class Padding:
