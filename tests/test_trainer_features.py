@@ -257,6 +257,7 @@ USED += [(METHODS[1], {"selection": "survivors"}), (METHODS[1], {"num_candidates
 USED += [(METHODS[1], {"selection_fraction": 0.3}), (METHODS[1], {"max_selection_samples": 4})]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "later"), USED, ids=str)
 def test_a_run_reads_the_fields_afresh(tmp_path, reference, method, later):
     told = reference(method, later)
@@ -294,6 +295,7 @@ COUNTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "later"), COUNTS, ids=str)
 def test_what_is_set_later_counts_where_it_can(tmp_path, method, later):
     told = make_trainer(tmp_path / "told", **{**method, **later})

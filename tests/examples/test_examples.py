@@ -46,6 +46,7 @@ def test_pdp(run):
     assert AutoModelForSequenceClassification.from_pretrained(folder).config.pruning["method"] == "pdp"
 
 
+@pytest.mark.slow
 def test_two_to_four(run, capsys):
     folder, _ = run("two_to_four", *SMALL_SEARCH)
     verify(folder, "2:4")
@@ -66,6 +67,7 @@ def test_resume(run):
     assert equal
 
 
+@pytest.mark.slow
 def test_hub(run, capsys):
     folder, _ = run("hub", *SMALL_SEARCH)
     assert "0.9000 zeros" in capsys.readouterr().out

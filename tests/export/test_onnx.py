@@ -36,6 +36,7 @@ def test_zeros_and_outputs_are_kept(tmp_path, family):
     assert torch.allclose(torch.from_numpy(found), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_the_console_exports_a_folder(tmp_path, capsys):
     _, masks = save_pruned(tmp_path / "in")
@@ -52,6 +53,7 @@ def test_a_packed_folder_is_to_be_unpacked_first(tmp_path):
         export_onnx(tmp_path / "packed", tmp_path / "out")
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_a_graph_that_computes_something_else_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_compare", lambda *_: (float("nan"), 1.0))
@@ -84,6 +86,7 @@ def test_models_that_cannot_be_exported_as_they_are(tmp_path, model, message):
         export_onnx(model(), tmp_path)
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_a_decoder_is_compared_by_the_names_of_its_outputs(tmp_path):
     config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, pad_token_id=0)

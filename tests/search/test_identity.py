@@ -246,7 +246,13 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize(("part", "before", "after"), CHANGES, ids=[f"{i}-{c[0]}" for i, c in enumerate(CHANGES)])
+@pytest.mark.parametrize(
+    ("part", "before", "after"),
+    [
+        pytest.param(*change, id=f"{i}-{change[0]}", marks=[pytest.mark.slow] if i not in (1, 4) else [])
+        for i, change in enumerate(CHANGES)
+    ],
+)
 @pytest.mark.filterwarnings("ignore:training ended")
 def test_trials_of_another_run_are_made_again(tmp_path, part, before, after, recwarn):
     run(tmp_path, stop=True, **before)

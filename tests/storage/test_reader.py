@@ -200,7 +200,10 @@ AUTO = {name: f"evil.{name}" for name in ("AutoConfig", "AutoModel", "AutoModelF
 
 @pytest.mark.usefixtures("asked")
 @pytest.mark.parametrize("changes", [{}, {"model_type": "evil"}, {"architectures": ["Evil"]}, {"model_type": None}])
-@pytest.mark.parametrize("command", ["report", "verify", "plot", "pack", "unpack", "export", "plan"])
+@pytest.mark.parametrize(
+    "command",
+    ["report", "verify", "plot", "pack", "unpack", pytest.param("export", marks=pytest.mark.slow), "plan"],
+)
 def test_no_code_of_a_folder_runs(saved, tmp_path, capsys, command, changes):
     folder = shutil.copytree(saved / ("packed" if command == "unpack" else "plain"), tmp_path / "copy")
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")

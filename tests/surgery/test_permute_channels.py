@@ -93,7 +93,9 @@ def permuted(seed=0):
     return model
 
 
-@pytest.mark.parametrize("method", ["magnitude", "random", "pdp", "gumbel"])
+@pytest.mark.parametrize(
+    "method", ["random", *(pytest.param(name, marks=pytest.mark.slow) for name in ("magnitude", "pdp", "gumbel"))]
+)
 def test_a_permuted_model_ends_in_the_pattern_and_resumes_to_the_bit(tmp_path, method):
     changes = {"method": method, "pattern": "2:4", "sparsity": None}
     changes |= {"num_levels": None, "save_strategy": "steps", "save_steps": 6}

@@ -256,6 +256,7 @@ GOOD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GOOD)
 def test_what_trains_is_not_refused_and_ends_in_the_same_bits(tmp_path, monkeypatch, name):
     rows, model, keywords = GOOD[name]

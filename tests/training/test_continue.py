@@ -69,6 +69,7 @@ def test_less_than_the_zeros_there_are_is_refused(tmp_path, method):
     assert trainer.pruning_state().masks.sparsity() == 0.75
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", None), ("channel", 0.25), ("channel", 0.5)])
 @pytest.mark.parametrize("first", [Unstructured(), NM(1, 4), Channel()], ids=["anywhere", "groups", "rows"])
 def test_what_is_advised_works(tmp_path, pattern, sparsity, first):

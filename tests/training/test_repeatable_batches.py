@@ -52,7 +52,10 @@ def build(folder, seed, collator, **changes):
     return make_trainer(folder, make(seed=seed, **DROPOUT), make_ragged(), keywords=keywords, **{**SAVED, **changes})
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(KINDS[name], id=name, marks=[pytest.mark.slow] if name != "both" else []) for name in KINDS],
+)
 def test_a_resumed_run_draws_the_same_batches(tmp_path, kind):
     """Five batches an epoch: a resume in the first, at the end of it, and before the last batch of the second."""
     whole = build(tmp_path / "whole", 0, **kind)
