@@ -146,7 +146,7 @@ def _shown(search: LevelSearch) -> list[Candidate]:
 
 def _draw_rung(axes: Axes, search: LevelSearch, candidates: Sequence[Candidate], rung: int) -> None:
     """Draw the scores of one rung; a candidate that did not reach it is marked as out."""
-    scores = {y: c.scores[rung] for y, c in enumerate(candidates) if len(c.scores) > rung}
+    scores = {y: float(c.scores[rung]) for y, c in enumerate(candidates) if len(c.scores) > rung}
     finite = [score for score in scores.values() if math.isfinite(score)] or [0.0]
     start = next((scores[y] for y in scores if candidates[y].index == 0), math.nan)
     start = start if math.isfinite(start) else max(finite)
@@ -210,7 +210,7 @@ def history_panels(record: RunRecord) -> dict[str, str]:
 
 def _points(record: RunRecord, key: str) -> list[tuple[int, float]]:
     """The logged (step, value) pairs of one key."""
-    return [(entry["step"], entry[key]) for entry in record.history if is_number(entry.get(key))]
+    return [(entry["step"], float(entry[key])) for entry in record.history if is_number(entry.get(key))]
 
 
 def draw_history(record: RunRecord, figure: Figure) -> None:

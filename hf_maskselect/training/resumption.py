@@ -81,7 +81,9 @@ def check_complete(checkpoint: str | os.PathLike, trainer: Trainer) -> None:
             f"{folder} lacks {', '.join(missing)}, so a resumed run would differ: it was saved with "
             "save_only_model=True, or files were lost; name a complete checkpoint, or start a new run from its model"
         )
-    read_trainer_state(folder / TRAINER_STATE_NAME)  # `Trainer` reads it before it loads the model
+    trainer_state = read_trainer_state(folder / TRAINER_STATE_NAME)  # `Trainer` reads it before it loads the model
+    where = f"{folder / TRAINER_STATE_NAME}: train_batch_size"
+    typed(trainer_state.get("train_batch_size"), int, where, "resume from another checkpoint")
     if digests:
         LevelBest(folder).check(digests)
     own = _random_state(trainer.args.world_size, trainer.args.process_index)

@@ -483,6 +483,7 @@ def test_a_picture_shows_dollars_in_names(folder):
     pytest.importorskip("matplotlib")
     candidate = {"proposal": "$\\frac$", "ratio": None, "overlap": 1.0, "digest": "d", "scores": [0.5]}
     candidates = [{**candidate, "index": 0, "chosen": True}, {**candidate, "index": 1, "proposal": "$x^"}]
+    candidates[0]["scores"] = [10**30]  # more than an int of C holds
     search = {"level": 0, "sparsity": 0.5, "step": 0, "candidates": candidates}
     (folder / "search.json").write_text(json.dumps([search]))
     assert main(["plot", str(folder)]) == 0

@@ -108,6 +108,7 @@ WRONG = [
     {"stateful_callbacks": [1]},
     {"stateful_callbacks": {"TrainerControl": 3}},
     {"train_batch_size": "x"},
+    {"train_batch_size": None},
     {"best_metric": "x"},
     {"total_flos": {}},
     {"logging_steps": "x"},
