@@ -1,28 +1,13 @@
 """Whatever writes a folder leaves the old output or the new one, whole, where it is killed or the disk is full."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from told import told_by
 
-HERE = Path(__file__).parent
 WRITERS = ["save_model", "checkpoint", "pack", "pack_beside", "unpack", "export", "onnx", "push"]
 
 
 def kill(folder, step, *jobs):
-    path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(HERE / "killable_writers.py"), str(folder), str(step), *jobs],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = told_by("killable_writers.py", folder, step, *jobs, timeout=900)
     assert told.keys() == set(jobs) and all(each["old"] for each in told.values())
     return told
 

@@ -28,7 +28,8 @@ class LayerRecord:
     """How one linear layer runs.
 
     kinds: (largest number of rows, kind) in rising order, where the last number does not count. input, output: scale
-    and zero point of its 8-bit numbers. Other kinds have none, and an output with a unit a channel has it as a tensor.
+    and zero point of its 8-bit numbers. Other kinds have none, and an output with one unit per channel stores
+    the units as a tensor.
     """
 
     kinds: list[list[Any]]

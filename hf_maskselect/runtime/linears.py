@@ -52,7 +52,7 @@ class Choice:
 
 
 class Unsaved(nn.Module):
-    """A module whose weights are packed, so that `save_pretrained` would lose them without a word."""
+    """A module whose weights are packed, so that `save_pretrained` would lose them silently."""
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         raise ValueError("a CPU model cannot be saved as an ordinary one: save the model that it was made from")

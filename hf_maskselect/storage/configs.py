@@ -78,7 +78,7 @@ def check_plain(config: Mapping[str, Any], where: object) -> None:
             numbers = [number for number in _flat(value) if type(number) is int]
             limit = MOST_PARTS if any(part in key for part in _PARTS) else LARGEST
             limit = MOST_LABELS if key == "num_labels" else limit
-            if sum(map(abs, numbers)) > max(limit, 0):
+            if sum(map(abs, numbers)) > limit:
                 raise ValueError(f"{where}: {key}={value!r:.60} is too large for a model: restore the file")
 
 

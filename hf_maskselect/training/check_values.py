@@ -70,10 +70,8 @@ def check_values(trainer: Any, bench: TrialBench) -> None:
         return
     if overrides(trainer, "training_step", Trainer):
         return
-    limits, own = (
-        _limits(model, trainer.label_names),
-        trainer.own_loss or overrides(trainer, "prediction_step", Trainer),
-    )
+    limits = _limits(model, trainer.label_names)
+    own = trainer.own_loss or overrides(trainer, "prediction_step", Trainer)
     for name, dataset in _datasets(trainer).items():
         with bench.sandbox.random_state():  # rows may be drawn at random
             suspects = _suspects(dataset, limits)

@@ -24,9 +24,8 @@ class Distilled(Trainer):
     distiller: Any = None
     loss_is_scaled_for_ga: bool | None = None  # `Trainer` of the oldest supported transformers has no such attribute
     _teacher_only: Set[str] = frozenset()  # inputs of the teacher that the student does not take
-    _set_aside: Mapping[
-        str, Any
-    ] = {}  # entries of the batch that a loss of the user's does not pass on to `distilled`
+    # Entries of the batch that a loss of the user's does not pass on to `distilled`.
+    _set_aside: Mapping[str, Any] = {}
     _was_distilled = False  # whether `distilled` was called in this run
 
     @property
