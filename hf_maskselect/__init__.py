@@ -8,8 +8,9 @@ from .masking.maskset import MaskSet
 from .masking.scores import WeightStats
 from .masking.targets import prunable_weights
 from .reporting.sparsity import SparsityReport, sparsity_report
-from .runtime.export import CpuReport, export_cpu
+from .runtime.export import export_cpu
 from .runtime.load import load_cpu
+from .runtime.report import CpuReport
 from .storage.load import load_pruned
 from .storage.pack import PackReport, pack, unpack
 from .storage.state import PruningState

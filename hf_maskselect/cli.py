@@ -17,18 +17,21 @@ from .masking.targets import check_module_names
 from .reporting.plots import plot
 from .reporting.record import RunRecord
 from .reporting.sparsity import sparsity_report
-from .runtime.export import CpuReport, export_cpu
+from .runtime.export import export_cpu
 from .runtime.quantize import rows_of_file
+from .runtime.report import CpuReport
+from .storage.derived import CPU_JSON
 from .storage.folders import find_folder
 from .storage.pack import pack, unpack
 from .storage.packed_file import LOSSY
 from .storage.verify import parse_checkable, verify
+from .storage.weights import has_weights
 from .training.search_cost import check_run, cost_text, workload
 from .utils.tables import visible
 
 PLAN_USAGE = "hf-maskselect plan PATH [--ranks N ...] [--train_rows N] --max_steps N [any field of PruningConfig]"
 COMMANDS = {
-    "report": "count the zeros per tensor, over the prunable weights and over the whole model",
+    "report": "count the zeros per tensor and over the whole model, or tell how a CPU model runs and how fast",
     "verify": "check that zeros and masks agree, that they meet the target, and that the model loads plainly",
     "plot": "draw the kept weights of each layer, the candidates of the search and the course of the run, as PNG",
     "pack": "write the model as one small file for transport, with its configuration and tokenizer",
@@ -73,6 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--calibration",
         help="cpu with int8: .jsonl or .parquet file of rows of the train split, 128 of which are used",
     )
+    add("--rivals", action="store_true", help="cpu: time also ONNX Runtime, in float32 and int8, and torch in bf16")
     commands["plan"].usage = PLAN_USAGE
     add = commands["plan"].add_argument
     add("--ranks", nargs="+", type=positive, default=[1, 8, 64, 512], help="numbers of ranks (default: 1 8 64 512)")
@@ -118,7 +122,7 @@ def make_config(fields: Sequence[str]) -> PruningConfig:
 def run(options: argparse.Namespace) -> str:
     """Run one command and return the text to print."""
     if options.command == "report":
-        return str(sparsity_report(options.path))
+        return report(options.path)
     if options.command == "pack":
         return str(pack(options.path, options.output, options.values, options.embeddings))
     if options.command == "plot":
@@ -136,16 +140,24 @@ def run(options: argparse.Namespace) -> str:
     return f"good: {zeros:,} of {masks.total:,} prunable weights are zero ({masks.sparsity():.6f})"
 
 
+def report(path: str) -> str:
+    """Return the text of the command `report`: of a CPU model where there are no ordinary weights."""
+    folder = find_folder(path)
+    if (folder / CPU_JSON).is_file() and not has_weights(folder):
+        return str(CpuReport.load(path))
+    return str(sparsity_report(folder))
+
+
 def export(options: argparse.Namespace) -> str:
     """Run the command `export` and return the text to print."""
     if options.format == "onnx":
         return str(export_onnx(options.path, options.output))
     if options.format == "cpu":
         return str(_export_cpu(options))
-    report = export_semi_structured(options.path, options.output, options.dtype or "bf16", options.exclude_modules)
+    exported = export_semi_structured(options.path, options.output, options.dtype or "bf16", options.exclude_modules)
     if not options.benchmark:
-        return str(report)
-    print(report, flush=True)  # the export is complete even if the timing fails
+        return str(exported)
+    print(exported, flush=True)  # the export is complete even if the timing fails
     return str(time_export(options.output, options.batch_sizes or (1, 8, 32), options.seq_lens or (128,)))
 
 
@@ -154,7 +166,7 @@ def check_export(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     timed = {"--batch-sizes": options.batch_sizes, "--seq-lens": options.seq_lens}
     belongs = {
         "nm": {"--exclude-modules": options.exclude_modules, "--benchmark": options.benchmark},
-        "cpu": {"--threads": options.threads, "--calibration": options.calibration},
+        "cpu": {"--threads": options.threads, "--calibration": options.calibration, "--rivals": options.rivals},
         "nm or cpu": {"--dtype": options.dtype},
         "cpu, or to nm with --benchmark": {} if options.benchmark else timed,
     }
@@ -177,6 +189,7 @@ def _export_cpu(options: argparse.Namespace) -> CpuReport:
         batch_sizes=options.batch_sizes or (1, 8),
         seq_lens=options.seq_lens or (32, 128),
         threads=options.threads,
+        rivals=options.rivals,
     )
 
 
@@ -201,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not nearest.is_dir():
         parser.error(f"{nearest} is a file: give a folder as --output")
     try:
-        if online and options.command not in ("export", "plan"):  # these two download their own files
+        if online and options.command == "verify":  # the others download their own files
             options.path = find_folder(options.path)
         print(run(options))
     except (ValueError, OSError) as error:

@@ -63,8 +63,7 @@ def export_onnx(
         ValueError: packages of the `onnx` extra are missing, there is no such model, or the graph has other outputs
             (nothing is written then).
     """
-    if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"export to ONNX needs {', '.join(missing)}: pip install -U 'hf_maskselect[onnx]'")
+    check_packages("export to ONNX")
     output = Path(output)
     folder: Path | None = None
     weights = ""
@@ -96,6 +95,12 @@ def export_onnx(
     finally:
         model.train(training).to(device)
     return replace(report, path=output / ONNX_FILE)
+
+
+def check_packages(work: str) -> None:
+    """Raise a ValueError if packages of the `onnx` extra are missing that `work` needs."""
+    if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"{work} needs {', '.join(missing)}: pip install -U 'hf_maskselect[onnx]'")
 
 
 def _export(model: PreTrainedModel, folder: Path, inputs: Mapping[str, Tensor] | None, tolerance: float) -> OnnxReport:

@@ -28,9 +28,9 @@ from ..storage.derived import (
     ORIGIN,
     SEMI_STRUCTURED_FILE,
     TIMING_FILE,
-    add_card_without_times,
     beside_model,
     weights_beside,
+    write_section,
 )
 from ..storage.folders import check_output, find_folder
 from ..storage.models import config_digest, load_strictly, model_class, own_names, skeleton
@@ -185,7 +185,7 @@ def export_semi_structured(
     path, writer = output / SEMI_STRUCTURED_FILE, PackedWriter()
     with beside_model(folder, output, lambda: weights, outdated=TIMING_FILE) as new:
         writer.write(new / SEMI_STRUCTURED_FILE, items(), {"config": config_digest(folder), ORIGIN: weights})
-        add_card_without_times(output, new)  # those of an earlier file
+        write_section(output, new, TIMING_FILE)  # those of an earlier file
     return ExportReport(path, tuple(sparse), tuple(dense), tuple(excluded), writer.dense_bytes, path.stat().st_size)
 
 

@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.benchmark import Timer
 from transformers import PreTrainedModel
 
-from ..storage.derived import CARD, ORIGIN, SEMI_STRUCTURED_FILE, SPEED_HEADING
+from ..storage.derived import ORIGIN, SEMI_STRUCTURED_FILE, TIMING_FILE, write_section
 from ..storage.pack import open_packed
 from ..utils.folders import replacing_folder
-from ..utils.tables import markdown_table, text_table, without_section
+from ..utils.tables import markdown_table, text_table
 from .semi_structured import (
     MODES,
     Choice,
@@ -93,12 +93,7 @@ class TimingReport:
 
     def write_card(self, folder: Path, new: Path) -> None:
         """Write the model card of `folder` into `new`, with the tables in place of those of an earlier timing."""
-        path = folder / CARD
-        readable = path.is_file() and not path.is_symlink()
-        text = path.read_text(encoding="utf-8", errors="surrogateescape") if readable else ""
-        section = "\n\n".join([SPEED_HEADING, self.verdict, *self.tables(markdown_table)])
-        text = f"{without_section(text, SPEED_HEADING).rstrip()}\n\n{section}\n".lstrip()
-        (new / CARD).write_text(text, encoding="utf-8", errors="surrogateescape")
+        write_section(folder, new, TIMING_FILE, "\n\n".join([self.verdict, *self.tables(markdown_table)]))
 
 
 def time_export(

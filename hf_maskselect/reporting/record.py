@@ -13,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..search.results import SEARCH_FILE, Candidate, LevelSearch, read_searches
 from ..storage.runs import last_checkpoint, read_trainer_state
 from ..storage.state import PruningState
+from ..utils.layer_names import layer_of
 from ..utils.reading import is_number, read_object
 from .sparsity import SparsityReport, sparsity_report
 
@@ -69,26 +70,12 @@ class RunRecord:
         parsed = []
         for tensor in self.report.tensors:
             if tensor.prunable:
-                stack, number, rest = _layer_of(tensor.name)
+                stack, number, rest = layer_of(tensor.name)
                 parsed.append(((stack, int(number or 0)), number, rest, 1 - tensor.zeros / tensor.total))
         several = len({stack for (stack, _), _, _, _ in parsed}) > 1
         names = {layer: f"{layer[0]}{number}" if several else number for layer, number, _, _ in sorted(parsed)}
         densities = {(names[layer], column): density for layer, _, column, density in parsed}
         return list(names.values()), list(dict.fromkeys(column for _, column in densities)), densities
-
-
-def _layer_of(name: str) -> tuple[str, str, str]:
-    """Split the name of a weight into its stack, the number of its layer and its matrix.
-
-    Stack and number are empty outside of layers. A number that begins the name counts only if there is no other.
-    """
-    plain = name.removesuffix(".weight")
-    parts = plain.split(".") if plain != name else []
-    numbers = [place for place, part in enumerate(parts[:-1]) if part.isdecimal() and len(part) < 10]
-    if not numbers:
-        return "", "", plain
-    place = next((place for place in numbers if place), 0)
-    return "".join(f"{part}." for part in parts[:place]), parts[place], ".".join(parts[place + 1 :])
 
 
 def metrics_of(results: Mapping[str, object], prefix: str) -> dict[str, float]:

@@ -3,13 +3,11 @@
 import contextlib
 import copy
 import math
+import numbers
 import os
 import statistics
 import tempfile
-import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,51 +15,25 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..storage.derived import CPU_FILE, ORIGIN, beside_model
+from ..storage.derived import CPU_FILE, CPU_JSON, ORIGIN, beside_model, write_section
 from ..storage.folders import check_output, find_folder
 from ..storage.models import config_digest, load_strictly, model_class, own_names
 from ..storage.packed_file import PackedFile
 from ..storage.state import PruningState
 from ..storage.weights import check_unpacked, check_weights
-from ..utils.tables import text_table
 from ..utils.wrappers import plain_model
-from .choose import Timer, clock, fastest, usable, zeros_of
-from .files import Runtime, ShapeTime, cpu_name, record_of, write_weights
+from .choose import Timer, fastest, usable, zeros_of
+from .files import Runtime, ShapeTime, cpu_name, dense_bytes, record_of, write_weights
 from .kernels import EXACT_KINDS, INT8_KINDS, missing, quantized_rows
 from .linears import Choice, Int8Plan, Step
 from .model import Attention, ExactPlan, install, layers_of, linear_names
 from .quantize import RANGES, Batch, Judge, Observed, batches_of, observe
+from .report import CpuReport
+from .timing import BF16, DENSE, OURS, Job, Shape, bf16_job, check_onnx, onnx_jobs, time_jobs
 
 Evaluate = Callable[[PreTrainedModel], float]
 _Plans = dict[str, ExactPlan | Int8Plan]
 _SECONDS = 2.0  # time spent on a whole model at one shape
-
-
-@dataclass(frozen=True)
-class CpuReport:
-    """What `export_cpu` wrote: the path of the weights, how they run, and the bytes before and after."""
-
-    path: Path
-    runtime: Runtime
-    dense_bytes: int
-    bytes: int
-    hints: tuple[str, ...]
-
-    def __str__(self) -> str:
-        kinds = Counter("/".join(str(kind) for _, kind in each.kinds) for each in self.runtime.layers.values())
-        rows = [
-            [f"{t.batch} x {t.length}", *(f"{x:.2f}" for x in (*t.dense, *t.cpu)), f"{t.dense[0] / t.cpu[0]:.2f}"]
-            for t in self.runtime.times
-        ]
-        header = ["batch x length", "dense fp32 ms", "p95", "exported ms", "p95", "times faster"]
-        text = (
-            f"{self.path}: {self.bytes / 1e6:,.2f} MB for {self.dense_bytes / 1e6:,.2f} MB dense; linear layers: "
-            + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-        )
-        if self.runtime.divergence is not None:
-            text += f"; divergence from float32 {self.runtime.divergence:.2g} on held-out rows"
-        machine = f"{self.runtime.cpu}, {self.runtime.threads} threads, torch {self.runtime.torch}"
-        return "\n".join([text, *self.hints, machine, text_table(header, rows)])
 
 
 def export_cpu(
@@ -77,8 +49,11 @@ def export_cpu(
     batch_sizes: Sequence[int] = (1, 8),
     seq_lens: Sequence[int] = (32, 128),
     threads: int | None = None,
+    rivals: bool = False,
 ) -> CpuReport:
     """Time what runs on this machine, choose, and write `cpu_model.safetensors` and `cpu_model.json`.
+
+    The times and scores also go into the model card, `README.md`.
 
     Args:
         model_or_path: a transformers model, or a folder or Hub repository.
@@ -89,16 +64,22 @@ def export_cpu(
         bf16: allow bf16 in linear layers that are not in 8 bits.
         max_kl: largest divergence of the outputs (see `Judge`) on held-out rows; layers stay exact until it holds.
         max_drop: largest loss of `evaluate`'s value; layers stay exact until it holds.
-        evaluate: maps a model to a number that is better when larger, such as the accuracy on held-out rows.
+        evaluate: maps a model to a number that is better when larger, such as the accuracy on held-out rows. The
+            report then has the scores of the float32 and of the CPU model.
         batch_sizes: batch sizes to be fast at.
         seq_lens: lengths to be fast at, in tokens.
         threads: number of threads to time with, by default `torch.get_num_threads()`.
+        rivals: time also the float32 model in bf16 and in ONNX Runtime, as it is and in dynamic int8. This needs the
+            `onnx` extra.
 
     Raises:
-        ValueError: there is no such model, a shape does not fit it, or `int8` lacks calibration rows.
+        ValueError: there is no such model, a shape does not fit it, `int8` lacks calibration rows, `rivals` lacks
+            packages, or `evaluate` returns no finite number.
     """
-    if (max_drop is None) != (evaluate is None):
-        raise ValueError("max_drop and evaluate belong together: pass both or none")
+    if max_drop is not None and evaluate is None:
+        raise ValueError("max_drop bounds the loss of evaluate's value: pass evaluate as well")
+    if rivals:
+        check_onnx()
     model_or_path = plain_model(model_or_path)
     if isinstance(model_or_path, nn.Module):
         if not isinstance(model_or_path, PreTrainedModel):
@@ -118,6 +99,7 @@ def export_cpu(
                 batch_sizes=batch_sizes,
                 seq_lens=seq_lens,
                 threads=threads,
+                rivals=rivals,
             )
     folder, output = find_folder(model_or_path), Path(output)
     check_unpacked(folder)
@@ -130,34 +112,51 @@ def export_cpu(
     int8 = int8 and not missing("int8")
     batches = batches_of(calibration, model) if int8 else []
     with _threads(threads):
-        search = _Search(model, shapes, bf16, max_kl, max_drop, evaluate)
+        scores = {DENSE: _checked(evaluate, model, DENSE)} if evaluate else {}
+        search = _Search(model, shapes, bf16, max_kl, max_drop, evaluate, scores.get(DENSE))
         plans, attention, ranges, divergence = search.best(batches)
         fast = install(copy.deepcopy(model), plans, attention)
-        times = [
-            ShapeTime(*shape, each["dense"], each["cpu"])
-            for shape, each in time_models({"dense": model, "cpu": fast}, shapes).items()
-        ]
+        if evaluate:
+            scores[OURS] = _checked(evaluate, fast, OURS)
+        times = _times(model, fast, shapes, bf16, rivals)
         count = torch.get_num_threads()
     source, layers = check_weights(folder, {}), {name: record_of(plan) for name, plan in plans.items()}
     with beside_model(folder, output, lambda: source) as new:
         write_weights(new / CPU_FILE, model, plans, {"config": config_digest(folder), ORIGIN: source})
+        packed = PackedFile(new / CPU_FILE)
         runtime = Runtime(
             cpu=cpu_name(),
             threads=count,
             torch=torch.__version__,
             source=source,
-            weights=PackedFile(new / CPU_FILE).metadata["checksum"],
+            weights=packed.metadata["checksum"],
             fused=attention.fused,
             bf16=attention.bf16,
             divergence=divergence,
             ranges=ranges,
+            zero_blocks=search.zero_blocks(),
             layers=layers,
             times=times,
+            scores=scores,
         )
         runtime.save(new)
-    path = output / CPU_FILE
-    dense = sum(tensor.numel() * 4 for tensor in model.state_dict().values())
-    return CpuReport(path, runtime, dense, path.stat().st_size, search.hints())
+        report = CpuReport(output / CPU_FILE, runtime, dense_bytes(packed), (new / CPU_FILE).stat().st_size)
+        write_section(output, new, CPU_JSON, report.section())
+    return report
+
+
+def _times(
+    model: PreTrainedModel, fast: PreTrainedModel, shapes: Sequence[Shape], bf16: bool, rivals: bool
+) -> list[ShapeTime]:
+    """Time the float32 model and the CPU model, and what else the caller of `export_cpu` wants to see."""
+    jobs: dict[str, Job] = {DENSE: model}
+    if (bf16 or rivals) and not missing("bf16"):
+        jobs[BF16] = bf16_job(model)
+    with tempfile.TemporaryDirectory() as graphs:
+        if rivals:
+            jobs.update(onnx_jobs(model, Path(graphs)))
+        times = time_jobs({**jobs, OURS: fast}, shapes, model.config.vocab_size, _SECONDS)
+    return [ShapeTime(*shape, ms) for shape, ms in times.items()]
 
 
 class _Search:
@@ -166,14 +165,15 @@ class _Search:
     def __init__(
         self,
         model: PreTrainedModel,
-        shapes: Sequence[tuple[int, int]],
+        shapes: Sequence[Shape],
         bf16: bool,
         max_kl: float | None,
         max_drop: float | None,
         evaluate: Evaluate | None,
+        score: float | None,
     ) -> None:
         self._model, self._shapes = model, shapes
-        self._max_kl, self._max_drop, self._evaluate = max_kl, max_drop, evaluate
+        self._max_kl, self._max_drop, self._evaluate, self._score = max_kl, max_drop, evaluate, score
         self._names = linear_names(model)
         self._timer = Timer([batch * length for batch, length in shapes])
         exact = (*EXACT_KINDS, "bf16") if bf16 else EXACT_KINDS
@@ -199,15 +199,9 @@ class _Search:
         plans = self._within_bounds(by_ranges[ranges], attention, judge)
         return plans, attention, ranges, judge(self._installed(plans, attention))
 
-    def hints(self) -> tuple[str, ...]:
-        """Say what kind of zeros the model lacks for the fastest product."""
-        blocks = statistics.fmean(zeros_of(plan.weight, "1x4") for plan in self._exact.values())
-        if blocks >= 0.5:
-            return ()
-        return (
-            f"only {blocks:.0%} of the 1x4 blocks of its matrices are zero, so that dense int8 may be the fastest: "
-            "prune with pattern='1x4' for more",
-        )
+    def zero_blocks(self) -> float:
+        """Return the mean share of the 1x4 blocks that are zero, over the matrices."""
+        return statistics.fmean(zeros_of(plan.weight, "1x4") for plan in self._exact.values())
 
     def _choice(self, weight: torch.Tensor, kinds: Sequence[str]) -> Choice:
         names = usable(weight, kinds)
@@ -241,7 +235,7 @@ class _Search:
             str(index): self._installed(plans if kind else self._exact, kind or Attention(False))
             for index, kind in enumerate(kinds)
         }
-        times = time_models(models, self._shapes)
+        times = time_jobs(models, self._shapes, self._model.config.vocab_size, _SECONDS)
         loss = {
             name: sum(each[name][0] / min(median for median, _ in each.values()) for each in times.values())
             for name in models
@@ -267,48 +261,34 @@ class _Search:
         model = self._installed(plans, attention)
         if self._max_kl is not None and judge(model) > self._max_kl:
             return False
-        if self._evaluate is None or self._max_drop is None:
+        if self._evaluate is None or self._max_drop is None or self._score is None:
             return True
-        return self._evaluate(self._model) - self._evaluate(model) <= self._max_drop
+        return self._score - _checked(self._evaluate, model, OURS) <= self._max_drop
 
 
-def time_models(
-    models: Mapping[str, PreTrainedModel], shapes: Sequence[tuple[int, int]]
-) -> dict[tuple[int, int], dict[str, list[float]]]:
-    """Return median and 95th percentile of the milliseconds (see `clock`) of each model at each (batch, length)."""
-    times = {}
-    for batch, length in shapes:
-        size = next(iter(models.values())).config.vocab_size
-        ids = torch.randint(size // 2, size, (batch, length), generator=torch.Generator().manual_seed(0))
-        taken: dict[str, list[float]] = {name: [] for name in models}
-        with torch.inference_mode():
-            for model in models.values():
-                model(ids)
-            start = time.perf_counter()
-            while len(min(taken.values(), key=len)) < 5 or (
-                time.perf_counter() - start < _SECONDS * len(models) and len(min(taken.values(), key=len)) < 100
-            ):
-                for name, model in models.items():
-                    begin = clock()
-                    model(ids)
-                    taken[name].append((clock() - begin) * 1000)
-        times[batch, length] = {
-            name: [statistics.median(each), sorted(each)[math.ceil(0.95 * len(each)) - 1]]
-            for name, each in taken.items()
-        }
-    return times
+def _checked(evaluate: Evaluate, model: PreTrainedModel, name: str) -> float:
+    """Return the score of a model; raises a ValueError if it is no finite number."""
+    score: Any = evaluate(model)
+    if isinstance(score, torch.Tensor) and score.numel() == 1:
+        score = score.item()
+    if not isinstance(score, numbers.Real) or not math.isfinite(score):
+        raise ValueError(
+            f"evaluate returned {score!r:.60} for {name}: return one finite number that is better when larger"
+        )
+    return float(score)
 
 
-def _shapes(model: PreTrainedModel, batch_sizes: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int]]:
+def _shapes(model: PreTrainedModel, batch_sizes: Sequence[int], lengths: Sequence[int]) -> list[Shape]:
     """Return the shapes to be fast at; raises a ValueError if the model takes none of token ids, or not these."""
     if model.main_input_name != "input_ids":
         raise ValueError(f"{type(model).__name__} takes {model.main_input_name}: only text models can be exported")
-    if not batch_sizes or not lengths or min(*batch_sizes, *lengths) < 1:
+    sizes = (*batch_sizes, *lengths)
+    if not batch_sizes or not lengths or not all(isinstance(n, numbers.Integral) and n > 0 for n in sizes):
         raise ValueError(f"batch sizes {list(batch_sizes)} and lengths {list(lengths)} must be whole numbers above 0")
     longest = getattr(model.config, "max_position_embeddings", math.inf)
     if max(lengths) > longest:
         raise ValueError(f"length {max(lengths)} exceeds the {longest} positions of the model: give shorter lengths")
-    return [(batch, length) for batch in batch_sizes for length in lengths]
+    return list(dict.fromkeys((int(batch), int(length)) for batch in batch_sizes for length in lengths))
 
 
 @contextlib.contextmanager

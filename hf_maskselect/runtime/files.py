@@ -48,15 +48,21 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class ShapeTime:
-    """Milliseconds of the whole model at one shape: median and 95th percentile, dense float32 and exported.
+    """Milliseconds of the whole model at one shape.
 
-    Both are empty if the products were timed again on another machine.
+    ms: median and 95th percentile of each way to run it, by the names of `timing`. Empty if the products were timed
+    again on another machine.
     """
 
     batch: int
     length: int
-    dense: list[float]
-    cpu: list[float]
+    ms: dict[str, list[float]] = field(default_factory=dict)
+
+    def check(self, where: object) -> None:
+        """Raise a ValueError if a number is impossible."""
+        pairs = all(len(pair) == 2 and 0 < pair[0] <= pair[1] < float("inf") for pair in self.ms.values())
+        if self.batch < 1 or self.length < 1 or not pairs:
+            raise ValueError(f"{where}: {self!r:.60} is no time at a shape: {_REMEDY}")
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,8 @@ class Runtime:
     cpu, threads, torch: where. source: digest of the weights that it was made from. weights: checksum of the header of
     the file of weights. fused, bf16: see `Attention`. divergence: of the outputs from those in float32, on calibration
     rows that were held out (see `Judge`), NaN without such rows. ranges: how the ranges of 8-bit numbers were found.
-    layers: by name.
+    zero_blocks: share of the 1x4 blocks of its matrices that are zero. layers: by name. scores: of the float32 model
+    and of this one by the names of `timing`, if the export had `evaluate`.
     """
 
     cpu: str
@@ -78,13 +85,20 @@ class Runtime:
     bf16: int
     divergence: float | None
     ranges: str
+    zero_blocks: float
     layers: dict[str, LayerRecord]
     times: list[ShapeTime] = field(default_factory=list)
+    scores: dict[str, float] = field(default_factory=dict)
 
     @property
     def attention(self) -> Attention:
         """How whole layers run."""
         return Attention(self.fused, self.bf16)
+
+    def check_weights(self, packed: PackedFile) -> None:
+        """Raise a ValueError unless this was written together with the file of weights."""
+        if packed.metadata.get("checksum") != self.weights:
+            raise ValueError(f"{packed.path} is not the file that {CPU_JSON} was written with: {_REMEDY}")
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the JSON."""
@@ -101,6 +115,8 @@ class Runtime:
         }
         times = typed(stored.get("times"), list[Any], f"{path}: times", _REMEDY)
         stored["times"] = [build(ShapeTime, each, f"{path}: times", _REMEDY) for each in times]
+        for time in stored["times"]:
+            time.check(path)
         return build(cls, stored, path, _REMEDY)
 
 
@@ -143,8 +159,7 @@ def read_plans(packed: PackedFile, runtime: Runtime) -> tuple[dict[str, ExactPla
     Raises:
         ValueError: the JSON and the weights do not belong together.
     """
-    if packed.metadata.get("checksum") != runtime.weights:
-        raise ValueError(f"{packed.path} is not the file that {CPU_JSON} was written with: {_REMEDY}")
+    runtime.check_weights(packed)
     plans: dict[str, ExactPlan | Int8Plan] = {}
     tensors = {name: packed.tensor(name) for name in packed.entries if not _belongs(name, runtime)}
     for name, record in runtime.layers.items():
@@ -161,6 +176,11 @@ def read_plans(packed: PackedFile, runtime: Runtime) -> tuple[dict[str, ExactPla
         input = _step(record.input, where)
         plans[name] = Int8Plan(choice, _checked(weight, torch.int8, where), scales, bias, input, units)
     return plans, tensors
+
+
+def dense_bytes(packed: PackedFile) -> int:
+    """Return the bytes that the model's tensors have in float32; a tensor with two names counts once."""
+    return sum(4 * entry.total for name, entry in packed.entries.items() if not name.endswith((_SCALES, _UNITS)))
 
 
 def cpu_name() -> str:

@@ -79,7 +79,7 @@ def _retimed(
             plan = replace(plan, choice=fastest(timer.times(weight, names), weight))
         chosen[name] = plan
     layers = {name: record_of(plan) for name, plan in chosen.items()}
-    shapes = [replace(each, dense=[], cpu=[]) for each in runtime.times]  # their times are of the machine before
+    shapes = [replace(each, ms={}) for each in runtime.times]  # their times are of the machine before
     return replace(
         runtime, cpu=cpu_name(), threads=torch.get_num_threads(), torch=torch.__version__, layers=layers, times=shapes
     ), chosen

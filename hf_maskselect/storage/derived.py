@@ -23,7 +23,11 @@ SEMI_STRUCTURED_FILE = "semi_structured_model.safetensors"
 TIMING_FILE = "semi_structured_timing.json"
 ONNX_FILE = "model.onnx"
 CPU_FILE, CPU_JSON = "cpu_model.safetensors", "cpu_model.json"
-CARD, SPEED_HEADING = "README.md", "## Speed on sparse tensor cores"
+CARD = "README.md"
+SECTIONS = {  # file -> heading of its section in the model card
+    TIMING_FILE: "## Speed on sparse tensor cores",
+    CPU_JSON: "## Speed on a CPU",
+}
 ORIGIN = "weights"  # the field with the digest of the weights
 _COMMANDS = {  # file -> the console command that makes it
     PACKED_FILE: "pack",
@@ -66,6 +70,9 @@ def beside_model(folder: Path | None, output: Path, weights: Callable[[], str], 
     with replacing_folder(output, keeps) as new:
         if folder is not None and not beside:
             copy_companions(folder, new)
+            for file in SECTIONS:  # of exports that stay in the other folder
+                (new / file).unlink(missing_ok=True)
+                write_section(new, new, file)
         yield new
 
 
@@ -133,15 +140,24 @@ def weights_beside(folder: Path) -> str:
     return "" if state is None else state.weights
 
 
-def add_card_without_times(folder: Path, new: Path) -> None:
-    """Write the card of `folder` into `new` without the times of an exported file that is no longer there."""
-    for card in (new / CARD, folder / CARD):
-        if card.is_file() and not card.is_symlink():
-            text = card.read_text(encoding="utf-8", errors="surrogateescape")  # a user may have written it
-            if SPEED_HEADING in text:
-                text = without_section(text, SPEED_HEADING)
-                (new / CARD).write_text(text, encoding="utf-8", errors="surrogateescape")
-            return
+def write_section(folder: Path, new: Path, file: str, section: str = "") -> None:
+    """Write the model card that `new` has, or else that of `folder`, into `new` with another section on a file.
+
+    Args:
+        folder: the folder that gets the files of `new`.
+        new: folder of the new files.
+        file: name of an exported file in `SECTIONS`.
+        section: the text below the heading. An empty one removes the section.
+    """
+    cards = [card for card in (new / CARD, folder / CARD) if card.is_file() and not card.is_symlink()]
+    text = (
+        cards[0].read_text(encoding="utf-8", errors="surrogateescape") if cards else ""
+    )  # a user may have written it
+    changed = without_section(text, SECTIONS[file])
+    if section:
+        changed = f"{changed.rstrip()}\n\n{SECTIONS[file]}\n\n{section}\n".lstrip()
+    if changed != text:
+        (new / CARD).write_text(changed, encoding="utf-8", errors="surrogateescape")
 
 
 def content_of(packed: PackedFile) -> str:

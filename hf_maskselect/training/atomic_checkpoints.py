@@ -13,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..search.weight_files import LevelBest
-from ..storage.derived import TIMING_FILE, add_card_without_times, of_weights, stays, weights_beside
+from ..storage.derived import SECTIONS, of_weights, stays, weights_beside, write_section
 from ..storage.runs import last_checkpoint, rotate
 from ..storage.state import PruningState
 from ..utils.files import sync
@@ -144,5 +144,6 @@ class AtomicCheckpoints(RepeatableBatches):
         weights = functools.cache(lambda: weights_beside(written))
         with replacing_folder(saved, keeps=lambda name: stays(saved / name, weights)) as written:
             yield str(written)
-            if not stays(saved / TIMING_FILE, weights):
-                add_card_without_times(saved, written)
+            for file in SECTIONS:
+                if not stays(saved / file, weights):
+                    write_section(saved, written, file)

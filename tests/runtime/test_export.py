@@ -5,30 +5,22 @@ import shutil
 
 import pytest
 import torch
-from block_weights import blocks
-from tiny import make, make_rows
+from block_weights import sparse_model
+from tiny import make_rows
 from transformers import AutoTokenizer, BertTokenizerFast, pipeline
 
 from hf_maskselect import export_cpu, load_cpu
 from hf_maskselect.cli import main
-from hf_maskselect.runtime.export import time_models
 from hf_maskselect.runtime.files import Runtime
 from hf_maskselect.runtime.kernels import missing
 from hf_maskselect.runtime.linears import CpuLinear
-from hf_maskselect.runtime.model import Attention, linear_names
+from hf_maskselect.runtime.model import Attention
+from hf_maskselect.runtime.timing import time_jobs
 from hf_maskselect.storage.derived import CPU_FILE, CPU_JSON
 from hf_maskselect.utils.files import read_json, write_json
 
 ROWS = make_rows(24)
 FAST = {"batch_sizes": [1, 2], "seq_lens": [8]}
-
-
-def sparse_model(family="Bert", sparsity=0.8, **changes):
-    model = make(family, **changes).eval()
-    for seed, name in enumerate(linear_names(model)):
-        linear = model.get_submodule(name)
-        linear.weight.data = blocks(*linear.weight.shape, sparsity, seed) * 0.1
-    return model
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +109,7 @@ def test_another_cpu_is_timed_anew_and_the_result_is_kept(exported, monkeypatch)
     assert Runtime.load(output).cpu == "another"
     torch.testing.assert_close(logits(load_cpu(output)), expected, atol=1e-4, rtol=1e-4)
     again = Runtime.load(output)
-    assert again.cpu == report.runtime.cpu and not again.times[0].cpu
+    assert again.cpu == report.runtime.cpu and not again.times[0].ms
     shapes = [[(each.batch, each.length) for each in times] for times in (again.times, report.runtime.times)]
     assert shapes[0] == shapes[1]
 
@@ -134,7 +126,7 @@ def test_a_missing_product_is_replaced(exported, folder, monkeypatch):
 def test_bad_input_is_one_sentence(folder, exported, tmp_path):
     with pytest.raises(ValueError, match="calibration has 0 rows"):
         export_cpu(folder, tmp_path / "a", **FAST)
-    with pytest.raises(ValueError, match="belong together"):
+    with pytest.raises(ValueError, match="pass evaluate as well"):
         export_cpu(folder, tmp_path / "a", ROWS, max_drop=0.1)
     with pytest.raises(ValueError, match="65 exceeds the 64 positions"):
         export_cpu(folder, tmp_path / "a", ROWS, seq_lens=[65])
@@ -164,6 +156,8 @@ def test_changed_and_damaged_files_are_refused(folder, exported, tmp_path):
         {"layers": {**good["layers"], name: {"kinds": [[0, "int8"]], "input": [0.0, 3], "output": [1.0, 3]}}},
         {"layers": {"bert.pooler.dense": good["layers"][name]}},
         {"times": [{"batch": 1}]},
+        {"times": [{"batch": 1, "length": 8, "ms": {"dense fp32": [1.0]}}]},
+        {"times": [{"batch": 1, "length": 8, "ms": {"dense fp32": [float("nan"), 1.0]}}]},
         {"fused": 3},
     ):
         write_json(tmp_path / CPU_JSON, {**good, **change})
@@ -187,7 +181,7 @@ def test_a_folder_with_an_earlier_export_is_exported_anew(tmp_path):
 
 def test_times_are_of_each_model_and_shape():
     model = sparse_model()
-    times = time_models({"a": model, "b": model}, [(1, 4), (2, 8)])
+    times = time_jobs({"a": model, "b": model}, [(1, 4), (2, 8)], 64, 0.01)
     assert times.keys() == {(1, 4), (2, 8)}
     assert all(0 < median <= late for each in times.values() for median, late in each.values())
 
