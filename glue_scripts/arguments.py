@@ -72,6 +72,29 @@ class ModelArguments:
         metadata={"help": "Epochs of that dense fine-tuning; 0: no dense fine-tuning, no teacher."},
     )
     dense_learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of that dense fine-tuning."})
+    export_cpu: str | None = field(
+        default=None,
+        metadata={"help": "Folder for a fast CPU model of the pruned model; True: output_dir/cpu. Default: none."},
+    )
+    cpu_batch_sizes: list[int] = field(
+        default_factory=lambda: [1, 8], metadata={"help": "Batch sizes that the CPU model is to be fast at."}
+    )
+    cpu_seq_lens: list[int] = field(
+        default_factory=lambda: [32, 128], metadata={"help": "Lengths that the CPU model is to be fast at, in tokens."}
+    )
+    cpu_threads: int = field(
+        default=1, metadata={"help": "Threads to time the CPU model with; one is timed by its processor time."}
+    )
+    cpu_calibration_rows: int = field(
+        default=128, metadata={"help": "Train rows that the ranges of 8-bit numbers are observed on."}
+    )
+    cpu_max_drop: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest drop of the main metric such as 0.01, on held-out train rows. Layers stay exact until "
+            "it holds. Default: no bound."
+        },
+    )
 
 
 def parse_arguments(
@@ -82,6 +105,8 @@ def parse_arguments(
     Args:
         arguments: command line; None reads `sys.argv`. Flags override the recipe.
         defaults: values that replace the defaults of the fields; recipe and flags override them.
+
+    Without `do_train`, `do_eval` and `do_predict` the run trains and evaluates; with `--do_train False` it evaluates.
 
     Raises:
         ValueError: the recipe cannot be read or has an unknown field, or the task is missing.
@@ -104,7 +129,8 @@ def parse_arguments(
             "--task_name is missing: give a GLUE task, or 'demo' for a generated task that needs no download"
         )
     if not (config.do_train or config.do_eval or config.do_predict):
-        config.do_train = config.do_eval = True
+        config.do_eval = True
+        config.do_train = not any(text.partition("=")[0] == "--do_train" for text in arguments)  # it is not off
     return data, model, config
 
 

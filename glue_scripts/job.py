@@ -77,7 +77,8 @@ def prepare(data: DataArguments, model: ModelArguments, config: PruningConfig) -
             splits[split] = splits[split].select(range(min(limit, len(splits[split]))))
     tokens = tokenize(splits, task, tokenizer, data.max_seq_length)
     train, selection = tokens["train"], None
-    if config.resolved().needs_selection_split or data.always_hold_out or data.evaluate_held_out:
+    chooses = config.resolved().needs_selection_split or model.cpu_max_drop is not None
+    if chooses or data.always_hold_out or data.evaluate_held_out:
         train, selection = hold_out(train, config.selection_fraction, config.seed, config.max_selection_samples)
         lengths = [len(ids) for ids in selection["input_ids"]]
         # Rows of similar length share a batch, which leaves little padding.

@@ -3,10 +3,13 @@
     python glue_scripts/run_glue.py --task_name demo
     python glue_scripts/run_glue.py --task_name mrpc --model_name_or_path bert-base-uncased --output_dir out
     python glue_scripts/run_glue.py glue_scripts/recipes/random_16x.json --task_name rte --data_dir DATA ...
+    python glue_scripts/run_glue.py glue_scripts/recipes/cpu_fast.json --task_name sst2 --export_cpu True ...
 
 Without a teacher, the script first fine-tunes the dense model, on the same train rows that pruning will use. The dense
 model is then both the start and the teacher of the pruned one. Run it plainly or under `accelerate launch`. It writes
-`all_results.json` with the metrics of the task, the exact sparsity and the cost of the search.
+`all_results.json` with the metrics of the task, the exact sparsity and the cost of the search. With `--export_cpu` it
+ends with a fast CPU model of the pruned model, its scores, its size and its times; `--do_train False` exports a model
+that was pruned before.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from transformers.utils.logging import DEBUG
 from transformers.utils.logging import get_verbosity as get_level
 
 from arguments import DataArguments, ModelArguments, parse_arguments
+from cpu_model import export_and_score
 from demo_data import demo_model_config, demo_tokenizer
 from dense import fine_tune_dense
 from hf_maskselect import PruningConfig, PruningTrainer, prunable_weights
@@ -104,6 +108,10 @@ def prune(
         write_predictions(trainer, job)
     if config.push_to_hub:
         trainer.push_to_hub()
+    if model.export_cpu and trainer.is_world_process_zero():
+        cpu = export_and_score(job, config.output_dir if config.do_train else start, model, config)
+        trainer.save_metrics("cpu", cpu)
+        results |= cpu
     return results
 
 
