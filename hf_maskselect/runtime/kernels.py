@@ -1,17 +1,24 @@
 """The matrix products that torch has on a CPU. They are probed, never assumed: any of them may leave torch."""
 
+from __future__ import annotations
+
 import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-# exact: dense, onednn (dense by another library, faster on some CPUs), csr. 16 bits: bf16. 8 bits: int8, 1x4.
-KINDS = ("dense", "onednn", "csr", "bf16", "int8", "1x4")
+if TYPE_CHECKING:  # numba is optional, and takes a second to import
+    from .jit import SparseRows
+
+# exact: dense, onednn (dense by another library, faster on some CPUs), csr, numba (single zeros, compiled here).
+# 16 bits: bf16. 8 bits: int8, 1x4.
+KINDS = ("dense", "onednn", "csr", "numba", "bf16", "int8", "1x4")
 INT8_KINDS = ("int8", "1x4")
-EXACT_KINDS = ("dense", "onednn", "csr")
+EXACT_KINDS = ("dense", "onednn", "csr", "numba")
 BLOCK = 4
 # The 1x4 kernel adds pairs of products in 16 bits: 255 * (a + b) must not exceed 32,767 for weights of one sign.
 _PAIR = 128.0
@@ -32,6 +39,8 @@ def missing(kind: str) -> str:
             output = product(torch.quantize_per_tensor(rows, 1 / 255, 0, torch.quint8), 0.2, 128).dequantize()
         else:
             output = exact_product(kind, rows, prepared(kind, weight), None)
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed: pip install 'hf_maskselect[cpu]'"
     except (RuntimeError, AttributeError, NotImplementedError) as error:
         return f"this torch has no {kind} product for this CPU ({str(error).splitlines()[0]})"
     if not torch.allclose(output, expected, atol=0.2 if kind in INT8_KINDS else 0.1 if kind == "bf16" else 1e-4):
@@ -84,8 +93,12 @@ class Product:
         return self._apply(rows, self._packed, scale, zero)
 
 
-def prepared(kind: str, weight: Tensor) -> Tensor:
+def prepared(kind: str, weight: Tensor) -> Tensor | SparseRows:
     """Return a float32 matrix in the form that an exact or bf16 product reads."""
+    if kind == "numba":
+        from .jit import SparseRows
+
+        return SparseRows.of(weight)
     if kind == "csr":
         counts = (weight != 0).sum(1).cumsum(0, dtype=torch.int32)
         starts, columns = nn.functional.pad(counts, (1, 0)), weight.nonzero()[:, 1].int()
@@ -95,8 +108,12 @@ def prepared(kind: str, weight: Tensor) -> Tensor:
     return weight.bfloat16() if kind == "bf16" else weight
 
 
-def exact_product(kind: str, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def exact_product(kind: str, rows: Tensor, weight: Tensor | SparseRows, bias: Tensor | None) -> Tensor:
     """Multiply float32 rows (n, in) by a prepared matrix; returns float32 (n, out)."""
+    if not isinstance(weight, Tensor):
+        from .jit import sparse_product
+
+        return sparse_product(rows, weight, bias)
     if kind == "onednn":
         return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     if kind == "bf16":

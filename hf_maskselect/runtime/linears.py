@@ -106,10 +106,10 @@ class ExactLinear(CpuLinear):
         self._bias = None if bias is None else bias.detach()
 
     def product(self, rows: Tensor) -> Tensor:
-        """Multiply rows (n, in); CSR in blocks of rows."""
+        """Multiply rows (n, in); sparse products in blocks of rows, which threads share."""
         kind = self.choice.kind(len(rows))
         weight = self._weights[kind]
-        if kind != "csr":
+        if kind not in ("csr", "numba"):
             return exact_product(kind, rows, weight, self._bias)
         output = rows.new_empty(len(rows), self.out_features)
 
