@@ -10,15 +10,25 @@ from .kernels import BLOCK, INT8_KINDS, missing, quantized_rows
 from .linears import Choice, CpuLinear, ExactLinear, Int8Linear, Int8Plan, Step
 
 Times = dict[int, dict[str, float]]  # rows -> kind -> seconds
-_SPARSE = {"csr": 0.6, "numba": 0.4, "1x4": 0.4}  # the least share of zeros, or of zero blocks, at which a sparse product is tried
+# The least share of zeros, or of zero blocks, at which a sparse product is tried.
+_SPARSE = {"csr": 0.6, "numba": 0.4, "1x4": 0.4, "numba-1x4": 0.2}
 _SECONDS = 0.1  # time spent on one kind at one number of rows
-_BYTES = {"dense": 4.0, "onednn": 4.0, "bf16": 2.0, "int8": 1.0, "csr": 8.0, "numba": 6.0, "1x4": 1.5}
+_BYTES = {
+    "dense": 4.0,
+    "onednn": 4.0,
+    "bf16": 2.0,
+    "int8": 1.0,
+    "csr": 8.0,
+    "numba": 6.0,
+    "1x4": 1.5,
+    "numba-1x4": 1.5,
+}
 
 
 def zeros_of(weight: Tensor, kind: str) -> float:
     """Return the share of a matrix's entries that a sparse product skips; 0 for dense products."""
-    if kind == "1x4" and weight.shape[1] % BLOCK == 0:
-        return float((weight.reshape(-1, BLOCK) == 0).all(1).float().mean())
+    if kind in ("1x4", "numba-1x4"):
+        return float((weight.reshape(-1, BLOCK) == 0).all(1).float().mean()) if weight.shape[1] % BLOCK == 0 else 0.0
     return float((weight == 0).float().mean()) if kind in ("csr", "numba") else 0.0
 
 
@@ -97,7 +107,8 @@ def _one_kind(times: Times) -> str:
     def loss(kind: str) -> tuple[bool, float]:
         ratios = [by_kind[kind] / min(by_kind.values()) for by_kind in times.values()]
         dense = [
-            min((s for k, s in by_kind.items() if k not in _SPARSE), default=float("inf")) for by_kind in times.values()
+            min((s for k, s in by_kind.items() if k not in _SPARSE), default=float("inf"))
+            for by_kind in times.values()
         ]
         slower = any(by_kind[kind] > best for by_kind, best in zip(times.values(), dense, strict=True))
         return slower, sum(ratios)

@@ -80,7 +80,7 @@ def sparse_product(rows: Tensor, weight: SparseRows, bias: Tensor | None) -> Ten
 def _kernel(tile: int) -> Callable[..., Any]:
     """Compile the product for tiles of this many tokens; the machine code is kept on the disk where that works."""
 
-    def product(rows, starts, columns, values, bias, output):  # type: ignore[no-untyped-def]
+    def product(rows, starts, columns, values, bias, output):
         count, size = rows.shape
         outputs = output.shape[1]
         inputs = np.empty((_CHUNK, tile), np.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:  # numba is optional, and takes a second to import
     from .jit import SparseRows
 
 # exact: dense, onednn (dense by another library, faster on some CPUs), csr, numba (single zeros, compiled here).
-# 16 bits: bf16. 8 bits: int8, 1x4.
-KINDS = ("dense", "onednn", "csr", "numba", "bf16", "int8", "1x4")
-INT8_KINDS = ("int8", "1x4")
+# 16 bits: bf16. 8 bits: int8, 1x4 (blocks of four zeros), numba-1x4 (the same, compiled here).
+KINDS = ("dense", "onednn", "csr", "numba", "bf16", "int8", "1x4", "numba-1x4")
+INT8_KINDS = ("int8", "1x4", "numba-1x4")
 EXACT_KINDS = ("dense", "onednn", "csr", "numba")
 BLOCK = 4
 # The 1x4 kernel adds pairs of products in 16 bits: 255 * (a + b) must not exceed 32,767 for weights of one sign.
@@ -36,7 +36,7 @@ def missing(kind: str) -> str:
         if kind in INT8_KINDS:
             values, scales = quantized_rows(weight)
             product = Product(kind, values, scales, None)
-            output = product(torch.quantize_per_tensor(rows, 1 / 255, 0, torch.quint8), 0.2, 128).dequantize()
+            output = product(torch.quantize_per_tensor(rows, 1 / 255, 0, torch.quint8), 0.2, 128)
         else:
             output = exact_product(kind, rows, prepared(kind, weight), None)
     except ModuleNotFoundError as error:
@@ -63,10 +63,10 @@ def quantized_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Product:
-    """A matrix of int8 in packed form, which maps quantized rows (..., in) to quantized rows (..., out).
+    """A matrix of int8 in packed form, which maps quantized rows to float32 that is rounded to 8 bits.
 
     Args:
-        kind: "int8" or "1x4".
+        kind: one of `INT8_KINDS`.
         values: int8 (out, in).
         scales: float32 (out,), one a row.
         bias: float32 (out,), or None.
@@ -74,6 +74,11 @@ class Product:
 
     def __init__(self, kind: str, values: Tensor, scales: Tensor, bias: Tensor | None) -> None:
         self.kind = kind
+        if kind == "numba-1x4":
+            from .jit_int8 import BlockProduct
+
+            self._packed = BlockProduct(values, scales, bias)
+            return
         zeros = torch.zeros(len(scales), dtype=torch.long)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that quantized tensors may leave torch
@@ -89,8 +94,30 @@ class Product:
             self._apply = torch.ops.quantized.linear
 
     def __call__(self, rows: Tensor, scale: float, zero: int) -> Tensor:
-        """Multiply quint8 rows, and round the result to quint8 of this scale and zero point."""
-        return self._apply(rows, self._packed, scale, zero)
+        """Multiply quint8 rows (n, in); returns float32 (n, out), rounded to 8 bits of this scale and zero point."""
+        if self.kind == "numba-1x4":
+            return self._packed(rows, scale, zero)
+        return self._apply(rows, self._packed, scale, zero).dequantize()
+
+    def mapped(
+        self, rows: Tensor, scale: float, zero: int, function: Callable[[Tensor], Tensor], table: Tensor
+    ) -> Tensor:
+        """Multiply quint8 rows (n, in), and apply an elementwise function to the rounded results.
+
+        Args:
+            rows: quint8 (n, in).
+            scale: of the results before the function.
+            zero: zero point of these.
+            function: maps float32 to float32.
+            table: the function of each of the 256 results, as quint8.
+
+        Returns:
+            quint8 (n, out), of the scale and zero point of `table`.
+        """
+        if self.kind == "numba-1x4":
+            return self._packed.mapped(rows, scale, zero, table)
+        output = function(self(rows, scale, zero))
+        return torch.quantize_per_tensor(output, table.q_scale(), table.q_zero_point(), torch.quint8)
 
 
 def prepared(kind: str, weight: Tensor) -> Tensor | SparseRows:

@@ -68,7 +68,7 @@ class FusedLayer(Unsaved):
         parts: dict[str, Any] = {task: layer.get_submodule(name) for task, name in names.items()}
         self.returns_tuple = names is _MPNET
         self.first_norm, self.second_norm = parts["first_norm"], parts["second_norm"]
-        self.activation, self.bf16 = parts["activation"], bf16
+        self.bf16 = bf16
         attention = parts["attention"]
         self.heads, self.head_size = attention.num_attention_heads, attention.attention_head_size
         three = [plans[task] for task in ("query", "key", "value")]
@@ -81,12 +81,13 @@ class FusedLayer(Unsaved):
         self._three = Int8Product(three[0].choice, values, scales, bias, CENTRED)
         self._alpha = units[0] * units[1] / self.head_size**0.5
         context, up, down = (plans[task] for task in ("context", "up", "down"))
-        self._input, self._up_input, self._down_input = three[0].input, up.input, down.input
+        self._input, self._up_input = three[0].input, up.input
         self._context_input = Step(context.input.scale / units[2], context.input.zero)
         # The context comes in units of the value's scale.
         scales = context.scales * units[2]
         self._context = Int8Product(context.choice, context.values, scales, context.bias, context.output)
-        self._up = Int8Product(up.choice, up.values, up.scales, up.bias, up.output)
+        product = Int8Product(up.choice, up.values, up.scales, up.bias, up.output)
+        self._up = product.then(parts["activation"], down.input)  # numbers stay in 8 bits up to the next product
         self._down = Int8Product(down.choice, down.values, down.scales, down.bias, down.output)
 
     @staticmethod
@@ -95,6 +96,7 @@ class FusedLayer(Unsaved):
             raise ValueError("query, key and value need one centred step each: export the model again")
         return plan.output.scale
 
+    @torch.compiler.disable  # the products are compiled or packed already
     def forward(
         self,
         hidden_states: Tensor,
@@ -164,8 +166,7 @@ class FusedLayer(Unsaved):
         context = torch.empty(context.shape, dtype=torch.float32).copy_(context).view(rows * tokens, -1)
         attended = self._context.plus(self._context_input.quantize(context), states.reshape(-1, width))
         attended = self.first_norm(attended)
-        inner = self.activation(self._up(self._up_input.quantize(attended)))
-        output = self._down.plus(self._down_input.quantize(inner), attended)
+        output = self._down.plus(self._up(self._up_input.quantize(attended)), attended)
         return self.second_norm(output).view(rows, tokens, width)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:

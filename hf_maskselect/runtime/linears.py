@@ -1,6 +1,6 @@
 """Layers that take the place of `nn.Linear`, each with the products that were the fastest."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,7 @@ class CpuLinear(Unsaved):
         super().__init__()
         self.out_features, self.in_features = shape
 
+    @torch.compiler.disable  # the products are compiled or packed already
     def forward(self, input: Tensor) -> Tensor:
         """Multiply and add the bias.
 
@@ -152,9 +153,24 @@ class Int8Product:
         output = self._numbers(rows)
         return output.add_(other) if self._units is None else torch.addcmul(other, output, self._units)
 
+    def then(self, function: Callable[[Tensor], Tensor], step: Step) -> Callable[[Tensor], Tensor]:
+        """Return a map from quint8 rows to quint8: the product, an elementwise function, and its rounding by `step`.
+
+        Products that can look the function up do so, since it has 256 values only.
+        """
+        if self._units is not None:
+            return lambda rows: step.quantize(function(self(rows)))
+        scale, zero = self._output.scale, self._output.zero
+        table = step.quantize(function((torch.arange(256.0) - zero) * scale))
+
+        def apply(rows: Tensor) -> Tensor:
+            return self._products[self._choice.kind(len(rows))].mapped(rows, scale, zero, function, table)
+
+        return apply
+
     def _numbers(self, rows: Tensor) -> Tensor:
         product = self._products[self._choice.kind(len(rows))]
-        return product(rows, self._output.scale, self._output.zero).dequantize()
+        return product(rows, self._output.scale, self._output.zero)
 
 
 @dataclass(frozen=True)
