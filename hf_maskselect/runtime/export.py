@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..storage.derived import CPU_FILE, CPU_JSON, ORIGIN, beside_model, write_section
 from ..storage.folders import check_output, find_folder
@@ -31,6 +32,7 @@ from .quantize import RANGES, Batch, Judge, Observed, batches_of, observe
 from .report import CpuReport
 from .timing import BF16, DENSE, OURS, Job, Shape, bf16_job, check_onnx, onnx_jobs, time_jobs
 
+logger = logging.get_logger(__name__)
 Evaluate = Callable[[PreTrainedModel], float]
 _Plans = dict[str, ExactPlan | Int8Plan]
 _SECONDS = 2.0  # time spent on a whole model at one shape
@@ -111,6 +113,8 @@ def export_cpu(
     shapes = _shapes(model, batch_sizes, seq_lens)
     int8 = int8 and not missing("int8")
     batches = batches_of(calibration, model) if int8 else []
+    if problem := missing("numba"):
+        logger.warning(f"{problem}. Its products are the fastest for single zeros, and for blocks without AVX-512.")
     with _threads(threads):
         scores = {DENSE: _checked(evaluate, model, DENSE)} if evaluate else {}
         search = _Search(model, shapes, bf16, max_kl, max_drop, evaluate, scores.get(DENSE))

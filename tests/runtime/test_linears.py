@@ -1,5 +1,6 @@
 """Linear layers for the CPU: what they compute, for any shape, in any number of threads."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 from hf_maskselect.runtime.choose import Timer, fastest, usable
 from hf_maskselect.runtime.kernels import INT8_KINDS, KINDS, Product, missing, quantized_rows
-from hf_maskselect.runtime.linears import Choice, ExactLinear, Int8Linear, Int8Plan, Step
+from hf_maskselect.runtime.linears import Choice, ExactLinear, Int8Linear, Int8Plan, Int8Product, Step
 
 
 def make(kind, weight, bias):
@@ -122,6 +123,52 @@ def test_kinds_are_tried_where_they_may_pay():
     weight = blocks(16, 32, 0.9)
     times = Timer([8]).times(weight, usable(weight, KINDS))
     assert times[8].keys() == set(usable(weight, KINDS)) and min(times[8].values()) > 0
+
+
+@pytest.mark.parametrize("outputs", [32, 21])
+@pytest.mark.parametrize("tokens", [1, 31, 70])
+def test_an_activation_that_is_looked_up_equals_one_that_is_computed(outputs, tokens):
+    if reason := missing("numba-1x4"):
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    weight, rows = blocks(outputs, 40, 0.5), Step(8 / 255, 128).quantize(torch.randn(tokens, 40))
+    values, scales = quantized_rows(weight)
+    looked_up, computed = (
+        Int8Product(Choice.always(kind), values, scales, torch.randn(outputs).fill_(0.3), Step(20 / 255, 100))
+        for kind in ("numba-1x4", "int8")
+    )
+    step = Step(10 / 255, 7)
+    first, second = (each.then(nn.functional.gelu, step)(rows) for each in (looked_up, computed))
+    assert (first.q_scale(), first.q_zero_point()) == (second.q_scale(), second.q_zero_point()) == (step.scale, 7)
+    difference = (first.int_repr().int() - second.int_repr().int()).abs()
+    assert difference.max() <= 2 and (difference > 0).float().mean() < 0.02  # a tie before the function may round up
+
+
+def test_single_zeros_multiply_exactly_in_tiles_and_chunks():
+    if reason := missing("numba"):
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    weight = torch.randn(37, 805) * (torch.rand(37, 805) < 0.1)  # three chunks, of which one is short
+    weight[5] = 0
+    weight[:, 384:768] = 0
+    for tokens in (1, 33, 64, 130, 257):
+        rows = torch.randn(tokens, 805)
+        expected = (rows.double() @ weight.double().t()).float()
+        torch.testing.assert_close(make("numba", weight, None)(rows), expected, atol=1e-5, rtol=1e-5)
+    rows[3, 4], rows[9, 2] = float("nan"), float("inf")
+    output = make("numba", weight, None)(rows)
+    assert output[3, weight[:, 4] != 0].isnan().all() and not output[9, weight[:, 2] != 0].isfinite().any()
+
+
+def test_a_product_that_is_not_installed_says_how_to_install_it(monkeypatch):
+    monkeypatch.delitem(sys.modules, "hf_maskselect.runtime.jit", raising=False)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    missing.cache_clear()
+    try:
+        assert missing("numba") == "numba is not installed: pip install 'hf_maskselect[cpu]'"
+        assert "numba" not in usable(torch.zeros(16, 32), KINDS)
+    finally:
+        missing.cache_clear()
 
 
 def test_a_missing_product_is_a_sentence(monkeypatch):
