@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .linears import CENTRED, TOKENS, Int8Plan, Int8Product, Step, Unsaved
-from .threads import pieces_of, share
+from .linears import CENTRED, Int8Plan, Int8Product, Step, Unsaved
+from .threads import PIECE, pieces_of, share
 
 _BERT = {
     "query": "attention.self.query",
@@ -122,7 +122,7 @@ class FusedLayer(Unsaved):
         output = torch.empty_like(states, memory_format=torch.contiguous_format)
         if not states.numel():
             return output
-        if rows >= torch.get_num_threads():
+        if rows >= torch.get_num_threads() or rows * tokens < 2 * PIECE:
 
             def work(piece: slice) -> None:
                 part = states[piece]
@@ -130,7 +130,7 @@ class FusedLayer(Unsaved):
                 masks = [None if each is None else each[piece] if len(each) > 1 else each for each in (mask, bias)]
                 output[piece] = self._finish(part, query, key, value, *masks)
 
-            share(work, pieces_of(rows, max(1, TOKENS // tokens)))
+            share(work, pieces_of(rows, tokens))
             return output
         three = states.new_empty(3, rows, self.heads, tokens, self.head_size, dtype=self._dtype(tokens))
 
@@ -142,7 +142,7 @@ class FusedLayer(Unsaved):
             query, key, value = three
             output[:, piece] = self._finish(states[:, piece], query[:, :, piece], key, value, *masks)
 
-        pieces = pieces_of(tokens, max(1, TOKENS // rows))
+        pieces = pieces_of(tokens, rows)
         share(project, pieces)
         share(finish, pieces)
         return output

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from .kernels import Product, exact_product, prepared
 from .threads import pieces_of, share
 
-TOKENS = 256  # rows of one call of a kernel, which likes its input in the cache
-
 
 @dataclass(frozen=True)
 class Step:
@@ -117,7 +115,7 @@ class ExactLinear(CpuLinear):
         def work(piece: slice) -> None:
             output[piece] = exact_product(kind, rows[piece], weight, self._bias)
 
-        share(work, pieces_of(len(rows), TOKENS))
+        share(work, pieces_of(len(rows)))
         return output
 
 
@@ -204,7 +202,7 @@ class Int8Linear(CpuLinear):
 
     def product(self, rows: Tensor) -> Tensor:
         """Multiply rows (n, in) in blocks that threads share."""
-        pieces = pieces_of(len(rows), TOKENS)
+        pieces = pieces_of(len(rows))
         if len(pieces) == 1:
             return self._product(self.input.quantize(rows))
         output = rows.new_empty(len(rows), self.out_features)

@@ -11,6 +11,7 @@ import torch
 
 T = TypeVar("T")
 _LOCK = threading.Lock()
+PIECE = 256  # tokens: for fewer, handing the interpreter's lock over costs more than a second thread gains
 
 
 def share(work: Callable[[T], object], pieces: Sequence[T]) -> None:
@@ -38,13 +39,13 @@ def share(work: Callable[[T], object], pieces: Sequence[T]) -> None:
         pass
 
 
-def pieces_of(count: int, largest: int) -> list[slice]:
-    """Cut `count` tokens or rows into slices of at most `largest`, and into at least one for each thread if it can.
+def pieces_of(count: int, tokens: int = 1) -> list[slice]:
+    """Cut `count` rows of so many tokens each into slices of nearly equal size, with at least 256 tokens.
 
-    >>> pieces_of(5, 2)
-    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    >>> pieces_of(600)
+    [slice(0, 300, None), slice(300, 600, None)]
     """
-    size = max(1, min(largest, -(-count // torch.get_num_threads())))
+    size = -(-count // max(1, count * tokens // PIECE))
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from hf_maskselect.runtime.choose import Timer, fastest, usable
 from hf_maskselect.runtime.kernels import INT8_KINDS, KINDS, Product, missing, quantized_rows
 from hf_maskselect.runtime.linears import Choice, ExactLinear, Int8Linear, Int8Plan, Int8Product, Step
+from hf_maskselect.runtime.threads import pieces_of
 
 
 def make(kind, weight, bias):
@@ -182,3 +183,10 @@ def test_a_missing_product_is_a_sentence(monkeypatch):
         assert usable(blocks(16, 32, 0.9), INT8_KINDS) == []
     finally:
         missing.cache_clear()
+
+
+def test_pieces_cover_everything_and_are_never_small():
+    for count, tokens in ((0, 1), (1, 1000), (3, 100), (256, 1), (511, 1), (513, 1), (4096, 1), (9, 128)):
+        pieces = pieces_of(count, tokens)
+        assert [i for piece in pieces for i in range(count)[piece]] == list(range(count))
+        assert len(pieces) <= 1 or min(len(range(count)[piece]) for piece in pieces[:-1]) * tokens >= 256
