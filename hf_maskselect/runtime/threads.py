@@ -45,7 +45,7 @@ def pieces_of(count: int, tokens: int = 1) -> list[slice]:
     >>> pieces_of(600)
     [slice(0, 300, None), slice(300, 600, None)]
     """
-    size = -(-count // max(1, count * tokens // PIECE))
+    size = max(1, -(-count // max(1, count * tokens // PIECE)))
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
