@@ -7,6 +7,7 @@ from .export.semi_structured import ExportReport, export_semi_structured, load_s
 from .masking.maskset import MaskSet
 from .masking.scores import WeightStats
 from .masking.targets import prunable_weights
+from .reporting.latency import LatencyPoint, plot_latency
 from .reporting.sparsity import SparsityReport, sparsity_report
 from .runtime.export import export_cpu
 from .runtime.load import load_cpu
@@ -26,6 +27,7 @@ __all__ = [
     "CpuReport",
     "Distiller",
     "ExportReport",
+    "LatencyPoint",
     "MaskSet",
     "OnnxReport",
     "PackReport",
@@ -45,6 +47,7 @@ __all__ = [
     "merge_adapter_with_masks",
     "pack",
     "permute_channels",
+    "plot_latency",
     "prunable_weights",
     "refit",
     "sparsity_report",

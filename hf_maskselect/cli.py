@@ -14,6 +14,7 @@ from .export.onnx import export_onnx
 from .export.semi_structured import EXPORT_DTYPES, export_semi_structured
 from .export.timing import time_export
 from .masking.targets import check_module_names
+from .reporting.latency import plot_cpu_models
 from .reporting.plots import plot
 from .reporting.record import RunRecord
 from .reporting.sparsity import sparsity_report
@@ -50,12 +51,18 @@ def make_parser() -> argparse.ArgumentParser:
     commands = {}
     for name, text in COMMANDS.items():
         commands[name] = subparsers.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        commands[name].add_argument(
-            "path", help="folder of a saved model; report, verify, export and plan also take user/name on the Hub"
-        )
+        where = "folder of a saved model; report, verify, export and plan also take user/name on the Hub"
+        several = "folder of a saved model, or folders of CPU models that were exported with scores"
+        if name == "plot":
+            commands[name].add_argument("paths", nargs="+", metavar="path", help=several)
+        else:
+            commands[name].add_argument("path", help=where)
     for name in ("pack", "unpack", "export"):
         commands[name].add_argument("--output", required=True, help="folder to write to, created if needed")
-    commands["plot"].add_argument("--output", help="folder to write to (default: the model's folder)")
+    add = commands["plot"].add_argument
+    add("--output", help="folder to write to (default: the first model's folder)")
+    add("--batch-sizes", nargs="+", type=positive, help="CPU models: batch sizes to draw (default: the first timed)")
+    add("--seq-lens", nargs="+", type=positive, help="CPU models: lengths to draw (default: the first timed)")
     add = commands["pack"].add_argument
     add("--values", choices=LOSSY, help="round all values to 16 bits (lossy)")
     add("--embeddings", choices=["int8"], help="round embedding tables to 8 bits (lossy)")
@@ -126,8 +133,7 @@ def run(options: argparse.Namespace) -> str:
     if options.command == "pack":
         return str(pack(options.path, options.output, options.values, options.embeddings))
     if options.command == "plot":
-        paths = plot(RunRecord.load(options.path), options.output or options.path)
-        return "\n".join(f"wrote {path}" for path in paths)
+        return "\n".join(f"wrote {path}" for path in draw(options))
     if options.command == "unpack":
         unpack(options.path, options.output)
         return f"wrote {options.output}"
@@ -141,11 +147,22 @@ def run(options: argparse.Namespace) -> str:
 
 
 def report(path: str) -> str:
-    """Return the text of the command `report`: of a CPU model where there are no ordinary weights."""
+    """Run the command `report` and return the text to print."""
     folder = find_folder(path)
-    if (folder / CPU_JSON).is_file() and not has_weights(folder):
-        return str(CpuReport.load(path))
-    return str(sparsity_report(folder))
+    return str(CpuReport.load(path) if _is_cpu_model(folder) else sparsity_report(folder))
+
+
+def draw(options: argparse.Namespace) -> list[Path]:
+    """Run the command `plot` and return the paths of the pictures."""
+    paths, output = options.paths, options.output or options.paths[0]
+    if len(paths) > 1 or _is_cpu_model(Path(paths[0])):
+        return plot_cpu_models(paths, output, options.batch_sizes, options.seq_lens)
+    return plot(RunRecord.load(paths[0]), output)
+
+
+def _is_cpu_model(folder: Path) -> bool:
+    """Return whether a folder holds a CPU model alone; beside ordinary weights these count."""
+    return (folder / CPU_JSON).is_file() and not has_weights(folder)
 
 
 def export(options: argparse.Namespace) -> str:
@@ -204,11 +221,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "export":
         check_export(parser, options)
     disable_progress_bar()  # the bar of transformers' loading: our output is one line
-    online = options.command in ("report", "verify", "export") and options.path.count("/") == 1
+    paths = options.paths if options.command == "plot" else [options.path]
+    online = options.command in ("report", "verify", "export") and paths[0].count("/") == 1
     online = online or options.command == "plan"  # which also takes names without a user, such as bert-base-uncased
-    online = online and not Path(options.path).exists()
-    if not Path(options.path).is_dir() and not online:
-        parser.error(f"{options.path} is not a folder: give the folder of a saved model")
+    online = online and not Path(paths[0]).exists()
+    for path in paths:
+        if not Path(path).is_dir() and not online:
+            parser.error(f"{path} is not a folder: give the folder of a saved model")
     output = Path(getattr(options, "output", None) or ".").absolute()
     nearest = next(path for path in (output, *output.parents) if path.exists())
     if not nearest.is_dir():

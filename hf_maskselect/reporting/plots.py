@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # matplotlib is optional
     from matplotlib.text import Text
 
 DENSITY, SEARCH, HISTORY = "pruning_density.png", "pruning_search.png", "pruning_history.png"
-_BLUE, _RED, _GREY, _INK = "#0b61a4", "#c0303f", "#a8b0b9", "#24292f"
+BLUE, RED, GREY, INK = "#0b61a4", "#c0303f", "#a8b0b9", "#24292f"
 _ROWS_A_PAGE, _ROWS_A_LEVEL = 40, 20  # candidates in one picture of the search, and of one level
 
 
@@ -33,22 +33,36 @@ def plot(record: RunRecord, output: str | os.PathLike) -> list[Path]:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("plots need matplotlib: pip install 'hf_maskselect[plots]'") from error
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    for old in search_pictures(output):  # an earlier run may have had more of them
-        old.unlink()
     drawings: dict[str, Callable[[Figure], None]] = {DENSITY: partial(draw_density, record)}
     for number, searches in enumerate(search_pages(record), start=1):
         name = SEARCH if number == 1 else SEARCH.replace(".png", f"_{number}.png")
         drawings[name] = partial(draw_search, searches)
     if history_panels(record):
         drawings[HISTORY] = partial(draw_history, record)
+    old = search_pictures(output)  # an earlier run may have had more of them
+    paths = write_pictures(output, drawings)
+    for path in old:
+        if path not in paths:
+            path.unlink()
+    return paths
+
+
+def write_pictures(output: Path, drawings: Mapping[str, Callable[[Figure], None]]) -> list[Path]:
+    """Write PNG files into the folder `output`, created if needed, and return their paths.
+
+    drawings: name of the file -> function that draws on an empty figure.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("plots need matplotlib: pip install 'hf_maskselect[plots]'") from error
+    output.mkdir(parents=True, exist_ok=True)
     for name, draw in drawings.items():
         figure = Figure(layout="constrained", dpi=150)
         FigureCanvasAgg(figure)
@@ -81,7 +95,7 @@ def draw_density(record: RunRecord, figure: Figure) -> None:
         for i, line in enumerate(values):
             for j, value in enumerate(line):
                 if not math.isnan(value):
-                    shade = "white" if value > 0.6 * top else _INK
+                    shade = "white" if value > 0.6 * top else INK
                     axes.text(j, i, f"{100 * value:.1f}", ha="center", va="center", fontsize=7, color=shade)
     figure.colorbar(image, ax=axes, format=lambda x, _: f"{100 * x:.3g} %").ax.tick_params(labelsize=8)
     axes.tick_params(length=0)
@@ -125,13 +139,13 @@ def draw_search(searches: Sequence[LevelSearch], figure: Figure) -> None:
                 names = [_name(candidate, candidates) for candidate in candidates]
                 axes.set_yticks(range(len(names)), names, fontsize=8)
                 for label, candidate in zip(axes.get_yticklabels(), candidates, strict=True):
-                    _mark(label, candidate, _INK)
+                    _mark(label, candidate, INK)
     title = "Candidate masks: score on held-out rows (lower is better)"
     figure.suptitle(title + ("; the better ones go on to the next rung" if rungs > 1 else ""), fontsize=10)
     handles = [
-        Patch(color=_BLUE, label="chosen"),
-        Line2D([], [], color=_RED, marker="D", markersize=5, linewidth=0.8, label="deterministic (bars start here)"),
-        Patch(color=_GREY, label="other candidates"),
+        Patch(color=BLUE, label="chosen"),
+        Line2D([], [], color=RED, marker="D", markersize=5, linewidth=0.8, label="deterministic (bars start here)"),
+        Patch(color=GREY, label="other candidates"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
 
@@ -151,7 +165,7 @@ def _draw_rung(axes: Axes, search: LevelSearch, candidates: Sequence[Candidate],
     start = next((scores[y] for y in scores if candidates[y].index == 0), math.nan)
     start = start if math.isfinite(start) else max(finite)
     margin = 0.08 * (max(*finite, start) - min(*finite, start)) or 0.05 * abs(start) or 1.0
-    axes.axvline(start, color=_RED, linewidth=0.8)
+    axes.axvline(start, color=RED, linewidth=0.8)
     for y, candidate in enumerate(candidates):
         score = scores.get(y, math.nan)
         if math.isfinite(score):
@@ -160,13 +174,13 @@ def _draw_rung(axes: Axes, search: LevelSearch, candidates: Sequence[Candidate],
                 axes.plot([score], [y], marker="D", markersize=5, color=_colour(candidate), zorder=3)
         text = f"{score:.4f}" if math.isfinite(score) else "diverged" if y in scores else "out"
         label = axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), fontsize=8, va="center")
-        _mark(label, candidate, _INK if y in scores else _GREY)
+        _mark(label, candidate, INK if y in scores else GREY)
     axes.set_xlim(min(*finite, start) - margin, max(*finite, start) + margin)
     axes.set_ylim(len(candidates) - 0.4, -0.6)
     axes.locator_params(axis="x", nbins=4)
     axes.set_yticks(range(len(candidates)), [""] * len(candidates))
-    axes.set_title(_title(search, len(candidates), rung), fontsize=8, loc="left", color=_INK)
-    _plain(axes, "x")
+    axes.set_title(_title(search, len(candidates), rung), fontsize=8, loc="left", color=INK)
+    plain_axes(axes, "x")
     axes.tick_params(axis="y", length=0)
 
 
@@ -190,8 +204,8 @@ def _name(candidate: Candidate, others: Sequence[Candidate]) -> str:
     return visible(candidate.proposal) + number + (" (deterministic)" if candidate.index == 0 else "")
 
 
-def _colour(candidate: Candidate, other: str = _GREY) -> str:
-    return _BLUE if candidate.chosen else _RED if candidate.index == 0 else other
+def _colour(candidate: Candidate, other: str = GREY) -> str:
+    return BLUE if candidate.chosen else RED if candidate.index == 0 else other
 
 
 def _mark(label: Text, candidate: Candidate, other: str) -> None:
@@ -222,11 +236,11 @@ def draw_history(record: RunRecord, figure: Figure) -> None:
         axes = figure.add_subplot(len(panels), 1, index + 1, sharex=first)
         first = first or axes
         steps, values = zip(*_points(record, key), strict=True)
-        axes.plot(steps, values, "-" if len(steps) > 25 else "o-", color=_BLUE, markersize=3.5, linewidth=1.5)
+        axes.plot(steps, values, "-" if len(steps) > 25 else "o-", color=BLUE, markersize=3.5, linewidth=1.5)
         axes.set_ylabel(label, fontsize=8)
         for search in record.searches:
-            axes.axvline(search.step, color=_GREY, linewidth=0.8, zorder=0)
-        _plain(axes, "y")
+            axes.axvline(search.step, color=GREY, linewidth=0.8, zorder=0)
+        plain_axes(axes, "y")
         if key == "eval_sparsity":
             axes.set_ylim(-0.05, 1.05)
     assert first is not None
@@ -247,7 +261,8 @@ def _label_cuts(axes: Axes, searches: Sequence[LevelSearch]) -> None:
             free = search.step
 
 
-def _plain(axes: Axes, grid: Literal["x", "y"]) -> None:
+def plain_axes(axes: Axes, grid: Literal["both", "x", "y"]) -> None:
+    """Leave out what is no data: the frame above and to the right; thin grid lines behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     axes.grid(axis=grid, linewidth=0.4, color="#d8dee4")
