@@ -13,20 +13,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from common import encoder, machine
-from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 from transformers.utils import logging
 
-from hf_maskselect import export_cpu, export_onnx, load_cpu, prunable_weights
+from hf_maskselect import export_cpu, load_cpu, prunable_weights
 from hf_maskselect.runtime.files import cpu_name
+from hf_maskselect.runtime.timing import ONNX, ONNX_INT8, Job, bf16_job, onnx_jobs, time_jobs
 from hf_maskselect.utils.tables import text_table
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -49,76 +46,21 @@ def make(name: str, block: int = 1, sparsity: float = 0.0) -> PreTrainedModel:
     return model
 
 
-def job(name: str, kind: str, work: Path, threads: int) -> Callable[[torch.Tensor], object]:
-    """Return a function from token ids to outputs."""
-    if kind.startswith("onnxruntime"):
-        return onnx_job(name, kind, work, threads)
-    if kind in PRUNED:
+def make_jobs(name: str, work: Path, threads: int) -> dict[str, Job]:
+    """Return a function from token ids to outputs for each way to run a model."""
+    model = make(name)
+    onnx = onnx_jobs(model, work / f"{name} onnx")
+    pruned = {}
+    for kind, (block, sparsity) in PRUNED.items():
         folder = work / f"{name} {kind} {threads}"
         if not (folder / "cpu_model.json").is_file():
-            block, sparsity = PRUNED[kind]
-            model = make(name, block, sparsity)
-            ids = torch.randint(1000, model.config.vocab_size, (16, 1, 64))
+            sparse = make(name, block, sparsity)
+            ids = torch.randint(1000, sparse.config.vocab_size, (16, 1, 64))
             rows = [{"input_ids": each} for each in ids]
-            print(export_cpu(model, folder, rows, int8=block == 4, threads=threads), flush=True)
-        return load_cpu(folder)
-    model = make(name)
-    if kind == "torch fp32":
-        return model
-
-    def narrow(ids: torch.Tensor) -> object:
-        with torch.autocast("cpu", torch.bfloat16):
-            return model(ids)
-
-    return narrow
-
-
-def onnx_job(name: str, kind: str, work: Path, threads: int) -> Callable[[torch.Tensor], object]:
-    import onnx
-    import onnxruntime
-    from onnxruntime.quantization import quantize_dynamic
-
-    folder = work / f"{name} onnx"
-    path = folder / "model.onnx"
-    if not path.is_file():
-        export_onnx(make(name), folder)
-    if kind.endswith("int8"):
-        path, dense = folder / "int8.onnx", path
-        if not path.is_file():
-            graph = onnx.load(dense)
-            del graph.graph.value_info[:]  # the exporter's, at which shape inference takes offence
-            quantize_dynamic(graph, path)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [node.name for node in session.get_inputs()]
-
-    def run(ids: torch.Tensor) -> object:
-        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-        return session.run(None, {each: given[each].numpy() for each in names})
-
-    return run
-
-
-@torch.inference_mode()
-def measure(
-    jobs: dict[str, Callable[[torch.Tensor], object]], shape: str, threads: int, seconds: float
-) -> dict[str, list[float]]:
-    """Return the milliseconds of each call, all jobs in turns, for about `seconds` each."""
-    batch, length = map(int, shape.split("x"))
-    ids = torch.randint(1000, 30000, (batch, length), generator=torch.Generator().manual_seed(0))
-    clock = time.thread_time if threads == 1 else time.perf_counter
-    taken: dict[str, list[float]] = {name: [] for name in jobs}
-    for work in jobs.values():
-        work(ids)
-    start, rounds = time.perf_counter(), 0
-    while rounds < 5 or (rounds < 200 and time.perf_counter() - start < seconds * len(jobs)):
-        for name in list(jobs) if rounds % 2 == 0 else reversed(jobs):
-            begin = clock()
-            jobs[name](ids)
-            taken[name].append((clock() - begin) * 1000)
-        rounds += 1
-    return taken
+            print(export_cpu(sparse, folder, rows, int8=block == 4, threads=threads), flush=True)
+        pruned[kind] = load_cpu(folder)
+    assert not any(each.training for each in (model, *pruned.values()))
+    return dict(zip(JOBS, (model, bf16_job(model), onnx[ONNX], onnx[ONNX_INT8], *pruned.values()), strict=True))
 
 
 def table(records: list[dict]) -> str:
@@ -162,14 +104,10 @@ def main() -> None:
     for name in args.models:
         known = {(record["model"], record["threads"], record["shape"]) for record in done}
         missing = [shape for shape in args.shapes if (name, args.threads, shape) not in known]
-        jobs = {kind: job(name, kind, args.work, args.threads) for kind in JOBS} if missing else {}
-        assert not any(isinstance(each, nn.Module) and each.training for each in jobs.values())
+        jobs = make_jobs(name, args.work, args.threads) if missing else {}
         for shape in missing:
-            taken = measure(jobs, shape, args.threads, args.seconds)
-            ms = {
-                kind: [statistics.median(each), sorted(each)[math.ceil(0.95 * len(each)) - 1]]
-                for kind, each in taken.items()
-            }
+            batch, length = map(int, shape.split("x"))
+            (ms,) = time_jobs(jobs, [(batch, length)], 30_000, args.seconds).values()
             done.append({"model": name, "threads": args.threads, "shape": shape, "ms": ms})
             with open(file, "a") as handle:
                 handle.write(json.dumps(done[-1]) + "\n")

@@ -30,7 +30,7 @@ from .linears import Choice, Int8Plan, Step
 from .model import Attention, ExactPlan, install, layers_of, linear_names
 from .quantize import RANGES, Batch, Judge, Observed, batches_of, observe
 from .report import CpuReport
-from .timing import BF16, DENSE, OURS, Job, Shape, bf16_job, check_onnx, onnx_jobs, time_jobs
+from .timing import BF16, DENSE, OURS, Job, Shape, bf16_is_fast, bf16_job, check_onnx, onnx_jobs, time_jobs
 
 logger = logging.get_logger(__name__)
 Evaluate = Callable[[PreTrainedModel], float]
@@ -71,8 +71,8 @@ def export_cpu(
         batch_sizes: batch sizes to be fast at.
         seq_lens: lengths to be fast at, in tokens.
         threads: number of threads to time with, by default `torch.get_num_threads()`.
-        rivals: time also the float32 model in bf16 and in ONNX Runtime, as it is and in dynamic int8. This needs the
-            `onnx` extra.
+        rivals: time also the float32 model in ONNX Runtime, as it is and in dynamic int8, and in bf16 if this CPU is
+            fast at that. This needs the `onnx` extra.
 
     Raises:
         ValueError: there is no such model, a shape does not fit it, `int8` lacks calibration rows, `rivals` lacks
@@ -154,7 +154,7 @@ def _times(
 ) -> list[ShapeTime]:
     """Time the float32 model and the CPU model, and what else the caller of `export_cpu` wants to see."""
     jobs: dict[str, Job] = {DENSE: model}
-    if (bf16 or rivals) and not missing("bf16"):
+    if (bf16 or rivals) and bf16_is_fast():
         jobs[BF16] = bf16_job(model)
     with tempfile.TemporaryDirectory() as graphs:
         if rivals:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..export.onnx import check_packages, export_onnx
 from ..storage.derived import ONNX_FILE
-from .choose import clock
+from .choose import Timer, clock, usable
 
 Job = Callable[[Tensor], object]  # from token ids, int64 (rows, tokens), to outputs
 Shape = tuple[int, int]  # batch size, and length in tokens
@@ -55,6 +55,13 @@ def time_jobs(jobs: Mapping[str, Job], shapes: Sequence[Shape], vocab_size: int,
             for name, each in taken.items()
         }
     return times
+
+
+def bf16_is_fast() -> bool:
+    """Return whether a product is faster here in bf16 than in float32; a CPU without bf16 emulates it, very slowly."""
+    weight = torch.randn(768, 768, generator=torch.Generator().manual_seed(0))
+    times = Timer([128]).times(weight, usable(weight, ("dense", "bf16")))[128]
+    return times.get("bf16", math.inf) < times["dense"]
 
 
 def bf16_job(model: PreTrainedModel) -> Job:

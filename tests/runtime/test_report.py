@@ -10,7 +10,6 @@ from block_weights import sparse_model
 from hf_maskselect import CpuReport, export_cpu, load_cpu, pack
 from hf_maskselect.cli import main
 from hf_maskselect.runtime.files import LayerRecord, Runtime
-from hf_maskselect.runtime.kernels import missing
 from hf_maskselect.runtime.report import layer_kinds
 from hf_maskselect.runtime.timing import BF16, DENSE, ONNX, ONNX_INT8, OURS, onnx_jobs
 from hf_maskselect.storage.derived import CPU_FILE, CPU_JSON, SECTIONS
@@ -73,10 +72,11 @@ def test_shapes_are_timed_once(saved, tmp_path):
 def test_rivals_are_timed_beside_the_model(saved, tmp_path, capsys, monkeypatch):
     pretended = {ONNX: lambda ids: ids + 1, ONNX_INT8: lambda ids: ids + 2}  # an export to ONNX takes long
     monkeypatch.setattr("hf_maskselect.runtime.export.onnx_jobs", lambda model, folder: pretended)
+    monkeypatch.setattr("hf_maskselect.runtime.export.bf16_is_fast", lambda: True)
     command = ["export", str(saved), "--format", "cpu", "--dtype", "fp32", "--output", str(tmp_path / "cpu")]
     assert main([*command, "--rivals", "--batch-sizes", "1", "--seq-lens", "8"]) == 0
     (time,) = Runtime.load(tmp_path / "cpu").times
-    assert time.ms.keys() == {DENSE, OURS, ONNX, ONNX_INT8} | (set() if missing("bf16") else {BF16})
+    assert time.ms.keys() == {DENSE, BF16, ONNX, ONNX_INT8, OURS}
     printed = capsys.readouterr().out
     assert all(name in printed for name in time.ms)
     assert f"{time.ms[ONNX_INT8][0] / time.ms[OURS][0]:.2f}" in printed
