@@ -1,11 +1,11 @@
 """Time the products on this machine, and choose the fastest for each number of rows."""
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..utils.clock import least_seconds
 from .kernels import BLOCK, INT8_KINDS, missing, quantized_rows
 from .linears import Choice, CpuLinear, ExactLinear, Int8Linear, Int8Plan, Step
 
@@ -51,7 +51,7 @@ class Timer:
         for count in self.counts if new else ():
             rows = torch.randn(count, weight.shape[1])
             jobs = {kind: (lambda linear=linear, rows=rows: linear(rows)) for kind, linear in new.items()}
-            for kind, seconds in least_seconds(jobs).items():
+            for kind, seconds in least_seconds(jobs, _SECONDS).items():
                 self._times.setdefault(keys[kind], {})[count] = seconds
         return {count: {kind: self._times[key][count] for kind, key in keys.items()} for count in self.counts}
 
@@ -63,26 +63,6 @@ def built(kind: str, weight: Tensor) -> CpuLinear:
         return ExactLinear(choice, weight, torch.zeros(len(weight)))
     step = Step(0.03, 128)
     return Int8Linear(Int8Plan(choice, *quantized_rows(weight), torch.zeros(len(weight)), step, step))
-
-
-def clock() -> float:
-    """Return seconds: of this thread's processor time if torch uses one thread, which is steady on a busy machine."""
-    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
-def least_seconds(jobs: Mapping[str, Callable[[], object]], seconds: float = _SECONDS) -> dict[str, float]:
-    """Call the jobs in turns, for about `seconds` each and at least three times; returns the least of each."""
-    least = dict.fromkeys(jobs, float("inf"))
-    for job in jobs.values():
-        job()
-    for turn in range(50):
-        for name, job in jobs.items():
-            start = clock()
-            job()
-            least[name] = min(least[name], clock() - start)
-        if turn >= 2 and (turn + 1) * max(least.values()) > seconds:
-            break
-    return least
 
 
 def fastest(times: Times, weight: Tensor) -> Choice:

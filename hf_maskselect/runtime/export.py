@@ -22,13 +22,14 @@ from ..storage.models import config_digest, load_strictly, model_class, own_name
 from ..storage.packed_file import PackedFile
 from ..storage.state import PruningState
 from ..storage.weights import check_unpacked, check_weights
+from ..utils.judge import Judge
 from ..utils.wrappers import plain_model
 from .choose import Timer, fastest, usable, zeros_of
 from .files import Runtime, ShapeTime, cpu_name, dense_bytes, record_of, write_weights
 from .kernels import EXACT_KINDS, INT8_KINDS, missing, quantized_rows
 from .linears import Choice, Int8Plan, Step
 from .model import Attention, ExactPlan, install, layers_of, linear_names
-from .quantize import RANGES, Batch, Judge, Observed, batches_of, observe
+from .quantize import RANGES, Batch, Observed, batches_of, observe
 from .report import CpuReport
 from .timing import BF16, DENSE, OURS, Job, Shape, bf16_is_fast, bf16_job, check_onnx, onnx_jobs, time_jobs
 

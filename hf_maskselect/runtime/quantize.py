@@ -149,29 +149,3 @@ def observe(model: nn.Module, names: Sequence[str], batches: Iterable[Batch]) ->
         for handle in handles:
             handle.remove()
     return seen
-
-
-class Judge:
-    """Says how far a model's outputs are from those of the model that it was made with, over some batches."""
-
-    def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
-        self._batches = batches
-        self._reference = self._outputs(model)
-
-    def __call__(self, model: nn.Module) -> float:
-        """Return the mean KL divergence of the logits, in nats.
-
-        For a model without classes it is the squared error of its first output, as a share of its variance.
-        """
-        pairs = list(zip(self._outputs(model), self._reference, strict=True))
-        if self._classes:
-            terms = [nn.functional.kl_div(a, b, log_target=True, reduction="none").sum(-1).flatten() for a, b in pairs]
-            return float(torch.cat(terms).mean())
-        errors = torch.cat([(a - b).square().flatten() for a, b in pairs])
-        return float(errors.mean() / torch.cat([b.flatten() for _, b in pairs]).var().clamp(min=1e-12))
-
-    @torch.no_grad()
-    def _outputs(self, model: nn.Module) -> list[Tensor]:
-        outputs = [model(**batch) for batch in self._batches]
-        self._classes = "logits" in outputs[0] and outputs[0].logits.shape[-1] > 1
-        return [output.logits.log_softmax(-1) if self._classes else output[0] for output in outputs]

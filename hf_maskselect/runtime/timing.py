@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from ..export.onnx import check_packages, export_onnx
 from ..storage.derived import ONNX_FILE
-from .choose import Timer, clock, usable
+from ..utils.clock import clock
+from .choose import Timer, usable
 
 Job = Callable[[Tensor], object]  # from token ids, int64 (rows, tokens), to outputs
 Shape = tuple[int, int]  # batch size, and length in tokens

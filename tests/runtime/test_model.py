@@ -13,7 +13,8 @@ from torch import nn
 from hf_maskselect.runtime.kernels import INT8_KINDS, missing, quantized_rows
 from hf_maskselect.runtime.linears import Choice, CpuLinear, Int8Plan
 from hf_maskselect.runtime.model import Attention, ExactPlan, install, layers_of, linear_names
-from hf_maskselect.runtime.quantize import RANGES, Judge, batches_of, observe
+from hf_maskselect.runtime.quantize import RANGES, batches_of, observe
+from hf_maskselect.utils.judge import Judge
 
 MPNET = {
     **COMMON,
