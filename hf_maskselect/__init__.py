@@ -19,6 +19,7 @@ from .storage.verify import verify
 from .surgery.merge_adapter import merge_adapter_with_masks
 from .surgery.permute_channels import PermutationReport, permute_channels
 from .surgery.refit import Refit, refit
+from .surgery.structured.shrink import ShrinkReport, shrink_model
 from .trainer import PruningTrainer
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "PruningState",
     "PruningTrainer",
     "Refit",
+    "ShrinkReport",
     "SparsityReport",
     "WeightStats",
     "export_cpu",
@@ -50,6 +52,7 @@ __all__ = [
     "plot_latency",
     "prunable_weights",
     "refit",
+    "shrink_model",
     "sparsity_report",
     "unpack",
     "verify",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
@@ -23,14 +24,19 @@ from .runtime.quantize import rows_of_file
 from .runtime.report import CpuReport
 from .storage.derived import CPU_JSON
 from .storage.folders import find_folder
+from .storage.models import load_strictly, model_class
 from .storage.pack import pack, unpack
 from .storage.packed_file import LOSSY
+from .storage.reload import check_apart, save_reloadable
 from .storage.verify import parse_checkable, verify
 from .storage.weights import has_weights
+from .surgery.structured.batches import batches_of, rows_of
+from .surgery.structured.shrink import shrink_model
 from .training.search_cost import check_run, cost_text, workload
 from .utils.tables import visible
 
 PLAN_USAGE = "hf-maskselect plan PATH [--ranks N ...] [--train_rows N] --max_steps N [any field of PruningConfig]"
+TIMED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMMANDS = {
     "report": "count the zeros per tensor and over the whole model, or tell how a CPU model runs and how fast",
     "verify": "check that zeros and masks agree, that they meet the target, and that the model loads plainly",
@@ -38,6 +44,7 @@ COMMANDS = {
     "pack": "write the model as one small file for transport, with its configuration and tokenizer",
     "unpack": "write a packed model as an ordinary one, which from_pretrained loads",
     "export": "write a 2:4 model for sparse tensor cores, or any model as ONNX or for this machine's CPU",
+    "shrink": "write a smaller, ordinary model: layers and neurons removed, and the rest fitted, without training",
     "plan": "estimate what the searches of a run would cost on different numbers of ranks",
 }
 
@@ -45,19 +52,19 @@ COMMANDS = {
 def make_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands and their options."""
     parser = argparse.ArgumentParser(
-        prog="hf-maskselect", description="Inspect, pack, unpack and export pruned models, and plan runs."
+        prog="hf-maskselect", description="Inspect, pack, unpack, export and shrink models, and plan runs."
     )
     subparsers = parser.add_subparsers(dest="command", required=True)
     commands = {}
     for name, text in COMMANDS.items():
         commands[name] = subparsers.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        where = "folder of a saved model; report, verify, export and plan also take user/name on the Hub"
+        where = "folder of a saved model; report, verify, export, shrink and plan also take user/name on the Hub"
         several = "folder of a saved model, or folders of CPU models that were exported with scores"
         if name == "plot":
             commands[name].add_argument("paths", nargs="+", metavar="path", help=several)
         else:
             commands[name].add_argument("path", help=where)
-    for name in ("pack", "unpack", "export"):
+    for name in ("pack", "unpack", "export", "shrink"):
         commands[name].add_argument("--output", required=True, help="folder to write to, created if needed")
     add = commands["plot"].add_argument
     add("--output", help="folder to write to (default: the first model's folder)")
@@ -84,12 +91,27 @@ def make_parser() -> argparse.ArgumentParser:
         help="cpu with int8: .jsonl or .parquet file of rows of the train split, 128 of which are used",
     )
     add("--rivals", action="store_true", help="cpu: time also ONNX Runtime, in float32 and int8, and torch in bf16")
+    _add_shrink(commands["shrink"])
     commands["plan"].usage = PLAN_USAGE
     add = commands["plan"].add_argument
     add("--ranks", nargs="+", type=positive, default=[1, 8, 64, 512], help="numbers of ranks (default: 1 8 64 512)")
     rows = "rows of the training set (default: 10000)"
     add("--train_rows", "--train-rows", type=positive, default=10_000, help=rows)
     return parser
+
+
+def _add_shrink(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `shrink`."""
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--speedup", type=float, help="how many times as fast the whole model shall be, such as 2")
+    target.add_argument("--sparsity", type=float, help="share of the layers' parameters to remove, such as 0.5")
+    rows = ".jsonl or .parquet file of rows of the train split, 2,000 of which are used; labels are not needed"
+    parser.add_argument("--rows", required=True, help=rows)
+    add = parser.add_argument
+    add("--candidates", type=positive, default=16, help="number of shapes to try (default: 16)")
+    add("--batch-size", type=positive, default=8, help="batch size to time (default: 8)")
+    add("--seq-len", type=positive, default=128, help="length to time, in tokens (default: 128)")
+    add("--dtype", choices=TIMED_DTYPES, help="dtype to time (default: that of the model)")
 
 
 def positive(text: str) -> int:
@@ -139,6 +161,8 @@ def run(options: argparse.Namespace) -> str:
         return f"wrote {options.output}"
     if options.command == "export":
         return export(options)
+    if options.command == "shrink":
+        return _shrink(options)
     if options.command == "plan":
         return cost_text(workload(options.config, options.path, options.train_rows), options.ranks)
     masks = verify(options.path, options.pattern).masks
@@ -210,6 +234,24 @@ def _export_cpu(options: argparse.Namespace) -> CpuReport:
     )
 
 
+def _shrink(options: argparse.Namespace) -> str:
+    folder = find_folder(options.path)
+    check_apart(folder, Path(options.output))  # before the search, which takes minutes
+    model = load_strictly(model_class(folder)[0], folder, dtype="auto").eval()
+    rows = rows_of_file(options.rows, folder, 2000)
+    small, report = shrink_model(
+        model,
+        rows,
+        speedup=options.speedup,
+        sparsity=options.sparsity,
+        num_candidates=options.candidates,
+        latency_shape=(options.batch_size, options.seq_len),
+        latency_dtype=TIMED_DTYPES.get(options.dtype),
+    )
+    save_reloadable(small, options.output, batches_of(rows_of(rows, small)[:8], small)[0], folder)
+    return f"{report}\nwrote {options.output}, which plain transformers loads with the same outputs"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = make_parser()
@@ -222,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_export(parser, options)
     disable_progress_bar()  # the bar of transformers' loading: our output is one line
     paths = options.paths if options.command == "plot" else [options.path]
-    online = options.command in ("report", "verify", "export") and paths[0].count("/") == 1
+    online = options.command in ("report", "verify", "export", "shrink") and paths[0].count("/") == 1
     online = online or options.command == "plan"  # which also takes names without a user, such as bert-base-uncased
     online = online and not Path(paths[0]).exists()
     for path in paths:

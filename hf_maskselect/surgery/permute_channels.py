@@ -45,6 +45,8 @@ COUPLINGS = {
         Coupling("attention.v_lin", "attention.out_lin", heads=True),
         Coupling("ffn.lin1", "ffn.lin2"),
     ),
+    "mpnet": (Coupling("attention.attn.v", "attention.attn.o", heads=True), _BERT[1]),
+    "vit": (Coupling("attention.v_proj", "attention.o_proj", heads=True), Coupling("mlp.fc1", "mlp.fc2")),
     "modernbert": (
         Coupling("attn.Wqkv", "attn.Wo", parts=3, moved=(2,), heads=True),
         Coupling("mlp.Wi", "mlp.Wo", parts=2, moved=(0, 1)),

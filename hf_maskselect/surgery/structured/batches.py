@@ -1,0 +1,95 @@
+"""Rows as padded batches of what a model takes, and which of their positions are real."""
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+Batch = dict[str, Tensor]
+ROWS = 32  # of one batch
+_KEYS = ("attention_mask", "token_type_ids")
+_FEWEST = 8
+
+
+def rows_of(rows: Iterable[Mapping[str, Any]], model: PreTrainedModel) -> list[Batch]:
+    """Return rows as tensors of what the model takes, without labels.
+
+    Raises:
+        ValueError: there are fewer than 8, a row is no mapping, or its token ids are not of this model.
+    """
+    name, kept = model.main_input_name, []
+    takes = inspect.signature(model.forward).parameters
+    for row in rows:
+        if not isinstance(row, Mapping) or name not in row:
+            raise ValueError(f"a row is {type(row).__name__} without {name}: give tokenized rows of the train split")
+        tensors = {key: torch.as_tensor(row[key]) for key in (name, *_KEYS) if key in row and key in takes}
+        if name == "input_ids":
+            tensors.setdefault("attention_mask", torch.ones_like(tensors[name]))
+            _check_ids(tensors[name], model)
+        kept.append(tensors)
+    if len(kept) < _FEWEST:
+        raise ValueError(
+            f"{len(kept)} rows are too few to fit a model: give tokenized rows of the train split, such as 2,000"
+        )
+    return kept
+
+
+def batches_of(rows: Sequence[Batch], model: PreTrainedModel) -> list[Batch]:
+    """Return batches of 32 rows of about the same length, on the model's device."""
+    name = model.main_input_name
+    ordered = sorted(rows, key=lambda row: row[name].shape[-1])
+    return [_padded(ordered[start : start + ROWS], model) for start in range(0, len(ordered), ROWS)]
+
+
+def real_positions(values: Tensor, batch: Batch) -> Tensor:
+    """Reshape `(rows, positions, features)` to `(real positions, features)`, in float32 or better."""
+    values = values.reshape(-1, values.shape[-1]).to(torch.promote_types(values.dtype, torch.float32))
+    mask = batch.get("attention_mask")
+    return values if mask is None else values[mask.flatten().bool()]
+
+
+def timed_batch(row: Batch, model: PreTrainedModel, shape: Sequence[int]) -> Batch:
+    """Return a batch to time, of (batch size, length): random tokens without padding, or the row again and again.
+
+    Raises:
+        ValueError: the shape is none, or longer than the model's positions.
+    """
+    size, length = shape
+    name = model.main_input_name
+    if min(size, length) < 1:
+        raise ValueError(f"latency_shape={tuple(shape)} must be a batch size and a length above 0, such as (8, 128)")
+    if name != "input_ids":
+        return {name: torch.stack([row[name]] * size)}
+    longest = getattr(model.config, "max_position_embeddings", length)
+    if length > longest:
+        raise ValueError(
+            f"latency_shape has length {length}, but the model has {longest} positions: give a shorter one"
+        )
+    words = model.config.vocab_size
+    ids = torch.randint(
+        words // 2, words, (size, *row[name].shape[:-1], length), generator=torch.Generator().manual_seed(0)
+    )
+    return {name: ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _padded(rows: Sequence[Batch], model: PreTrainedModel) -> Batch:
+    name, batch = model.main_input_name, {}
+    longest = max(row[name].shape[-1] for row in rows)
+    for key in rows[0]:
+        filler = (model.config.pad_token_id or 0) if key == "input_ids" else 0
+        values = [pad(row[key], (0, longest - row[name].shape[-1]), value=filler) for row in rows]
+        batch[key] = torch.stack(values).to(model.device)
+    return batch
+
+
+def _check_ids(ids: Tensor, model: PreTrainedModel) -> None:
+    embeddings: Any = model.get_input_embeddings()
+    if not ids.numel() or not 0 <= int(ids.min()) <= int(ids.max()) < embeddings.num_embeddings:
+        raise ValueError(
+            f"a row holds {'the token id ' + str(int(ids.max())) if ids.numel() else 'no token'}, but the model has "
+            f"{embeddings.num_embeddings} tokens: use the model's own tokenizer"
+        )

@@ -1,0 +1,141 @@
+"""Where each family has its layers, neurons and heads, and by which fields its configuration says how many."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..permute_channels import COUPLINGS, Coupling
+
+
+@dataclass(frozen=True)
+class Family:
+    """The layers of a family of models; all names are those of modules inside a layer.
+
+    attention, ffn: producer and consumer of the channels of heads and of the neurons. sums: the modules whose input is
+    the sum of a sublayer's output and its residual, after attention and after the feed-forward part; an empty name is
+    the output of the layer. gates: further producers of the neurons. queries: further producers of the heads, for
+    families whose configuration can say fewer heads. stack: the list of layers inside the base model. depth, width:
+    fields of the configuration. by_layer: fields with one entry a layer. first_stays: the first layer is built in
+    another way than the others. shared: layers run at several depths, so that none can go.
+    """
+
+    attention: Coupling
+    ffn: Coupling
+    sums: tuple[str, str]
+    gates: tuple[str, ...] = ()
+    queries: tuple[str, ...] = ()
+    stack: str = "encoder.layer"
+    depth: str = "num_hidden_layers"
+    width: str = "intermediate_size"
+    by_layer: tuple[str, ...] = ()
+    first_stays: bool = False
+    shared: bool = False
+
+    @property
+    def neurons(self) -> tuple[str, ...]:
+        """Names of the layers that produce the neurons."""
+        return (self.ffn.producer, *self.gates)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the layers that produce the heads, if the configuration can say fewer heads."""
+        return (self.attention.producer, *self.queries)
+
+    def layers(self, model: PreTrainedModel) -> list[nn.Module]:
+        """Return the layers of a model, in their order; of shared layers each once."""
+        stack: Any = model.base_model.get_submodule(self.stack)
+        return [layer for group in stack for layer in group.albert_layers] if self.shared else list(stack)
+
+    def consumers(self, layer: nn.Module) -> tuple[nn.Linear, nn.Linear]:
+        """Return the matrices that read the heads and the neurons."""
+        attention: Any = layer.get_submodule(self.attention.consumer)
+        ffn: Any = layer.get_submodule(self.ffn.consumer)
+        return attention, ffn
+
+
+_BERT = Family(*COUPLINGS["bert"], sums=("attention.output.LayerNorm", "output.LayerNorm"))
+FAMILIES = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
+    "albert": Family(
+        *COUPLINGS["albert"],
+        sums=("attention.LayerNorm", "full_layer_layer_norm"),
+        stack="encoder.albert_layer_groups",
+        shared=True,
+    ),
+    "deberta-v2": replace(_BERT, attention=COUPLINGS["deberta-v2"][0]),
+    "distilbert": Family(
+        *COUPLINGS["distilbert"],
+        sums=("sa_layer_norm", "output_layer_norm"),
+        stack="transformer.layer",
+        depth="n_layers",
+        width="hidden_dim",
+    ),
+    "modernbert": Family(
+        *COUPLINGS["modernbert"],
+        sums=("mlp_norm", ""),
+        stack="layers",
+        by_layer=("layer_types",),
+        first_stays=True,
+    ),
+    "mpnet": Family(
+        *COUPLINGS["mpnet"],
+        sums=("attention.LayerNorm", "output.LayerNorm"),
+    ),
+    "nomic_bert": Family(
+        Coupling("self_attn.v_proj", "self_attn.o_proj", heads=True),
+        Coupling("mlp.up_proj", "mlp.down_proj"),
+        sums=("post_attention_layernorm", "post_mlp_layernorm"),
+        gates=("mlp.gate_proj",),
+        queries=("self_attn.q_proj", "self_attn.k_proj"),
+        stack="layers",
+    ),
+    "vit": Family(
+        *COUPLINGS["vit"],
+        sums=("layernorm_after", ""),
+        queries=("attention.q_proj", "attention.k_proj"),
+        stack="layers",
+    ),
+}
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """Return the family of a model.
+
+    Raises:
+        ValueError: the family is not known, or the model is built in another way than its family.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{type(model).__name__} is not a transformers model: pass one, such as a BERT")
+    kind, config = model.config.model_type, model.config
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"the layers of a {kind!r} model are not known, so it cannot be made smaller: use one of "
+            f"{', '.join(FAMILIES)}"
+        )
+    if getattr(config, "is_decoder", False) or getattr(config, "conv_kernel_size", 0):
+        what = "a decoder" if getattr(config, "is_decoder", False) else "a convolution between its layers"
+        raise ValueError(f"this {kind!r} model has {what}, so its layers cannot be removed: use a plain encoder")
+    family = FAMILIES[kind]
+    names = {name for name, _ in model.base_model.named_modules()}
+    if family.stack not in names:
+        raise ValueError(
+            f"this {kind!r} model has no {family.stack}, as transformers {_version()} should build it: use a model "
+            "class of transformers"
+        )
+    for coupling in (family.attention, family.ffn):
+        for layer in family.layers(model):
+            for name in (coupling.producer, coupling.consumer):
+                if name not in dict(layer.named_modules()) or type(layer.get_submodule(name)) is not nn.Linear:
+                    raise ValueError(
+                        f"{name} of a layer is no plain linear layer, so its {kind!r} model cannot be made smaller: "
+                        "merge adapters first, and use a model that is not quantized"
+                    )
+    return family
+
+
+def _version() -> str:
+    import transformers
+
+    return transformers.__version__

@@ -1,0 +1,123 @@
+"""The fit of a smaller model, from its first layer to its last, by least squares.
+
+The consumers of a layer are changed so that each sum of a sublayer's output and its residual is that of the dense
+model. The residual is the small model's own, so that every sublayer also corrects what those before it have lost, and
+what removed layers would have added (as in K-prune, arXiv 2308.03449, and Kwon et al., arXiv 2204.09656).
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .batches import Batch, real_positions
+from .families import Family
+from .moments import Residual
+
+
+class _Reached(Exception):
+    """Ends the forward pass of a layer after the sum that is looked at."""
+
+
+class Calls:
+    """What the layers of a model are called with, batch by batch: the first layer's input, and all other arguments."""
+
+    def __init__(self, model: PreTrainedModel, family: Family, batches: Sequence[Batch]) -> None:
+        self.batches = batches
+        self.starts: list[Tensor] = []
+        self._others: list[list[tuple[tuple, dict]]] = []
+        layers = family.layers(model)
+
+        def record(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+            if layer is layers[0]:
+                self.starts.append(args[0])
+                self._others.append([])
+            self._others[-1].append((args[1:], kwargs))
+
+        handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
+        try:
+            with torch.no_grad():
+                for batch in batches:
+                    model(**batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def run(self, layer: nn.Module, index: int, batch: int, states: Tensor) -> Tensor:
+        """Run a layer as the layer `index` of the dense model, on other states; returns its output."""
+        args, kwargs = self._others[batch][index]
+        output = layer(states, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def fit(dense: PreTrainedModel, small: PreTrainedModel, family: Family, kept: Sequence[int], calls: Calls) -> None:
+    """Fit the consumers of `small` in place.
+
+    Args:
+        dense: in eval mode, in float32.
+        small: cut from it.
+        family: theirs; its layers must not be shared.
+        kept: the number in `dense` of each layer of `small`.
+        calls: of the dense model.
+    """
+    ours = dict(zip(kept, family.layers(small), strict=True))
+    theirs, states = list(calls.starts), list(calls.starts)
+    for index, layer in enumerate(family.layers(dense)):
+        if index > max(kept):
+            break
+        targets = []
+        for number, state in enumerate(theirs):
+            with _sums(layer, family) as sums:
+                theirs[number] = calls.run(layer, index, number, state)
+            targets.append((sums[0], sums.get(1, theirs[number])))
+        if index not in ours:
+            continue
+        for which, consumer in enumerate(family.consumers(ours[index])):
+            residual = Residual()
+            for number, batch in enumerate(calls.batches):
+                inputs, sum_ = _seen(ours[index], family, which, calls, index, number, states[number])
+                missing = targets[number][which] - sum_
+                residual.add(real_positions(inputs, batch), real_positions(missing, batch))
+            residual.correct(consumer)
+        states = [calls.run(ours[index], index, number, state) for number, state in enumerate(states)]
+
+
+def _seen(
+    layer: nn.Module, family: Family, which: int, calls: Calls, index: int, batch: int, states: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the input of a consumer, and the sum of its output and the residual."""
+    inputs: list[Tensor] = []
+    handle = family.consumers(layer)[which].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    try:
+        with _sums(layer, family, which) as sums, contextlib.suppress(_Reached):
+            output = calls.run(layer, index, batch, states)
+            sums[which] = output
+    finally:
+        handle.remove()
+    return inputs[0], sums[which]
+
+
+@contextlib.contextmanager
+def _sums(layer: nn.Module, family: Family, last: int | None = None) -> Iterator[dict[int, Tensor]]:
+    """Record the sums of a layer's sublayers; the layer stops at the sum `last`."""
+    sums: dict[int, Tensor] = {}
+
+    def record(which: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            sums[which] = args[0]
+            if which == last:
+                raise _Reached
+
+        return hook
+
+    named = [(which, name) for which, name in enumerate(family.sums) if name]
+    handles = [layer.get_submodule(name).register_forward_pre_hook(record(which)) for which, name in named]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()

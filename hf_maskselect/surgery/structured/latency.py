@@ -1,0 +1,116 @@
+"""The time of shapes on this machine: a table of one layer's time by width and heads, and that of whole models."""
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...utils.clock import clock, least_seconds
+from .batches import Batch
+from .cut import Cutter
+from .fit import Calls
+from .shapes import STEP, Shape
+
+_SHARES = (1, 2 / 3, 1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 12, 1 / 24)
+_LAYER_SECONDS = 0.3  # spent on one layer of one width
+_MODEL_SECONDS = 2.5  # spent on a whole model
+
+
+class Latency:
+    """Times a dense model, and what smaller models would take.
+
+    Args:
+        cutter: of the dense model.
+        batch: what is timed, on the device.
+        dtype: what is timed, such as `torch.bfloat16`.
+        device: what is timed.
+    """
+
+    def __init__(self, cutter: Cutter, batch: Batch, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._batch = {name: _moved(value, dtype, device) for name, value in batch.items()}
+        self._dense = self._placed(cutter.model)
+        self._cutter, self._encoder = Cutter(self._dense, cutter.family), cutter.encoder
+        self._widths, self._heads = self._table()
+        with torch.inference_mode():
+            whole = least_seconds({"dense": self._forward(self._dense)}, _MODEL_SECONDS, self._clock())
+        self.dense = whole["dense"]
+        self._rest = max(0.0, self.dense - self._encoder.depth * self._widths[self._encoder.width])
+
+    def __str__(self) -> str:
+        size = " x ".join(map(str, next(iter(self._batch.values())).shape))
+        where = f"{torch.get_num_threads()} threads" if self._device.type == "cpu" else str(self._device)
+        return f"{size}, {str(self._dtype).removeprefix('torch.')}, {where}"
+
+    def _table(self) -> tuple[dict[int, float], dict[int, float]]:
+        """Return the seconds of a layer by width, with all heads, and by heads, at the full width."""
+        encoder, family = self._encoder, self._cutter.family
+        calls = Calls(self._dense, family, [self._batch])
+        widths = {max(STEP, encoder.rounded(encoder.width * share)) for share in _SHARES} | {encoder.width}
+        heads = {max(1, round(encoder.heads * share)) for share in _SHARES} if family.queries else {encoder.heads}
+        number = 1 if family.first_stays and encoder.depth > 1 else 0
+        layers = encoder.full().layers if encoder.shared else tuple(range(number + 1))
+
+        def job(width: int, count: int) -> Callable[[], object]:
+            layer = family.layers(self._cutter.cut(Shape(layers, width, count)))[number]
+            return lambda: self._done(calls.run(layer, number, 0, calls.starts[0]))
+
+        jobs = {f"width {width}": job(width, encoder.heads) for width in widths}
+        jobs |= {f"heads {count}": job(encoder.width, count) for count in heads}
+        with torch.inference_mode():
+            seconds = least_seconds(jobs, _LAYER_SECONDS, self._clock())
+        by_width = {width: seconds[f"width {width}"] for width in sorted(widths)}
+        return by_width, {count: seconds[f"heads {count}"] for count in sorted(heads)}
+
+    def predicted(self, shape: Shape) -> float:
+        """Return the seconds that a model of this shape would take, by the table."""
+        head = _between(self._heads, shape.heads) - self._heads[self._encoder.heads]
+        return self._rest + len(shape.layers) * max(0.0, _between(self._widths, shape.width) + head)
+
+    def width_of_time(self, seconds: float, layers: tuple[int, ...], heads: int) -> int:
+        """Return the largest allowed width that the table gives at most so many seconds; below 1 if there is none."""
+        width = self._encoder.width
+        allowed = [*range(STEP, width, STEP), width]
+        fitting = [width for width in allowed if self.predicted(Shape(layers, width, heads)) <= seconds]
+        return max(fitting, default=0)
+
+    def measured(self, shape_or_model: Shape | PreTrainedModel) -> tuple[float, float]:
+        """Return the seconds of the dense model and of a smaller one, timed in turns."""
+        small = self._cutter.cut(shape_or_model) if isinstance(shape_or_model, Shape) else self._placed(shape_or_model)
+        jobs = {"dense": self._forward(self._dense), "small": self._forward(small)}
+        with torch.inference_mode():
+            seconds = least_seconds(jobs, _MODEL_SECONDS, self._clock())
+        return seconds["dense"], seconds["small"]
+
+    def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
+        placed: Any = copy.deepcopy(model)
+        return placed.to(device=self._device, dtype=self._dtype).eval().requires_grad_(False)
+
+    def _forward(self, model: PreTrainedModel) -> Callable[[], object]:
+        return lambda: self._done(model(**self._batch))
+
+    def _done(self, output: object) -> object:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return output
+
+    def _clock(self) -> Callable[[], float]:
+        return clock if self._device.type == "cpu" else time.perf_counter
+
+
+def _moved(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return value.to(device, dtype if value.is_floating_point() else None)
+
+
+def _between(table: dict[int, float], at: int) -> float:
+    """Interpolate in a table; below its first entry, in proportion to the step between the first two."""
+    keys = sorted(table)
+    if at in table or len(keys) == 1:
+        return table.get(at, table[keys[0]])
+    above = next((index for index, key in enumerate(keys) if key > at), len(keys) - 1)
+    low, high = keys[max(above - 1, 0)], keys[max(above, 1)]
+    return table[low] + (table[high] - table[low]) * (at - low) / (high - low)

@@ -1,0 +1,132 @@
+"""The search for the shape: which layers go, how many, and how many heads stay, at a width that meets the target.
+
+Which layer goes matters most, so each is first removed alone. Larger sets are made of the layers that are missed
+least. Then one layer or some heads are exchanged at random in the best shape so far. A candidate is scored as fitted.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .shapes import STEP, Encoder, Shape
+
+WidthOf = Callable[[tuple[int, ...], int], int]
+_PATIENCE = 2  # depths in a row that are worse than the best, after which the sets do not grow on
+_DRAWS = 50  # exchanges in a row that were all tried before
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A shape that was tried, and the divergence of its outputs on held-out rows, as fitted."""
+
+    shape: Shape
+    divergence: float
+
+
+class ShapeSearch:
+    """Tries shapes that meet a target.
+
+    Args:
+        encoder: the dense sizes.
+        first_stays: the first layer cannot go.
+        cuts_heads: heads may go.
+        width_of: the largest width that meets the target, for layers that stay and a number of heads; below 8 if none.
+        evaluate: fits a model of a shape and returns its divergence.
+        count: number of candidates.
+        seed: of the random exchanges.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        first_stays: bool,
+        cuts_heads: bool,
+        width_of: WidthOf,
+        evaluate: Callable[[Shape], float],
+        count: int,
+        seed: int,
+    ) -> None:
+        self._encoder, self._width_of, self._evaluate = encoder, width_of, evaluate
+        self._first_stays, self._cuts_heads, self._count = first_stays, cuts_heads, count
+        self._random = random.Random(seed)
+        self.tried: dict[Shape, float] = {}
+
+    def run(self) -> list[Candidate]:
+        """Return the candidates, the best first; an empty list if no shape meets the target."""
+        depths = self._depths()
+        if not depths:
+            return []
+        ranking = self._ranked(depths)
+        worse = 0
+        for gone in (depth for depth in depths if depth != 1):
+            before = min(self.tried.values(), default=float("inf"))
+            score = self._try(ranking[:gone], self._encoder.heads)
+            worse = worse + 1 if score is not None and score > before else 0
+            if worse == _PATIENCE:
+                break
+        for share in (2 / 3, 1 / 2) if self._cuts_heads else ():
+            self._try(self._gone(self._best()), max(1, round(self._encoder.heads * share)))
+        idle = 0
+        while len(self.tried) < self._count and idle < _DRAWS:
+            idle = idle + 1 if self._try(*self._changed(self._best(), ranking, depths)) is None else 0
+        return [Candidate(*each) for each in sorted(self.tried.items(), key=lambda each: each[1])]
+
+    def _depths(self) -> list[int]:
+        """Return how many layers may go: from where a width meets the target, to where the full width does."""
+        encoder, depths = self._encoder, []
+        for gone in range(1 if encoder.shared else encoder.depth):
+            widths = [self._width_of(tuple(range(encoder.depth - gone)), heads) for heads in self._head_counts()]
+            if max(widths) >= STEP:
+                depths.append(gone)
+            if widths[-1] == encoder.width:
+                break
+        return depths
+
+    def _head_counts(self) -> list[int]:
+        return list(range(1, self._encoder.heads + 1)) if self._cuts_heads else [self._encoder.heads]
+
+    def _ranked(self, depths: list[int]) -> list[int]:
+        """Return the layers that may go, that which is missed least first: each is removed alone."""
+        encoder = self._encoder
+        layers = range(1 if self._first_stays else 0, encoder.depth)
+        if depths == [0]:
+            return []
+        scores = {}
+        for layer in layers:
+            score = self._try([layer], encoder.heads) if 1 in depths else None
+            if score is None:  # it takes more than one layer: this shape only tells how much the layer is missed
+                others = tuple(index for index in range(encoder.depth) if index != layer)
+                width = max(self._width_of(tuple(range(encoder.depth - depths[-1])), encoder.heads), STEP)
+                score = self._evaluate(Shape(others, width, encoder.heads))
+            scores[layer] = score
+        return sorted(layers, key=scores.__getitem__)
+
+    def _try(self, gone: list[int], heads: int) -> float | None:
+        """Score the shape without some layers; None if it was tried before or misses the target."""
+        layers = tuple(layer for layer in range(self._encoder.depth) if layer not in gone)
+        shape = Shape(layers, self._width_of(layers, heads), heads)
+        if shape.width < STEP or shape in self.tried or len(self.tried) >= self._count:
+            return None
+        self.tried[shape] = self._evaluate(shape)
+        return self.tried[shape]
+
+    def _best(self) -> Shape:
+        return min(self.tried, key=self.tried.__getitem__)
+
+    def _gone(self, shape: Shape) -> list[int]:
+        return [layer for layer in range(self._encoder.depth) if layer not in shape.layers]
+
+    def _changed(self, shape: Shape, ranking: list[int], depths: list[int]) -> tuple[list[int], int]:
+        """Exchange one layer, let one more go or stay, or change the heads, at random; early ranks are more likely."""
+        gone, heads, draw = self._gone(shape), shape.heads, self._random
+        if self._cuts_heads and draw.random() < 0.5:
+            heads = min(max(heads + draw.choice((-2, -1, 1, 2)), 1), self._encoder.heads)
+        else:
+            stay = [layer for layer in ranking if layer not in gone]
+            weights = [1 / (1 + rank) for rank in range(len(stay))]
+            move = draw.choice(("exchange", "more", "fewer"))
+            if gone and move != "more":
+                gone.remove(draw.choice(gone))
+            if stay and move != "fewer":
+                gone.append(draw.choices(stay, weights)[0])
+        return (gone if len(gone) in depths else self._gone(shape)), heads
