@@ -15,11 +15,13 @@ from .runtime.report import CpuReport
 from .storage.load import load_pruned
 from .storage.pack import PackReport, pack, unpack
 from .storage.state import PruningState
+from .storage.trim import trim_folder
 from .storage.verify import verify
 from .surgery.merge_adapter import merge_adapter_with_masks
 from .surgery.permute_channels import PermutationReport, permute_channels
 from .surgery.refit import Refit, refit
 from .surgery.structured.shrink import ShrinkReport, shrink_model
+from .surgery.trim_vocabulary import TrimReport, trim_vocabulary
 from .trainer import PruningTrainer
 
 __version__ = "0.1.0"
@@ -39,6 +41,7 @@ __all__ = [
     "Refit",
     "ShrinkReport",
     "SparsityReport",
+    "TrimReport",
     "WeightStats",
     "export_cpu",
     "export_onnx",
@@ -54,6 +57,8 @@ __all__ = [
     "refit",
     "shrink_model",
     "sparsity_report",
+    "trim_folder",
+    "trim_vocabulary",
     "unpack",
     "verify",
 ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import disable_progress_bars
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
@@ -28,6 +29,8 @@ from .storage.models import load_strictly, model_class
 from .storage.pack import pack, unpack
 from .storage.packed_file import LOSSY
 from .storage.reload import check_apart, save_reloadable
+from .storage.text_files import text_rows
+from .storage.trim import trim_folder
 from .storage.verify import parse_checkable, verify
 from .storage.weights import has_weights
 from .surgery.structured.batches import batches_of, rows_of
@@ -45,6 +48,7 @@ COMMANDS = {
     "unpack": "write a packed model as an ordinary one, which from_pretrained loads",
     "export": "write a 2:4 model for sparse tensor cores, or any model as ONNX or for this machine's CPU",
     "shrink": "write a smaller, ordinary model: layers and neurons removed, and the rest fitted, without training",
+    "trim": "write the model without the tokens that texts do not need: a smaller file with the same outputs",
     "plan": "estimate what the searches of a run would cost on different numbers of ranks",
 }
 
@@ -58,13 +62,13 @@ def make_parser() -> argparse.ArgumentParser:
     commands = {}
     for name, text in COMMANDS.items():
         commands[name] = subparsers.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        where = "folder of a saved model; report, verify, export, shrink and plan also take user/name on the Hub"
+        where = "folder of a saved model; report, verify, export, shrink, trim and plan also take user/name on the Hub"
         several = "folder of a saved model, or folders of CPU models that were exported with scores"
         if name == "plot":
             commands[name].add_argument("paths", nargs="+", metavar="path", help=several)
         else:
             commands[name].add_argument("path", help=where)
-    for name in ("pack", "unpack", "export", "shrink"):
+    for name in ("pack", "unpack", "export", "shrink", "trim"):
         commands[name].add_argument("--output", required=True, help="folder to write to, created if needed")
     add = commands["plot"].add_argument
     add("--output", help="folder to write to (default: the first model's folder)")
@@ -92,6 +96,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--rivals", action="store_true", help="cpu: time also ONNX Runtime, in float32 and int8, and torch in bf16")
     _add_shrink(commands["shrink"])
+    add = commands["trim"].add_argument
+    texts = "files with all texts of the task: .txt (a text a line), .jsonl or .parquet (all columns of text)"
+    add("--texts", nargs="+", required=True, metavar="FILE", help=texts)
+    add("--keep", nargs="+", default=[], metavar="TOKEN", help="tokens that stay although no text has them")
+    add("--check", nargs="+", default=[], metavar="FILE", help="files with other texts, on which to compare")
     commands["plan"].usage = PLAN_USAGE
     add = commands["plan"].add_argument
     add("--ranks", nargs="+", type=positive, default=[1, 8, 64, 512], help="numbers of ranks (default: 1 8 64 512)")
@@ -163,6 +172,10 @@ def run(options: argparse.Namespace) -> str:
         return export(options)
     if options.command == "shrink":
         return _shrink(options)
+    if options.command == "trim":
+        texts, check = read_texts(options.texts), read_texts(options.check)
+        trimmed = trim_folder(options.path, options.output, texts, keep=options.keep, check=check)
+        return f"{trimmed}\nwrote {options.output}"
     if options.command == "plan":
         return cost_text(workload(options.config, options.path, options.train_rows), options.ranks)
     masks = verify(options.path, options.pattern).masks
@@ -187,6 +200,11 @@ def draw(options: argparse.Namespace) -> list[Path]:
 def _is_cpu_model(folder: Path) -> bool:
     """Return whether a folder holds a CPU model alone; beside ordinary weights these count."""
     return (folder / CPU_JSON).is_file() and not has_weights(folder)
+
+
+def read_texts(paths: Sequence[str]) -> list[str]:
+    """Return the texts of all files."""
+    return [text for path in paths for row in text_rows(path) for text in row.values() if text is not None]
 
 
 def export(options: argparse.Namespace) -> str:
@@ -262,9 +280,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(fields)}")
     if options.command == "export":
         check_export(parser, options)
-    disable_progress_bar()  # the bar of transformers' loading: our output is one line
+    disable_progress_bar()  # the bars of loading: our output is one line
+    disable_progress_bars()
     paths = options.paths if options.command == "plot" else [options.path]
-    online = options.command in ("report", "verify", "export", "shrink") and paths[0].count("/") == 1
+    online = options.command in ("report", "verify", "export", "shrink", "trim") and paths[0].count("/") == 1
     online = online or options.command == "plan"  # which also takes names without a user, such as bert-base-uncased
     online = online and not Path(paths[0]).exists()
     for path in paths:

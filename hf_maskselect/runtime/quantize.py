@@ -3,14 +3,13 @@
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Value, load_dataset
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
+from ..storage.text_files import text_rows
 from .linears import Step
 
 RANGES = ("minmax", "percentile", "mse")
@@ -53,24 +52,20 @@ def batches_of(calibration: Iterable[Mapping[str, Any]], model: PreTrainedModel)
 
 
 def rows_of_file(path: str | os.PathLike, tokenizer_folder: str | os.PathLike, count: int) -> list[dict[str, Any]]:
-    """Tokenize up to `count` rows of a JSON-lines or parquet file: all of its columns of text, in their order.
+    """Tokenize up to `count` rows of a file that `text_rows` reads: all of its columns of text, in their order.
 
     Raises:
         ValueError: the file or the tokenizer cannot be read, or there are no columns of text.
     """
-    kind = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.get(Path(path).suffix)
-    if kind is None or not Path(path).is_file():
-        raise ValueError(f"{path} is no .parquet or .jsonl file: give calibration rows of the train split")
+    rows = text_rows(path, "give calibration rows of the train split")
     try:
-        rows = load_dataset(kind, data_files=str(path), split="train")
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"calibration rows cannot be made of {path} ({str(error).splitlines()[0]})") from error
-    texts = [name for name, column in rows.features.items() if column == Value("string")]
-    if not texts:
-        raise ValueError(f"{path} has no columns of text: give calibration rows of the train split")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{tokenizer_folder} has no tokenizer ({str(error).splitlines()[0]}): add its files"
+        ) from error
     return [
-        dict(tokenizer(*(row[name] for name in texts), truncation=True))
+        dict(tokenizer(*(row[name] for name in rows.column_names), truncation=True))
         for row in rows.select(range(min(count, len(rows))))
     ]
 
