@@ -80,7 +80,8 @@ def plot_cpu_models(
     """Draw CPU models that were exported with `evaluate`, before and after: `latency_1x32.png` for 1 row of 32 tokens.
 
     Args:
-        folders: folders of CPU models, whose names are the labels.
+        folders: folders of CPU models. Their names are the labels, with those of the folders above where they are
+            the same.
         output: folder of the pictures, created if needed.
         batch_sizes: batch sizes, of one picture each; by default the first that the first model was timed at.
         seq_lens: lengths in tokens, likewise.
@@ -90,13 +91,16 @@ def plot_cpu_models(
     """
     reports = {Path(folder).resolve(): CpuReport.load(folder) for folder in folders}
     first = _first_shape(next(iter(reports.values())))
+    names, machines = _names(list(reports)), dict.fromkeys(report.machine for report in reports.values())
     pictures = {}
     for batch in batch_sizes or first[:1]:
         for length in seq_lens or first[1:]:
             points = [
-                point for folder, report in reports.items() for point in _points(folder, report, (batch, length))
+                point
+                for folder, report in reports.items()
+                for point in _points(names[folder], report, (batch, length))
             ]
-            pictures[f"latency_{batch}x{length}.png"] = points, f"{batch} x {length} tokens"
+            pictures[f"latency_{batch}x{length}.png"] = points, f"{batch} x {length} tokens; {'; '.join(machines)}"
     return [plot_latency(points, Path(output) / name, title=title) for name, (points, title) in pictures.items()]
 
 
@@ -107,7 +111,16 @@ def _first_shape(report: CpuReport) -> Shape:
     return times[0]
 
 
-def _points(folder: Path, report: CpuReport, shape: Shape) -> list[LatencyPoint]:
+def _names(folders: Sequence[Path]) -> dict[Path, str]:
+    """Return as many parts of each path, from its end, as make all names different."""
+    for count in itertools.count(1):
+        names = {folder: "/".join(folder.parts[-count:]) for folder in folders}
+        if len(set(names.values())) == len(folders):
+            break
+    return names
+
+
+def _points(name: str, report: CpuReport, shape: Shape) -> list[LatencyPoint]:
     """Return the ways to run a model whose score is known: ONNX Runtime in float32 scores as torch does."""
     runtime = report.runtime
     ms = next((time.ms for time in runtime.times if (time.batch, time.length) == shape), {})
@@ -121,7 +134,7 @@ def _points(folder: Path, report: CpuReport, shape: Shape) -> list[LatencyPoint]
     if not {DENSE, OURS} <= scores.keys():
         raise ValueError(f"{report.path} has no scores: export the model again with evaluate=")
     series = {DENSE: DENSE, ONNX: ONNX, OURS: "CPU model"}
-    return [LatencyPoint(folder.name, series[way], ms[way][0], scores[way]) for way in series if way in ms]
+    return [LatencyPoint(name, series[way], ms[way][0], scores[way]) for way in series if way in ms]
 
 
 def draw_latency(points: Sequence[LatencyPoint], reference: str, title: str, figure: Figure) -> None:

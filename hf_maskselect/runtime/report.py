@@ -72,13 +72,18 @@ class CpuReport:
             yield f"{', '.join(matrices)}: {kinds}"
         if runtime.fused:
             lengths = f"in bf16 from {runtime.bf16} tokens on" if runtime.bf16 else "in float32"
-            yield f"Whole layers are computed in 8 bits where all their matrices are, with attention {lengths}"
+            yield f"Layers whose matrices all have 8 bits are computed as a whole, with attention {lengths}"
         if runtime.zero_blocks < _FEW_BLOCKS:
             yield (
                 f"Only {runtime.zero_blocks:.0%} of the 1x4 blocks of its matrices are zero, so that dense int8 may "
                 "be the fastest: prune with pattern='1x4' for more"
             )
-        yield f"{runtime.cpu}, {runtime.threads} thread{'s' * (runtime.threads > 1)}, torch {runtime.torch}"
+        yield f"{self.machine}, torch {runtime.torch}"
+
+    @property
+    def machine(self) -> str:
+        """The CPU and the number of threads that the times are of."""
+        return f"{self.runtime.cpu}, {self.runtime.threads} thread{'s' * (self.runtime.threads > 1)}"
 
     def section(self) -> str:
         """Return the text of the section in the model card, in Markdown."""

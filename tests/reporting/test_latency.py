@@ -8,6 +8,7 @@ import pytest
 
 from hf_maskselect import CpuReport, LatencyPoint, plot_latency
 from hf_maskselect.cli import main
+from hf_maskselect.reporting import latency
 from hf_maskselect.reporting.latency import draw_latency
 from hf_maskselect.runtime.files import Runtime, ShapeTime
 from hf_maskselect.runtime.timing import DENSE, ONNX, OURS
@@ -77,16 +78,25 @@ def test_points_that_cannot_be_drawn_are_refused(tmp_path):
 def models(tmp_path, monkeypatch):
     """The reports of two folders that stand for CPU models, timed at two shapes."""
     reports = {}
-    for number, name in enumerate(("small", "large")):
+    for number, name in enumerate(("small/cpu", "large/cpu")):
         times = [ShapeTime(1, length, {DENSE: [9.0, 9.5], ONNX: [5.0, 6.0], OURS: [1.0, 1.1]}) for length in (8, 16)]
         scores = {DENSE: 0.8 + number / 100, OURS: 0.79}
         runtime = Runtime("a CPU", 1, "2", "", "", False, 0, None, "", 0.9, {}, times, scores)
         folder = tmp_path / name
-        folder.mkdir()
+        folder.mkdir(parents=True)
         (folder / CPU_JSON).touch()
         reports[str(folder)] = CpuReport(folder / "weights", runtime, 2, 1)
     monkeypatch.setattr(CpuReport, "load", lambda folder: reports[str(folder)])
     return reports
+
+
+def test_models_have_different_names(models, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(latency, "plot_latency", lambda points, path, title: drawn.update({title: points}))
+    latency.plot_cpu_models([*models, *models], tmp_path)
+    ((title, points),) = drawn.items()
+    assert title == "1 x 8 tokens; a CPU, 1 thread"
+    assert {point.name for point in points} == {"small/cpu", "large/cpu"} and len(points) == 6
 
 
 def test_the_command_draws_the_models_at_the_shapes(models, tmp_path, capsys):
