@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..storage.derived import ORIGIN, SEMI_STRUCTURED_FILE, TIMING_FILE, write_section
 from ..storage.pack import open_packed
 from ..utils.folders import replacing_folder
+from ..utils.positions import longest_row
 from ..utils.tables import markdown_table, text_table
 from .semi_structured import (
     MODES,
@@ -156,8 +157,8 @@ def check_shapes(model: PreTrainedModel, batch_sizes: Sequence[int], lengths: Se
         raise ValueError(
             f"batch sizes {list(batch_sizes)} and lengths {list(lengths)} must be whole numbers of at least 1"
         )
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and max(lengths) > longest:
+    longest = longest_row(model)
+    if max(lengths) > longest:
         raise ValueError(f"length {max(lengths)} exceeds the {longest} positions of the model: time shorter rows")
 
 

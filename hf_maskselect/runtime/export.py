@@ -23,6 +23,7 @@ from ..storage.packed_file import PackedFile
 from ..storage.state import PruningState
 from ..storage.weights import check_unpacked, check_weights
 from ..utils.judge import Judge
+from ..utils.positions import longest_row
 from ..utils.wrappers import plain_model
 from .choose import Timer, fastest, usable, zeros_of
 from .files import Runtime, ShapeTime, cpu_name, dense_bytes, record_of, write_weights
@@ -81,6 +82,11 @@ def export_cpu(
     """
     if max_drop is not None and evaluate is None:
         raise ValueError("max_drop bounds the loss of evaluate's value: pass evaluate as well")
+    for name, bound in (("max_kl", max_kl), ("max_drop", max_drop)):
+        if bound is not None and not bound >= 0:
+            raise ValueError(f"{name}={bound} must be a number of at least 0")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads} must be at least 1, or None for those of torch")
     if rivals:
         check_onnx()
     model_or_path = plain_model(model_or_path)
@@ -287,10 +293,14 @@ def _shapes(model: PreTrainedModel, batch_sizes: Sequence[int], lengths: Sequenc
     """Return the shapes to be fast at; raises a ValueError if the model takes none of token ids, or not these."""
     if model.main_input_name != "input_ids":
         raise ValueError(f"{type(model).__name__} takes {model.main_input_name}: only text models can be exported")
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} has an encoder and a decoder: only models of one of them can be exported"
+        )
     sizes = (*batch_sizes, *lengths)
     if not batch_sizes or not lengths or not all(isinstance(n, numbers.Integral) and n > 0 for n in sizes):
         raise ValueError(f"batch sizes {list(batch_sizes)} and lengths {list(lengths)} must be whole numbers above 0")
-    longest = getattr(model.config, "max_position_embeddings", math.inf)
+    longest = longest_row(model)
     if max(lengths) > longest:
         raise ValueError(f"length {max(lengths)} exceeds the {longest} positions of the model: give shorter lengths")
     return list(dict.fromkeys((int(batch), int(length)) for batch in batch_sizes for length in lengths))
@@ -299,7 +309,7 @@ def _shapes(model: PreTrainedModel, batch_sizes: Sequence[int], lengths: Sequenc
 @contextlib.contextmanager
 def _threads(count: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    torch.set_num_threads(before if count is None else count)
     try:
         yield
     finally:

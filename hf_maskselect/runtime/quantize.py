@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..storage.text_files import text_rows
+from ..utils.positions import longest_row
 from .linears import Step
 
 RANGES = ("minmax", "percentile", "mse")
@@ -25,7 +26,7 @@ def batches_of(calibration: Iterable[Mapping[str, Any]], model: PreTrainedModel)
     Raises:
         ValueError: there are fewer than two, a row is no mapping, or its token ids are not of this model.
     """
-    name, batches = model.main_input_name, []
+    name, batches, longest = model.main_input_name, [], longest_row(model)
     for row in calibration:
         if not isinstance(row, Mapping) or name not in row:
             raise ValueError(
@@ -37,6 +38,11 @@ def batches_of(calibration: Iterable[Mapping[str, Any]], model: PreTrainedModel)
             batch = {key: value[None] if value.dim() == 1 else value for key, value in batch.items()}
             embeddings: Any = model.get_input_embeddings()
             ids, size = batch[name], len(embeddings.weight)
+            if not 0 < ids.shape[-1] <= longest:
+                raise ValueError(
+                    f"a calibration row has {ids.shape[-1]} tokens, but the model takes 1 to {longest}: leave empty "
+                    "rows out, and tokenize with truncation=True"
+                )
             if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
                 raise ValueError(
                     f"calibration rows hold the token id {int(ids.max())}, but the model has {size} tokens: use the "

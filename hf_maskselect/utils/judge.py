@@ -22,7 +22,7 @@ class Judge:
         pairs = list(zip(self._outputs(model), self._reference, strict=True))
         if self._classes:
             terms = [nn.functional.kl_div(a, b, log_target=True, reduction="none").sum(-1).flatten() for a, b in pairs]
-            return float(torch.cat(terms).mean())
+            return max(0.0, float(torch.cat(terms).mean()))  # rounding may take it below
         errors = torch.cat([(a - b).square().flatten() for a, b in pairs])
         return float(errors.mean() / torch.cat([b.flatten() for _, b in pairs]).var().clamp(min=1e-12))
 
@@ -30,7 +30,7 @@ class Judge:
     def _outputs(self, model: nn.Module) -> list[Tensor]:
         outputs = [model(**batch) for batch in self._batches]
         self._classes = "logits" in outputs[0] and outputs[0].logits.shape[-1] > 1
-        values = [output.logits.log_softmax(-1) if self._classes else output[0] for output in outputs]
+        values = [output.logits.double().log_softmax(-1) if self._classes else output[0] for output in outputs]
         return [_real(value, batch.get("attention_mask")) for value, batch in zip(values, self._batches, strict=True)]
 
 

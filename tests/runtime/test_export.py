@@ -1,18 +1,19 @@
 """Export to the CPU runtime and back: files, choices, accuracy bounds, bad input."""
 
 import json
+import math
 import shutil
 
 import pytest
 import torch
 from block_weights import sparse_model
 from tiny import make_rows
-from transformers import AutoTokenizer, BertTokenizerFast, pipeline
+from transformers import AutoTokenizer, BertTokenizerFast, T5Config, T5ForConditionalGeneration, pipeline
 
 from hf_maskselect import export_cpu, load_cpu
 from hf_maskselect.cli import main
 from hf_maskselect.runtime.files import Runtime
-from hf_maskselect.runtime.kernels import missing
+from hf_maskselect.runtime.kernels import INT8_KINDS, missing
 from hf_maskselect.runtime.linears import CpuLinear
 from hf_maskselect.runtime.model import Attention
 from hf_maskselect.runtime.timing import time_jobs
@@ -116,7 +117,7 @@ def test_another_cpu_is_timed_anew_and_the_result_is_kept(exported, monkeypatch)
 
 def test_a_missing_product_is_replaced(exported, folder, monkeypatch):
     dense = sparse_model()
-    for gone in ({"1x4", "csr", "onednn"}, {"1x4", "int8", "csr", "onednn"}):
+    for gone in ({"1x4", "numba-1x4", "csr", "onednn"}, {*INT8_KINDS, "csr", "onednn", "numba"}):
         monkeypatch.setattr("hf_maskselect.runtime.load.missing", lambda kind, gone=gone: "gone" * (kind in gone))
         loaded = load_cpu(exported[0], retime=False)
         assert (logits(loaded) - logits(dense)).norm() < 0.05 * logits(dense).norm()
@@ -130,6 +131,19 @@ def test_bad_input_is_one_sentence(folder, exported, tmp_path):
         export_cpu(folder, tmp_path / "a", ROWS, max_drop=0.1)
     with pytest.raises(ValueError, match="65 exceeds the 64 positions"):
         export_cpu(folder, tmp_path / "a", ROWS, seq_lens=[65])
+    for ids, told in (([], "0 tokens"), ([5] * 65, "65 tokens"), ([10**6], "own tokenizer")):
+        with pytest.raises(ValueError, match=told):
+            export_cpu(folder, tmp_path / "a", [{"input_ids": ids}] * 2, **FAST)
+    for option, told in (
+        ({"threads": 0}, "threads=0"),
+        ({"max_kl": -1.0}, "max_kl=-1"),
+        ({"max_kl": math.nan}, "nan"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            export_cpu(folder, tmp_path / "a", ROWS, **option)
+    with pytest.raises(ValueError, match="an encoder and a decoder"):
+        size = {"d_model": 8, "num_layers": 1, "d_kv": 4, "num_heads": 2, "d_ff": 8, "vocab_size": 20}
+        export_cpu(T5ForConditionalGeneration(T5Config(**size)), tmp_path / "a", ROWS)
     with pytest.raises(ValueError, match="no cpu_model.safetensors"):
         load_cpu(folder)
     with pytest.raises(ValueError, match="not a transformers model"):
