@@ -1,14 +1,13 @@
 """How long a row may be."""
 
 import math
-
 from typing import Any
 
 from torch import nn
 
 
 def longest_row(model: nn.Module) -> float:
-    """Return the number of tokens that the positions of a transformers model allow; infinity if its configuration has no limit.
+    """Return how many tokens the positions of a transformers model allow; infinity if its configuration has no limit.
 
     RoBERTa and its kin count positions from the padding token's on, so that two of 514 are never used.
     """
