@@ -20,6 +20,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -202,11 +203,15 @@ DEMO = {
     "logging_steps": 50,
     "save_strategy": "no",
     "criterion_batches": 64,
+    "cpu_seq_lens": [32],
 }
 
 
 def run_demo(arguments: list[str]) -> None:
-    """Train a small BERT on generated sentences, prune it 16x with each method, and print a table of the results."""
+    """Train a small BERT on generated sentences, prune it 16x with each method, and export the last one for the CPU.
+
+    It prints a table of the methods, and one of the CPU model beside the dense one.
+    """
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--method")
     method = parser.parse_known_args(arguments)[0].method
@@ -226,14 +231,35 @@ def run_demo(arguments: list[str]) -> None:
             dense = dense_results(start, job.task)
             rows.append(["dense", "0.0000", f"{dense['dense_eval_accuracy']:.4f}", "-", "-"])
         config.output_dir = str(folder / method)
+        model.export_cpu = model.export_cpu or "True" if method == methods[-1] else None
         results = prune(job, model, config, start, teacher)
         cost = [f"{results['train_runtime']:.0f}", f"{results['search_cost_ratio']:.2f}"]
         rows.append([method, f"{results['eval_sparsity']:.4f}", f"{results['eval_accuracy']:.4f}", *cost])
     print("\n" + text_table(["model", "sparsity", "accuracy", "seconds", "search cost / training"], rows))
+    if config.process_index == 0:
+        print(f"\n{cpu_table(dense['dense_eval_accuracy'], methods[-1], results)}")
     print(
         f"\nEach pruned model was reloaded with plain AutoModel and gave the same logits. To inspect one:\n"
-        f"  hf-maskselect report {folder / methods[-1]}\n  hf-maskselect verify {folder / methods[-1]}"
+        f"  hf-maskselect report {folder / methods[-1]}\n  hf-maskselect verify {folder / methods[-1]}\n"
+        "The matrices of this model are too small to gain much speed. Larger models do, with blocks of four zeros\n"
+        "(docs/cpu.md):\n"
+        "  python glue_scripts/run_glue.py glue_scripts/recipes/cpu_fast.json --task_name sst2 \\\n"
+        "      --model_name_or_path FINE_TUNED --teacher_name_or_path FINE_TUNED --output_dir out"
     )
+
+
+def cpu_table(dense_accuracy: float, method: str, results: Mapping[str, float]) -> str:
+    """Format accuracy, size and milliseconds on one thread of the dense model and of the CPU model."""
+    shapes = [name.removeprefix("cpu_ms_") for name in results if name.startswith("cpu_ms_")]
+    header = ["model", "accuracy", "MB", *(f"ms at {shape}" for shape in shapes)]
+    dense = [f"{dense_accuracy:.4f}", f"{results['dense_mb']:.2f}"]
+    fast = [f"{results['cpu_eval_accuracy']:.4f}", f"{results['cpu_mb']:.2f}"]
+    rows = [
+        ["dense fp32", *dense, *(f"{results[f'dense_ms_{shape}']:.2f}" for shape in shapes)],
+        [f"{method}, CPU model", *fast, *(f"{results[f'cpu_ms_{shape}']:.2f}" for shape in shapes)],
+        ["times faster", "", "", *(f"{results[f'cpu_times_faster_{shape}']:.2f}" for shape in shapes)],
+    ]
+    return text_table(header, rows)
 
 
 def make_demo_model(folder: Path, seed: int) -> Path:

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 import run_glue
 from arguments import parse_arguments
 from demo_data import demo_tokenizer
-from hf_maskselect import verify
+from hf_maskselect import load_cpu, verify
 from job import prepare
 
 
@@ -116,9 +116,13 @@ def test_the_demo_takes_its_flags_and_shows_its_methods(tmp_path, capsys, monkey
     flags += ["--max-steps", "4", "--num_levels", "2", "--trial_steps", "1", "--dense_epochs", "1", "--use_cpu"]
     monkeypatch.setattr(sys, "argv", ["run_glue.py", *flags, "--disable_tqdm", "1"])
     run_glue.main()
-    table = capsys.readouterr().out.split("\nmodel ")[-1].splitlines()
+    table, cpu = (text.splitlines() for text in capsys.readouterr().out.split("\nmodel ")[-2:])
     assert [line.split()[0] for line in table[2:5]] == ["dense", "magnitude", "random"]
     assert [line.split()[1] for line in table[3:5]] == ["0.9375", "0.9375"]
+    assert [line.split()[0] for line in cpu[2:5]] == ["dense", "random,", "times"]
+    assert cpu[0].endswith("ms at 1x32  ms at 8x32")
+    assert load_cpu(tmp_path / "random" / "cpu").config.pruning["method"] == "random"
+    assert not (tmp_path / "magnitude" / "cpu").exists()
     assert verify(tmp_path / "random").step == 4  # the flag won over the demo's own epoch
 
 
