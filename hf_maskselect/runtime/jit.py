@@ -37,7 +37,9 @@ class SparseRows:
 
     @classmethod
     def of(cls, weight: Tensor) -> "SparseRows":
-        """Take the weights out of a matrix."""
+        """Take the weights out of a matrix, and compile what multiplies them, so that no request has to wait."""
+        for tile in _TILES:
+            _kernel(tile)
         starts, columns, values, begin = [], [], [], 0
         for chunk in weight.split(_CHUNK, dim=1):
             counts = chunk.count_nonzero(1)
@@ -78,7 +80,7 @@ def sparse_product(rows: Tensor, weight: SparseRows, bias: Tensor | None) -> Ten
 
 @functools.cache
 def _kernel(tile: int) -> Callable[..., Any]:
-    """Compile the product for tiles of this many tokens; the machine code is kept on the disk where that works."""
+    """Return the product for tiles of this many tokens."""
 
     def product(rows, starts, columns, values, bias, output):
         count, size = rows.shape
@@ -123,7 +125,13 @@ def _kernel(tile: int) -> Callable[..., Any]:
                 for token in range(tokens):
                     output[first + token, row] = sums[row, token]
 
+    return compiled(product, "void(f4[:,::1], i4[:,::1], u2[::1], f4[::1], f4[::1], f4[:,::1])")
+
+
+def compiled(function: Callable[..., Any], signature: str) -> Callable[..., Any]:
+    """Compile a function at once, without Python's lock; the machine code is kept on the disk where that works."""
+    options: dict[str, Any] = {"nogil": True, "fastmath": _MATH}
     try:
-        return numba.njit(product, nogil=True, fastmath=_MATH, cache=True)
+        return numba.njit(signature, cache=True, **options)(function)
     except RuntimeError:  # no folder to keep it in can be written
-        return numba.njit(product, nogil=True, fastmath=_MATH)
+        return numba.njit(signature, **options)(function)

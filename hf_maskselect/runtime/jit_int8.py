@@ -6,13 +6,14 @@ the innermost loop is written in LLVM's language.
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
+
+from .jit import compiled
 
 _TOKENS = 32  # of one tile
 _LANES = 8  # tokens of one register
@@ -178,7 +179,7 @@ def _multiply(rows, starts, columns, blocks, factors, added, scale, zero, table,
                         output[first + token, group + lane] = results[lane, token] * scale
 
 
-try:
-    _product = numba.njit(_multiply, nogil=True, cache=True)
-except RuntimeError:  # no folder to keep the machine code in can be written
-    _product = numba.njit(_multiply, nogil=True)
+_product = compiled(
+    _multiply,
+    "void(i4[:,::1], i4[::1], u2[::1], i4[::1], f4[::1], f4[::1], f4, f4, u1[::1], f4[:,::1], u1[:,::1])",
+)
