@@ -28,7 +28,7 @@ from common import machine
 from arguments import parse_arguments
 from cells import Cell
 from cpu_model import Logits, calibration_rows, logits_of, score
-from hf_maskselect import export_cpu, load_cpu
+from hf_maskselect import LatencyPoint, export_cpu, load_cpu, plot_latency
 from hf_maskselect.runtime.files import cpu_name
 from hf_maskselect.runtime.timing import DENSE, ONNX_INT8, OURS, onnx_jobs, time_jobs
 from hf_maskselect.utils.tables import text_table
@@ -141,6 +141,26 @@ def cost_of_int8(rows: dict[Cell, dict]) -> str:
     return "\n".join([f"{OURS} minus {SPARSE}, mean of {', '.join(MEAN)}:", *(lines or ["not all are finished"])])
 
 
+def draw(rows: dict[Cell, dict], folder: Path) -> None:
+    """Draw score against milliseconds at each shape, one picture a task and shape."""
+    for task in dict.fromkeys(cell.task for cell in rows):
+        for batch, length in SHAPES:
+            shape = f"{batch}x{length}"
+            timed = {cell.target: row for cell, row in rows.items() if cell.task == task and "ms" in row}
+            points = [
+                LatencyPoint(target, OURS, row["ms"][shape][OURS][0], row["scores"][OURS])
+                for target, row in timed.items()
+            ]
+            for row in list(timed.values())[:1]:
+                points += [
+                    LatencyPoint("dense", name, row["ms"][shape][name][0], row["scores"][name])
+                    for name in (DENSE, ONNX_INT8)
+                ]
+            if points:
+                title = f"{task}, {shape} tokens, one thread of {cpu_name()}"
+                print(plot_latency(points, folder / f"cpu_{task}_{shape}.png", title=title))
+
+
 def main() -> None:
     """Measure what is missing, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -153,6 +173,7 @@ def main() -> None:
     parser.add_argument("--held_out", action="store_true", help="score on rows that were held out of train")
     parser.add_argument("--only_scores", action="store_true", help="do not time")
     parser.add_argument("--seconds", type=float, default=3.0, help="time spent on each model at each shape")
+    parser.add_argument("--figures", type=Path, help="folder for pictures of score against milliseconds")
     parser.add_argument("--work", type=Path, default=Path("cpu_tasks"))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -182,6 +203,8 @@ def main() -> None:
     wanted = [Cell(name, args.seed, target, args.method) for name in args.tasks for target in args.targets]
     shown = {cell: rows[cell] for cell in wanted if cell in rows}
     print(f"\n{score_table(shown)}\n\n{cost_of_int8(shown)}\n\n{time_table(shown)}")
+    if args.figures:
+        draw(shown, args.figures)
 
 
 if __name__ == "__main__":
