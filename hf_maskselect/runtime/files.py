@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,29 +153,50 @@ def write_weights(path: Path, model: PreTrainedModel, plans: Plans, metadata: Ma
     return writer
 
 
-def read_plans(packed: PackedFile, runtime: Runtime) -> tuple[dict[str, ExactPlan | Int8Plan], dict[str, Tensor]]:
-    """Return the plans of the linear layers, and the tensors of the rest of the model by name.
+class StoredPlans(Mapping[str, ExactPlan | Int8Plan]):
+    """The plans of the linear layers in a file, by name. Each is decoded when it is asked for, so few take memory.
 
     Raises:
-        ValueError: the JSON and the weights do not belong together.
+        ValueError: the JSON and the weights do not belong together; when a plan is asked for also if it is damaged.
     """
-    runtime.check_weights(packed)
-    plans: dict[str, ExactPlan | Int8Plan] = {}
-    tensors = {name: packed.tensor(name) for name in packed.entries if not _belongs(name, runtime)}
-    for name, record in runtime.layers.items():
-        where = f"{packed.path}: {name}"
-        if f"{name}.weight" not in packed.entries:
-            raise ValueError(f"{where} has no weight: {_REMEDY}")
+
+    def __init__(
+        self,
+        packed: PackedFile,
+        runtime: Runtime,
+        adapt: Callable[[ExactPlan | Int8Plan], ExactPlan | Int8Plan] = lambda plan: plan,
+    ) -> None:
+        runtime.check_weights(packed)
+        for name in runtime.layers:
+            if f"{name}.weight" not in packed.entries:
+                raise ValueError(f"{packed.path}: {name} has no weight: {_REMEDY}")
+        self._packed, self._layers, self._adapt = packed, runtime.layers, adapt
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the weights."""
+        return {name: self._packed.entries[f"{name}.weight"].shape for name in self._layers}
+
+    def others(self) -> dict[str, Tensor]:
+        """Return the tensors of the rest of the model, by name."""
+        packed, layers = self._packed, self._layers
+        return {name: packed.tensor(name) for name in packed.entries if not _belongs(name, layers)}
+
+    def __getitem__(self, name: str) -> ExactPlan | Int8Plan:
+        packed, record, where = self._packed, self._layers[name], f"{self._packed.path}: {name}"
         weight, choice = packed.tensor(f"{name}.weight"), record.choice(where)
-        bias = tensors.get(f"{name}.bias")
+        bias = packed.tensor(f"{name}.bias") if f"{name}.bias" in packed.entries else None
         if record.input is None:
-            plans[name] = ExactPlan(choice, _checked(weight, torch.float32, where), bias)
-            continue
+            return self._adapt(ExactPlan(choice, _checked(weight, torch.float32, where), bias))
         scales, output = _of_rows(packed, f"{name}.weight{_SCALES}", len(weight)), record.output
         units = _of_rows(packed, f"{name}.weight{_UNITS}", len(weight)) if output is None else _step(output, where)
         input = _step(record.input, where)
-        plans[name] = Int8Plan(choice, _checked(weight, torch.int8, where), scales, bias, input, units)
-    return plans, tensors
+        return self._adapt(Int8Plan(choice, _checked(weight, torch.int8, where), scales, bias, input, units))
 
 
 def dense_bytes(packed: PackedFile) -> int:
@@ -191,9 +212,9 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _belongs(name: str, runtime: Runtime) -> bool:
+def _belongs(name: str, layers: Mapping[str, LayerRecord]) -> bool:
     weight = name.removesuffix(_SCALES).removesuffix(_UNITS)
-    return weight.endswith(".weight") and weight.removesuffix(".weight") in runtime.layers
+    return weight.endswith(".weight") and weight.removesuffix(".weight") in layers
 
 
 def _of_rows(packed: PackedFile, name: str, rows: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Load a CPU model: an ordinary transformers model with fast layers."""
 
+import ctypes
 import os
-from collections.abc import Mapping
+import platform
 from dataclasses import replace
 
 import torch
@@ -13,7 +14,7 @@ from ..storage.folders import find_folder
 from ..storage.models import load_strictly, model_class
 from ..storage.pack import open_packed
 from .choose import Timer, fastest, usable
-from .files import Runtime, cpu_name, read_plans, record_of
+from .files import Runtime, StoredPlans, cpu_name, record_of
 from .kernels import EXACT_KINDS, INT8_KINDS, missing
 from .linears import Choice, Int8Plan
 from .model import ExactPlan, install
@@ -36,22 +37,25 @@ def load_cpu(path_or_repo: str | os.PathLike, retime: bool | None = None) -> Pre
     folder = find_folder(path_or_repo, weights=[CPU_FILE])
     packed = open_packed(folder, CPU_FILE, "export --format cpu")
     runtime = Runtime.load(folder)
-    plans, tensors = read_plans(packed, runtime)
+    plans = StoredPlans(packed, runtime)
     if retime or (retime is None and runtime.cpu != cpu_name()):
-        runtime, plans = _retimed(runtime, plans)
+        runtime = _retimed(runtime, plans)
         if os.access(folder, os.W_OK) and not (folder / CPU_JSON).is_symlink():
             runtime.save(folder)
     cls, config = model_class(folder)
     # Nobody reads what stands for the weights of the fast layers, so it takes no memory.
-    places = {f"{name}.weight": torch.empty(_shape(plan)) for name, plan in plans.items()}
-    model = load_strictly(cls, folder, config=config, state_dict={**tensors, **places}, dtype=torch.float32)
-    for name, plan in plans.items():
+    places = {f"{name}.weight": torch.empty(shape) for name, shape in plans.shapes().items()}
+    tensors = {**plans.others(), **places}
+    model = load_strictly(cls, folder, config=config, state_dict=tensors, dtype=torch.float32)
+    for name, shape in plans.shapes().items():
         linear = model.get_submodule(name)
-        if not isinstance(linear, nn.Linear) or linear.weight.shape != _shape(plan):
+        if not isinstance(linear, nn.Linear) or linear.weight.shape != shape:
             raise ValueError(
                 f"{folder}: {name} of {CPU_JSON} is no linear layer of that shape: export the model again"
             )
-    return install(model, {name: runnable(plan) for name, plan in plans.items()}, runtime.attention)
+    model = install(model, StoredPlans(packed, runtime, runnable), runtime.attention)
+    _give_back()
+    return model
 
 
 def runnable(plan: ExactPlan | Int8Plan) -> ExactPlan | Int8Plan:
@@ -66,24 +70,23 @@ def runnable(plan: ExactPlan | Int8Plan) -> ExactPlan | Int8Plan:
     return ExactPlan(Choice.always("dense"), plan.values * plan.scales[:, None], plan.bias)
 
 
-def _retimed(
-    runtime: Runtime, plans: Mapping[str, ExactPlan | Int8Plan]
-) -> tuple[Runtime, dict[str, ExactPlan | Int8Plan]]:
+def _give_back() -> None:
+    """Return to the system what decoding the weights took: glibc keeps as much as the model itself takes."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _retimed(runtime: Runtime, plans: StoredPlans) -> Runtime:
     """Choose again among the kinds of the same outputs, for the rows of the shapes that were timed."""
     timer = Timer([each.batch * each.length for each in runtime.times] or [128])
-    chosen: dict[str, ExactPlan | Int8Plan] = {}
+    layers = {}
     for name, plan in plans.items():
         weight = plan.values * plan.scales[:, None] if isinstance(plan, Int8Plan) else plan.weight
         kinds = INT8_KINDS if isinstance(plan, Int8Plan) else (*EXACT_KINDS, *plan.choice.names() & {"bf16"})
         if names := usable(weight, kinds):
             plan = replace(plan, choice=fastest(timer.times(weight, names), weight))
-        chosen[name] = plan
-    layers = {name: record_of(plan) for name, plan in chosen.items()}
+        layers[name] = record_of(plan)
     shapes = [replace(each, ms={}) for each in runtime.times]  # their times are of the machine before
     return replace(
         runtime, cpu=cpu_name(), threads=torch.get_num_threads(), torch=torch.__version__, layers=layers, times=shapes
-    ), chosen
-
-
-def _shape(plan: ExactPlan | Int8Plan) -> torch.Size:
-    return plan.values.shape if isinstance(plan, Int8Plan) else plan.weight.shape
+    )

@@ -61,16 +61,22 @@ def layers_of(model: nn.Module) -> dict[str, dict[str, str]]:
 
 
 def install(model: M, plans: Plans, attention: Attention) -> M:
-    """Replace layers in place, and return the model in eval mode, without gradients."""
-    plans = dict(plans)
+    """Replace layers in place, and return the model in eval mode, without gradients.
+
+    Each plan is asked for when its layer is built.
+    """
+    left = dict.fromkeys(plans)
     for name, tasks in layers_of(model).items():
-        six = {task: plans.get(linear) for task, linear in tasks.items()}
+        if not attention.fused or not left.keys() >= set(tasks.values()):
+            continue
+        six = {task: plans[linear] for task, linear in tasks.items()}
         chosen = {task: plan for task, plan in six.items() if isinstance(plan, Int8Plan)}
-        if attention.fused and len(chosen) == len(LINEARS):
+        if len(chosen) == len(LINEARS):
             model.set_submodule(name, fuse(model.get_submodule(name), chosen, attention.bf16))
             for linear in tasks.values():
-                del plans[linear]
-    for name, plan in plans.items():
+                del left[linear]
+    for name in left:
+        plan = plans[name]
         built = Int8Linear(plan) if isinstance(plan, Int8Plan) else ExactLinear(plan.choice, plan.weight, plan.bias)
         model.set_submodule(name, built)
     return model.eval().requires_grad_(False)
