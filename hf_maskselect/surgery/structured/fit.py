@@ -23,13 +23,22 @@ class _Reached(Exception):
 
 
 class Calls:
-    """What the layers of a model are called with, batch by batch: the first layer's input, and all other arguments."""
+    """What the layers of a dense model are called with, batch by batch, and the sums of their sublayers.
 
-    def __init__(self, model: PreTrainedModel, family: Family, batches: Sequence[Batch]) -> None:
+    Args:
+        model: in eval mode.
+        family: its family.
+        batches: inputs of the model.
+        keeps: hold the sums in memory for the next fit, instead of computing them again.
+    """
+
+    def __init__(self, model: PreTrainedModel, family: Family, batches: Sequence[Batch], keeps: bool = False) -> None:
         self.batches = batches
         self.starts: list[Tensor] = []
         self._others: list[list[tuple[tuple, dict]]] = []
-        layers = family.layers(model)
+        self._family, self._layers, self._keeps = family, family.layers(model), keeps
+        self._kept: list[list[tuple[Tensor, Tensor]]] = []
+        layers = self._layers
 
         def record(layer: nn.Module, args: tuple, kwargs: dict) -> None:
             if layer is layers[0]:
@@ -46,6 +55,22 @@ class Calls:
             for handle in handles:
                 handle.remove()
 
+    def sums(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Yield for each layer, batch by batch, its sums after attention and after the feed-forward part."""
+        if len(self._kept) == len(self._layers):
+            yield from self._kept
+            return
+        self._kept, states = [], list(self.starts)
+        for index, layer in enumerate(self._layers):
+            pairs = []
+            for number, state in enumerate(states):
+                with _sums(layer, self._family) as sums:
+                    states[number] = self.run(layer, index, number, state)
+                pairs.append((sums[0], sums.get(1, states[number])))
+            if self._keeps:
+                self._kept.append(pairs)
+            yield pairs
+
     def run(self, layer: nn.Module, index: int, batch: int, states: Tensor) -> Tensor:
         """Run a layer as the layer `index` of the dense model, on other states; returns its output."""
         args, kwargs = self._others[batch][index]
@@ -54,26 +79,17 @@ class Calls:
 
 
 @torch.no_grad()
-def fit(dense: PreTrainedModel, small: PreTrainedModel, family: Family, kept: Sequence[int], calls: Calls) -> None:
-    """Fit the consumers of `small` in place.
+def fit(small: PreTrainedModel, family: Family, kept: Sequence[int], calls: Calls) -> None:
+    """Fit the consumers of a smaller model in place.
 
     Args:
-        dense: in eval mode, in float32.
-        small: cut from it.
-        family: theirs; its layers must not be shared.
-        kept: the number in `dense` of each layer of `small`.
+        small: in eval mode, in float32.
+        family: its family; the layers must not be shared.
+        kept: the number in the dense model of each layer of `small`.
         calls: of the dense model.
     """
-    ours = dict(zip(kept, family.layers(small), strict=True))
-    theirs, states = list(calls.starts), list(calls.starts)
-    for index, layer in enumerate(family.layers(dense)):
-        if index > max(kept):
-            break
-        targets = []
-        for number, state in enumerate(theirs):
-            with _sums(layer, family) as sums:
-                theirs[number] = calls.run(layer, index, number, state)
-            targets.append((sums[0], sums.get(1, theirs[number])))
+    ours, states = dict(zip(kept, family.layers(small), strict=True)), list(calls.starts)
+    for index, targets in enumerate(calls.sums()):
         if index not in ours:
             continue
         for which, consumer in enumerate(family.consumers(ours[index])):

@@ -16,8 +16,7 @@ from .fit import Calls
 from .shapes import STEP, Shape
 
 _SHARES = (1, 2 / 3, 1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 12, 1 / 24)
-_LAYER_SECONDS = 0.3  # spent on one layer of one width
-_MODEL_SECONDS = 2.5  # spent on a whole model
+_SECONDS = 2.5  # spent on a whole model
 
 
 class Latency:
@@ -35,19 +34,19 @@ class Latency:
         self._batch = {name: _moved(value, dtype, device) for name, value in batch.items()}
         self._dense = self._placed(cutter.model)
         self._cutter, self._encoder = Cutter(self._dense, cutter.family), cutter.encoder
-        self._widths, self._heads = self._table()
-        with torch.inference_mode():
-            whole = least_seconds({"dense": self._forward(self._dense)}, _MODEL_SECONDS, self._clock())
-        self.dense = whole["dense"]
-        self._rest = max(0.0, self.dense - self._encoder.depth * self._widths[self._encoder.width])
+        self._time_table()
 
     def __str__(self) -> str:
         size = " x ".join(map(str, next(iter(self._batch.values())).shape))
         where = f"{torch.get_num_threads()} threads" if self._device.type == "cpu" else str(self._device)
         return f"{size}, {str(self._dtype).removeprefix('torch.')}, {where}"
 
-    def _table(self) -> tuple[dict[int, float], dict[int, float]]:
-        """Return the seconds of a layer by width, with all heads, and by heads, at the full width."""
+    def _time_table(self) -> None:
+        """Time a layer by width, with all heads, and by heads, at the full width; and the whole model.
+
+        A layer alone may be faster than in a model, where the cache holds other things. So a model of half the depth
+        is timed too, and the table scaled to the difference. All are timed in turns, since the machine may be busy.
+        """
         encoder, family = self._encoder, self._cutter.family
         calls = Calls(self._dense, family, [self._batch])
         widths = {max(STEP, encoder.rounded(encoder.width * share)) for share in _SHARES} | {encoder.width}
@@ -61,10 +60,20 @@ class Latency:
 
         jobs = {f"width {width}": job(width, encoder.heads) for width in widths}
         jobs |= {f"heads {count}": job(encoder.width, count) for count in heads}
-        with torch.inference_mode():
-            seconds = least_seconds(jobs, _LAYER_SECONDS, self._clock())
-        by_width = {width: seconds[f"width {width}"] for width in sorted(widths)}
-        return by_width, {count: seconds[f"heads {count}"] for count in sorted(heads)}
+        jobs["dense"] = self._forward(self._dense)
+        half = -(-encoder.depth // 2)
+        halved = self._cutter.cut(
+            Shape(tuple(range(encoder.depth if encoder.shared else half)), encoder.width, encoder.heads)
+        )
+        setattr(halved.config, family.depth, half)  # shared layers run at fewer depths
+        jobs["half"] = self._forward(halved)
+        seconds = self._seconds(jobs)
+        alone, inside = seconds[f"width {encoder.width}"], seconds["dense"] - seconds["half"]
+        scale = inside / (encoder.depth - half) / alone if encoder.depth > 1 and inside > 0 else 1.0
+        self._widths = {width: scale * seconds[f"width {width}"] for width in sorted(widths)}
+        self._heads = {count: scale * seconds[f"heads {count}"] for count in sorted(heads)}
+        self.dense = seconds["dense"]
+        self._rest = max(0.0, self.dense - encoder.depth * scale * alone)
 
     def predicted(self, shape: Shape) -> float:
         """Return the seconds that a model of this shape would take, by the table."""
@@ -82,9 +91,12 @@ class Latency:
         """Return the seconds of the dense model and of a smaller one, timed in turns."""
         small = self._cutter.cut(shape_or_model) if isinstance(shape_or_model, Shape) else self._placed(shape_or_model)
         jobs = {"dense": self._forward(self._dense), "small": self._forward(small)}
-        with torch.inference_mode():
-            seconds = least_seconds(jobs, _MODEL_SECONDS, self._clock())
+        seconds = self._seconds(jobs)
         return seconds["dense"], seconds["small"]
+
+    def _seconds(self, jobs: dict[str, Callable[[], object]]) -> dict[str, float]:
+        with torch.inference_mode():
+            return least_seconds(jobs, _SECONDS, clock if self._device.type == "cpu" else time.perf_counter)
 
     def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
         placed: Any = copy.deepcopy(model)
@@ -97,9 +109,6 @@ class Latency:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return output
-
-    def _clock(self) -> Callable[[], float]:
-        return clock if self._device.type == "cpu" else time.perf_counter
 
 
 def _moved(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

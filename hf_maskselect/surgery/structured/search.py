@@ -1,7 +1,7 @@
 """The search for the shape: which layers go, how many, and how many heads stay, at a width that meets the target.
 
 Which layer goes matters most, so each is first removed alone. Larger sets are made of the layers that are missed
-least. Then one layer or some heads are exchanged at random in the best shape so far. A candidate is scored as fitted.
+least. Then one layer or some heads are exchanged at random in the best shapes so far. A candidate is scored as fitted.
 """
 
 import random
@@ -12,7 +12,7 @@ from .shapes import STEP, Encoder, Shape
 
 WidthOf = Callable[[tuple[int, ...], int], int]
 _PATIENCE = 2  # depths in a row that are worse than the best, after which the sets do not grow on
-_DRAWS = 50  # exchanges in a row that were all tried before
+_DRAWS = 500  # exchanges in a row that were all tried before
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class ShapeSearch:
             self._try(self._gone(self._best()), max(1, round(self._encoder.heads * share)))
         idle = 0
         while len(self.tried) < self._count and idle < _DRAWS:
-            idle = idle + 1 if self._try(*self._changed(self._best(), ranking, depths)) is None else 0
+            idle = idle + 1 if self._try(*self._changed(self._parent(), ranking, depths)) is None else 0
         return [Candidate(*each) for each in sorted(self.tried.items(), key=lambda each: each[1])]
 
     def _depths(self) -> list[int]:
@@ -112,6 +112,11 @@ class ShapeSearch:
 
     def _best(self) -> Shape:
         return min(self.tried, key=self.tried.__getitem__)
+
+    def _parent(self) -> Shape:
+        """Draw a shape to change: each is half as likely as the next better one."""
+        ranked = sorted(self.tried, key=self.tried.__getitem__)
+        return self._random.choices(ranked, [0.5**rank for rank in range(len(ranked))])[0]
 
     def _gone(self, shape: Shape) -> list[int]:
         return [layer for layer in range(self._encoder.depth) if layer not in shape.layers]

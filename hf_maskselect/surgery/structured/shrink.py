@@ -24,7 +24,8 @@ from .order import removal_order
 from .search import Candidate, ShapeSearch, WidthOf
 from .shapes import STEP, Shape
 
-_TRIAL_POSITIONS = 8192  # that candidates are fitted on
+_TRIAL_POSITIONS = 8192  # that neurons are ordered by, and candidates fitted on
+_HELD_OUT = 512  # rows
 _POSITIONS = 32768  # that the chosen one is fitted on
 _NARROWED = 6  # times that the chosen width is measured
 _MOST_ZEROS = 0.05  # share of zeros in a dense model's weights
@@ -100,7 +101,8 @@ def shrink_model(
     Args:
         model: a dense model of BERT, RoBERTa, XLM-R, CamemBERT, DistilBERT, ELECTRA, ALBERT (width only), MPNet,
             DeBERTa-v2 or v3, ModernBERT, NomicBERT or ViT. It stays as it is.
-        rows: tokenized rows of the train split, such as 2,000; labels are not used. Every fourth is held out.
+        rows: tokenized rows of the train split, such as 2,000; labels are not used. Every fourth is held out, up to
+            512 rows. Of the others as many are used as have 32,768 positions.
         speedup: how many times as fast the model shall be, such as 2.0.
         sparsity: share of the layers' parameters that shall go, such as 0.5. Pass one of the two.
         num_candidates: number of shapes to try. Where more than one layer must go, or where there are more layers than
@@ -167,9 +169,9 @@ class _Job:
         dense: Any = copy.deepcopy(model)
         self.dense, self.family, self._dtype = dense.float().eval(), family, model.dtype
         self.rows = _few([row for number, row in enumerate(rows) if number % 4], model.main_input_name, _POSITIONS)
-        batches = batches_of(self.rows, model)
-        self._judge = Judge(self.dense, batches_of(rows[::4], model))
-        grams = consumer_grams(self.dense, family, batches, bool(family.queries))
+        self._few = batches_of(_few(self.rows, model.main_input_name, _TRIAL_POSITIONS), model)
+        self._judge = Judge(self.dense, batches_of(rows[::4][:_HELD_OUT], model))
+        grams = consumer_grams(self.dense, family, self._few, bool(family.queries))
         orders = []
         for layer, (head_gram, gram) in zip(family.layers(self.dense), grams, strict=True):
             attention, ffn = family.consumers(layer)
@@ -181,8 +183,7 @@ class _Job:
 
     def search(self, width_of: WidthOf, count: int, seed: int) -> list[Candidate]:
         """Return the shapes that were tried, the best first."""
-        few = _few(self.rows, self.dense.main_input_name, _TRIAL_POSITIONS)
-        calls = None if self.family.shared else Calls(self.dense, self.family, batches_of(few, self.dense))
+        calls = None if self.family.shared else Calls(self.dense, self.family, self._few, keeps=True)
         with tqdm(total=count, desc="shapes", leave=False) as bar:
 
             def evaluate(shape: Shape) -> float:
@@ -209,7 +210,7 @@ class _Job:
     def _fitted(self, shape: Shape, calls: Calls | None) -> tuple[PreTrainedModel, float]:
         small = self.cutter.cut(shape)
         if calls is not None:
-            fit(self.dense, small, self.family, shape.layers, calls)
+            fit(small, self.family, shape.layers, calls)
         return small, self._judge(small)
 
 

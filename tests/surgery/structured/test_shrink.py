@@ -17,8 +17,7 @@ from hf_maskselect.surgery.structured.shrink import _narrowed
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("hf_maskselect.surgery.structured.latency._LAYER_SECONDS", 0.0)
-    monkeypatch.setattr("hf_maskselect.surgery.structured.latency._MODEL_SECONDS", 0.0)
+    monkeypatch.setattr("hf_maskselect.surgery.structured.latency._SECONDS", 0.0)
 
 
 def shrink(model, rows=None, **options):
