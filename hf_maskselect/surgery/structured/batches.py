@@ -16,13 +16,14 @@ _FEWEST = 8
 
 
 def rows_of(rows: Iterable[Mapping[str, Any]], model: PreTrainedModel) -> list[Batch]:
-    """Return rows as tensors of what the model takes, without labels.
+    """Return rows, or batches of rows, as single rows: tensors of what the model takes, without labels.
 
     Raises:
         ValueError: there are fewer than 8, a row is no mapping, or its token ids are not of this model.
     """
     name, kept = model.main_input_name, []
     takes = inspect.signature(model.forward).parameters
+    axes = 3 if name == "pixel_values" else 2 if "MultipleChoice" in type(model).__name__ else 1
     for row in rows:
         if not isinstance(row, Mapping) or name not in row:
             raise ValueError(f"a row is {type(row).__name__} without {name}: give tokenized rows of the train split")
@@ -30,7 +31,10 @@ def rows_of(rows: Iterable[Mapping[str, Any]], model: PreTrainedModel) -> list[B
         if name == "input_ids":
             tensors.setdefault("attention_mask", torch.ones_like(tensors[name]))
             _check_ids(tensors[name], model)
-        kept.append(tensors)
+        if tensors[name].dim() == axes:
+            kept.append(tensors)
+        else:
+            kept += [{key: value[index] for key, value in tensors.items()} for index in range(len(tensors[name]))]
     if len(kept) < _FEWEST:
         raise ValueError(
             f"{len(kept)} rows are too few to fit a model: give tokenized rows of the train split, such as 2,000"

@@ -101,8 +101,8 @@ def shrink_model(
     Args:
         model: a dense model of BERT, RoBERTa, XLM-R, CamemBERT, DistilBERT, ELECTRA, ALBERT (width only), MPNet,
             DeBERTa-v2 or v3, ModernBERT, NomicBERT or ViT. It stays as it is.
-        rows: tokenized rows of the train split, such as 2,000; labels are not used. Every fourth is held out, up to
-            512 rows. Of the others as many are used as have 32,768 positions.
+        rows: tokenized rows, or batches, of the train split, such as 2,000; labels are not used. Every fourth row is
+            held out, up to 512. Of the others as many are used as have 32,768 positions.
         speedup: how many times as fast the model shall be, such as 2.0.
         sparsity: share of the layers' parameters that shall go, such as 0.5. Pass one of the two.
         num_candidates: number of shapes to try. Where more than one layer must go, or where there are more layers than

@@ -197,6 +197,22 @@ def test_the_search_keeps_its_bounds():
     assert Machine(50).search(9) == []
 
 
+def test_batches_are_taken_apart():
+    model = make_model()
+    rows = rows_of(rows_for(model, 16), model)
+    again = rows_of(batches_of(rows[:8], model) + batches_of(rows[8:], model), model)
+    assert len(again) == 16 and sum(int(row["attention_mask"].sum()) for row in again) == sum(
+        len(row["input_ids"]) for row in rows
+    )
+
+
+def test_multiple_choice_keeps_its_choices():
+    model = make_model(head="ForMultipleChoice")
+    rows = [{"input_ids": row["input_ids"][:4].expand(3, 4)} for row in rows_for(model, 8)]
+    (batch,) = batches_of(rows_of(rows, model), model)
+    assert batch["input_ids"].shape == (8, 3, 4) and model(**batch).logits.shape == (8, 3)
+
+
 def test_real_positions_leave_out_padding():
     values, batch = torch.arange(12.0).view(2, 3, 2), {"attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}
     assert real_positions(values, batch).tolist() == [[0, 1], [2, 3], [6, 7]]
