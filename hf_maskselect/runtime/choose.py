@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..utils.clock import least_seconds
 from .kernels import BLOCK, INT8_KINDS, missing, quantized_rows
-from .linears import Choice, CpuLinear, ExactLinear, Int8Linear, Int8Plan, Step
+from .linears import Choice, Int8Linear, Int8Plan, Step, exact_linear
 
 Times = dict[int, dict[str, float]]  # rows -> kind -> seconds
 # The least share of zeros, or of zero blocks, at which a sparse product is tried.
@@ -56,11 +56,11 @@ class Timer:
         return {count: {kind: self._times[key][count] for kind, key in keys.items()} for count in self.counts}
 
 
-def built(kind: str, weight: Tensor) -> CpuLinear:
+def built(kind: str, weight: Tensor) -> nn.Module:
     """Build a layer of one kind, to be timed."""
     choice, weight = Choice.always(kind), weight.detach()
     if kind not in INT8_KINDS:
-        return ExactLinear(choice, weight, torch.zeros(len(weight)))
+        return exact_linear(choice, weight, torch.zeros(len(weight)))
     step = Step(0.03, 128)
     return Int8Linear(Int8Plan(choice, *quantized_rows(weight), torch.zeros(len(weight)), step, step))
 

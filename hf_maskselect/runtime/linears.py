@@ -119,6 +119,17 @@ class ExactLinear(CpuLinear):
         return output
 
 
+def exact_linear(choice: Choice, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """Return an `ExactLinear`, or an `nn.Linear` where the product is always the dense one, which is then faster."""
+    if choice.names() != {"dense"}:
+        return ExactLinear(choice, weight, bias)
+    linear = nn.Linear(weight.shape[1], len(weight), bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
+
+
 class Int8Product:
     """Maps quantized rows to float32, by the kind of product that fits their number.
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..masking.targets import prunable_weights
 from .layers import LINEARS, fuse, names_of
-from .linears import Choice, ExactLinear, Int8Linear, Int8Plan
+from .linears import Choice, Int8Linear, Int8Plan, exact_linear
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -77,6 +77,6 @@ def install(model: M, plans: Plans, attention: Attention) -> M:
                 del left[linear]
     for name in left:
         plan = plans[name]
-        built = Int8Linear(plan) if isinstance(plan, Int8Plan) else ExactLinear(plan.choice, plan.weight, plan.bias)
+        built = Int8Linear(plan) if isinstance(plan, Int8Plan) else exact_linear(plan.choice, plan.weight, plan.bias)
         model.set_submodule(name, built)
     return model.eval().requires_grad_(False)
