@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -121,8 +122,8 @@ def family_of(model: PreTrainedModel) -> Family:
     names = {name for name, _ in model.base_model.named_modules()}
     if family.stack not in names:
         raise ValueError(
-            f"this {kind!r} model has no {family.stack}, as transformers {_version()} should build it: use a model "
-            "class of transformers"
+            f"this {kind!r} model of transformers {transformers.__version__} has no {family.stack}: use a model class "
+            "and a version of transformers that have it"
         )
     for coupling in (family.attention, family.ffn):
         for layer in family.layers(model):
@@ -133,9 +134,3 @@ def family_of(model: PreTrainedModel) -> Family:
                         "merge adapters first, and use a model that is not quantized"
                     )
     return family
-
-
-def _version() -> str:
-    import transformers
-
-    return transformers.__version__

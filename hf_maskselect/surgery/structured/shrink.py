@@ -125,14 +125,11 @@ def shrink_model(
     family = family_of(model)
     _check_zeros(model, family)
     given = rows_of(rows, model)
+    timed = timed_batch(given[0], model, latency_shape)
     job = _Job(model, family, given)
     encoder = job.encoder
-    latency = Latency(
-        job.cutter,
-        timed_batch(given[0], model, latency_shape),
-        latency_dtype or model.dtype,
-        torch.device(latency_device or model.device),
-    )
+    device = torch.device(latency_device or model.device)
+    latency = Latency(job.cutter, timed, latency_dtype or model.dtype, device)
     if speedup is not None:
         width_of = functools.partial(latency.width_of_time, latency.dense / speedup)
     else:
