@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..storage.text_files import text_rows
+from ..storage.tokenizer import load_tokenizer
 from ..utils.positions import longest_row
 from .linears import Step
 
@@ -64,12 +65,7 @@ def rows_of_file(path: str | os.PathLike, tokenizer_folder: str | os.PathLike, c
         ValueError: the file or the tokenizer cannot be read, or there are no columns of text.
     """
     rows = text_rows(path, "give calibration rows of the train split")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{tokenizer_folder} has no tokenizer ({str(error).splitlines()[0]}): add its files"
-        ) from error
+    tokenizer = load_tokenizer(tokenizer_folder)
     return [
         dict(tokenizer(*(row[name] for name in rows.column_names), truncation=True))
         for row in rows.select(range(min(count, len(rows))))

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..surgery.trim_vocabulary import TrimReport, trim_vocabulary
@@ -15,6 +14,7 @@ from .derived import beside_model
 from .folders import check_output, find_folder
 from .models import load_strictly, model_class, own_names
 from .state import PruningState
+from .tokenizer import load_tokenizer
 from .weights import check_unpacked, check_weights, has_weights
 
 # Files of tokenizers that save_pretrained no longer writes, and which would hold the tokens of before.
@@ -51,7 +51,7 @@ def trim_folder(
     if state is not None:
         state.check_saved(folder)
     model = load_strictly(model_class(folder)[0], folder)
-    small, tokenizer, report = trim_vocabulary(model, _tokenizer(folder), texts, keep=keep, check=check)
+    small, tokenizer, report = trim_vocabulary(model, load_tokenizer(folder), texts, keep=keep, check=check)
     for name, mask in state.masks.items() if state is not None else ():
         if small.get_parameter(name).shape != mask.shape:
             raise ValueError(
@@ -68,10 +68,3 @@ def trim_folder(
         if state is not None:
             replace(state, needs="").sealed(new).save(new)  # a run cannot go on from it
     return report
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} has no tokenizer ({str(error).splitlines()[0]}): add its files") from error

@@ -89,7 +89,10 @@ def outputs(model, tokenizer, corpus=CORPUS[:6]):
         return model.eval()(**inputs).logits
 
 
-@pytest.mark.parametrize("name", MODELS)
+FAST = ("bert", "electra", "roberta", "xlm_roberta", "deberta_v2", "gpt2", "t5")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in MODELS])
 def test_outputs_are_the_same(name, tmp_path):
     tokenizer = TOKENIZERS[name]()
     model = MODELS[name](tokenizer).eval()
