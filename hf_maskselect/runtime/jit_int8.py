@@ -24,7 +24,7 @@ _NOTHING = np.empty((0, 0), np.uint8)
 
 
 class BlockProduct:
-    """A matrix of int8 whose blocks of four inputs are mostly zero; maps quantized rows to rounded float32.
+    """A matrix of int8 whose blocks of four inputs are mostly zero; maps quantized rows to float32.
 
     Args:
         values: int8 (out, in), where `in` is a multiple of four and pairs of one sign add up to 127 at most.
@@ -49,7 +49,7 @@ class BlockProduct:
         self._bias = np.zeros(len(values), np.float32) if bias is None else bias.detach().float().contiguous().numpy()
 
     def __call__(self, rows: Tensor, scale: float, zero: int) -> Tensor:
-        """Multiply quint8 rows (n, in); returns float32 (n, out), rounded to 8 bits of this scale and zero point."""
+        """Multiply quint8 rows (n, in); returns float32 (n, out), which is not rounded."""
         output = torch.empty(len(rows), len(self._scales))
         self._fill(rows, scale, zero, _NO_TABLE, output.numpy(), _NOTHING)
         return output
@@ -163,9 +163,11 @@ def _multiply(rows, starts, columns, blocks, factors, added, scale, zero, table,
                 _add_blocks(*addresses, starts[row], starts[row + 1], inputs.ctypes.data, sums.ctypes.data)
                 factor, start = factors[row], added[row]
                 for token in range(_TOKENS):
-                    value = np.rint(np.float32(sums[token]) * factor + start)
-                    results[lane, token] = min(max(value, low), high)
+                    results[lane, token] = np.float32(sums[token]) * factor + start
             if len(table):
+                for lane in range(width):
+                    for token in range(_TOKENS):
+                        results[lane, token] = min(max(np.rint(results[lane, token]), low), high)
                 for token in range(tokens):
                     for lane in range(width):
                         coded[first + token, group + lane] = table[np.uint8(results[lane, token] + zero)]

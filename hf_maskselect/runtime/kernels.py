@@ -63,7 +63,7 @@ def quantized_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Product:
-    """A matrix of int8 in packed form, which maps quantized rows to float32 that is rounded to 8 bits.
+    """A matrix of int8 in packed form, which maps quantized rows to float32.
 
     Args:
         kind: one of `INT8_KINDS`.
@@ -94,7 +94,10 @@ class Product:
             self._apply = torch.ops.quantized.linear
 
     def __call__(self, rows: Tensor, scale: float, zero: int) -> Tensor:
-        """Multiply quint8 rows (n, in); returns float32 (n, out), rounded to 8 bits of this scale and zero point."""
+        """Multiply quint8 rows (n, in); returns float32 (n, out).
+
+        torch's products round it to 8 bits of this scale and zero point. Ours has no need to.
+        """
         if self.kind == "numba-1x4":
             return self._packed(rows, scale, zero)
         return self._apply(rows, self._packed, scale, zero).dequantize()
