@@ -153,7 +153,7 @@ class Int8Product:
         self._products = {kind: Product(kind, values, scales, bias) for kind in sorted(choice.names())}
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Multiply quint8 rows (n, in); returns float32 (n, out), which torch's products round to the output's steps."""
+        """Multiply quint8 rows (n, in); returns float32 (n, out), which torch's products round to 8 bits."""
         output = self._numbers(rows)
         return output if self._units is None else output.mul_(self._units)
 
