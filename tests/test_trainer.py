@@ -110,7 +110,7 @@ def test_moments_of_newly_dead_weights_are_cleared(tmp_path):
 
 
 @pytest.mark.parametrize("with_teacher", [False, True])
-@pytest.mark.parametrize(("refit_rows", "close"), [(0, 1e-5), (64, 2e-4)])  # least squares magnify what rounding left
+@pytest.mark.parametrize(("refit_rows", "close"), [(0, 1e-5), (64, 5e-4)])  # least squares magnify what rounding left
 def test_the_trajectory_does_not_depend_on_accumulation(tmp_path, with_teacher, refit_rows, close):
     runs = []
     for size, accumulation in ((16, 1), (8, 2), (4, 4)):
