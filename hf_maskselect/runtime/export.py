@@ -82,9 +82,10 @@ def export_cpu(
     """
     if max_drop is not None and evaluate is None:
         raise ValueError("max_drop bounds the loss of evaluate's value: pass evaluate as well")
-    for name, bound in (("max_kl", max_kl), ("max_drop", max_drop)):
-        if bound is not None and not bound >= 0:
-            raise ValueError(f"{name}={bound} must be a number of at least 0")
+    if max_kl is not None and not max_kl >= 0:
+        raise ValueError(f"max_kl={max_kl} must be a number of at least 0")
+    if max_drop is not None and math.isnan(max_drop):
+        raise ValueError("max_drop=nan must be a number")
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads} must be at least 1, or None for those of torch")
     if rivals:
