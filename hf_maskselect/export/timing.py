@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from ..storage.derived import ORIGIN, SEMI_STRUCTURED_FILE, TIMING_FILE, write_section
 from ..storage.pack import open_packed
 from ..utils.folders import replacing_folder
-from ..utils.positions import longest_row
 from ..utils.tables import markdown_table, text_table
+from ..utils.token_limits import longest_row
 from .semi_structured import (
     MODES,
     Choice,

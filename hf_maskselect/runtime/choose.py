@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.clock import least_seconds
-from .kernels import BLOCK, INT8_KINDS, missing, quantized_rows
+from .kernels import BLOCK, BLOCK_KINDS, INT8_KINDS, ZERO_KINDS, missing, quantized_rows
 from .linears import Choice, Int8Linear, Int8Plan, Step, exact_linear
 
 Times = dict[int, dict[str, float]]  # rows -> kind -> seconds
 # The least share of zeros, or of zero blocks, at which a sparse product is tried.
 _SPARSE = {"csr": 0.6, "numba": 0.4, "1x4": 0.4, "numba-1x4": 0.2}
 _SECONDS = 0.1  # time spent on one kind at one number of rows
-_BYTES = {
+_BYTES = {  # that a weight takes; of sparse products those of a weight that is kept, and of its place
     "dense": 4.0,
     "onednn": 4.0,
     "bf16": 2.0,
@@ -27,9 +27,9 @@ _BYTES = {
 
 def zeros_of(weight: Tensor, kind: str) -> float:
     """Return the share of a matrix's entries that a sparse product skips; 0 for dense products."""
-    if kind in ("1x4", "numba-1x4"):
-        return float((weight.reshape(-1, BLOCK) == 0).all(1).float().mean()) if weight.shape[1] % BLOCK == 0 else 0.0
-    return float((weight == 0).float().mean()) if kind in ("csr", "numba") else 0.0
+    if kind in BLOCK_KINDS and weight.shape[1] % BLOCK == 0:
+        return float((weight.reshape(-1, BLOCK) == 0).all(1).float().mean())
+    return float((weight == 0).float().mean()) if kind in ZERO_KINDS else 0.0
 
 
 def usable(weight: Tensor, kinds: Sequence[str]) -> list[str]:
@@ -97,5 +97,5 @@ def _one_kind(times: Times) -> str:
 
 
 def _bytes(kind: str, weight: Tensor) -> float:
-    """Return the bytes a weight; sparse products also keep where a weight or a block is."""
+    """Return the bytes that a weight of the matrix takes on average."""
     return _BYTES[kind] * (1 - zeros_of(weight, kind))

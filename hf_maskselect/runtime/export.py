@@ -23,7 +23,7 @@ from ..storage.packed_file import PackedFile
 from ..storage.state import PruningState
 from ..storage.weights import check_unpacked, check_weights
 from ..utils.judge import Judge
-from ..utils.positions import longest_row
+from ..utils.token_limits import longest_row
 from ..utils.wrappers import plain_model
 from .choose import Timer, fastest, usable, zeros_of
 from .files import Runtime, ShapeTime, cpu_name, dense_bytes, record_of, write_weights

@@ -71,7 +71,7 @@ class Runtime:
 
     cpu, threads, torch: where. source: digest of the weights that it was made from. weights: checksum of the header of
     the file of weights. fused, bf16: see `Attention`. divergence: of the outputs from those in float32, on calibration
-    rows that were held out (see `Judge`), NaN without such rows. ranges: how the ranges of 8-bit numbers were found.
+    rows that were held out (see `Judge`), None without such rows. ranges: how the ranges of 8-bit numbers were found.
     zero_blocks: share of the 1x4 blocks of its matrices that are zero. layers: by name. scores: of the float32 model
     and of this one by the names of `timing`, if the export had `evaluate`.
     """

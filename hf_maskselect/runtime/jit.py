@@ -1,7 +1,7 @@
 """Products of a sparse float32 matrix, compiled on this machine by numba (`pip install 'hf_maskselect[cpu]'`).
 
-A tile of tokens is transposed, so that one weight multiplies neighbouring numbers. A chunk of its inputs stays in the
-cache while all outputs of the tile read it.
+The product works on a tile of tokens at a time. The tile is transposed, so that one weight multiplies neighbouring
+numbers. A chunk of the tile's inputs stays in the cache while all outputs read it.
 """
 
 import functools
@@ -26,8 +26,8 @@ _MATH = {"contract", "reassoc", "nsz"}
 class SparseRows:
     """The weights of a float32 matrix (out, in) that are not zero, chunk by chunk, and in a chunk row by row.
 
-    starts: int32 (chunks, out + 1), where the weights of each row begin. columns: int32 or uint16, within the chunk.
-    values: float32. Each row of a chunk is filled up to a multiple of four weights with zeros.
+    starts: int32 (chunks, out + 1), where the weights of each row begin. columns: uint16, where 0 is the first of the
+    chunk. values: float32. Each row of a chunk is filled up to a multiple of four weights with zeros.
     """
 
     out_features: int
@@ -50,7 +50,7 @@ class SparseRows:
             before = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
             at = (ends - room)[rows] + before
             size = int(ends[-1])
-            columns.append(torch.zeros(size, dtype=torch.int32).index_put_((at,), places.int()))
+            columns.append(torch.zeros(size, dtype=torch.long).index_put_((at,), places))
             values.append(torch.zeros(size).index_put_((at,), chunk[rows, places]))
             starts.append(torch.cat([ends.new_zeros(1), ends]) + begin)
             begin += size
@@ -129,9 +129,16 @@ def _kernel(tile: int) -> Callable[..., Any]:
 
 
 def compiled(function: Callable[..., Any], signature: str) -> Callable[..., Any]:
-    """Compile a function at once, without Python's lock; the machine code is kept on the disk where that works."""
+    """Compile a function now. It runs without Python's lock. The machine code is kept on the disk where that works.
+
+    Raises:
+        NotImplementedError: numba cannot compile it on this machine.
+    """
     options: dict[str, Any] = {"nogil": True, "fastmath": _MATH}
     try:
-        return numba.njit(signature, cache=True, **options)(function)
-    except RuntimeError:  # no folder to keep it in can be written
-        return numba.njit(signature, **options)(function)
+        try:
+            return numba.njit(signature, cache=True, **options)(function)
+        except RuntimeError:  # no folder to keep it in can be written
+            return numba.njit(signature, **options)(function)
+    except numba.core.errors.NumbaError as error:
+        raise NotImplementedError(f"numba cannot compile it: {error}") from error

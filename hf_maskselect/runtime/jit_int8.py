@@ -1,9 +1,10 @@
 """The 8-bit product of blocks of four inputs, for CPUs with AVX2: torch's own is fast only with AVX-512.
 
-One block multiplies 32 tokens by three instructions for each eight of them. numba does not find these by itself, so
-the innermost loop is written in LLVM's language.
+Three instructions multiply a block and eight tokens. numba does not find these instructions by itself, so the
+innermost loop is written in LLVM's language.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,9 @@ from .jit import compiled
 
 _TOKENS = 32  # of one tile
 _LANES = 8  # tokens of one register
-_BLOCK = 4
+_BLOCK = 4  # numbers of 8 bits that one lane adds up
 _OUTPUTS = 16  # outputs that are written at once
-_NO_TABLE, _NO_NUMBERS = np.empty(0, np.uint8), np.empty((0, 0), np.float32)
-_NOTHING = np.empty((0, 0), np.uint8)
+_NO_TABLE, _NO_FLOATS, _NO_CODES = np.empty(0, np.uint8), np.empty((0, 0), np.float32), np.empty((0, 0), np.uint8)
 
 
 class BlockProduct:
@@ -49,17 +49,19 @@ class BlockProduct:
         self._bias = np.zeros(len(values), np.float32) if bias is None else bias.detach().float().contiguous().numpy()
 
     def __call__(self, rows: Tensor, scale: float, zero: int) -> Tensor:
-        """Multiply quint8 rows (n, in); returns float32 (n, out), which is not rounded."""
+        """See `Int8Kernel`; the results are not rounded."""
         output = torch.empty(len(rows), len(self._scales))
-        self._fill(rows, scale, zero, _NO_TABLE, output.numpy(), _NOTHING)
+        self._fill(rows, scale, zero, _NO_TABLE, output.numpy(), _NO_CODES)
         return output
 
-    def mapped(self, rows: Tensor, scale: float, zero: int, table: Tensor) -> Tensor:
-        """Multiply quint8 rows (n, in), and replace each rounded result by its entry in a table, quint8 (256,)."""
+    def mapped(
+        self, rows: Tensor, scale: float, zero: int, function: Callable[[Tensor], Tensor], table: Tensor
+    ) -> Tensor:
+        """See `Int8Kernel`; each result is looked up in the table."""
         output = torch._empty_affine_quantized(
             (len(rows), len(self._scales)), scale=table.q_scale(), zero_point=table.q_zero_point(), dtype=torch.quint8
         )
-        self._fill(rows, scale, zero, _bytes_of(table), _NO_NUMBERS, _bytes_of(output))
+        self._fill(rows, scale, zero, _bytes_of(table), _NO_FLOATS, _bytes_of(output))
         return output
 
     def _fill(self, rows: Tensor, scale: float, zero: int, table: Any, output: Any, coded: Any) -> None:

@@ -1,4 +1,7 @@
-"""The matrix products that torch has on a CPU. They are probed, never assumed: any of them may leave torch."""
+"""The matrix products for a CPU: those that torch has, and those that numba compiles.
+
+They are probed, never assumed: a product may leave torch, and numba is optional.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +22,7 @@ if TYPE_CHECKING:  # numba is optional, and takes a second to import
 KINDS = ("dense", "onednn", "csr", "numba", "bf16", "int8", "1x4", "numba-1x4")
 INT8_KINDS = ("int8", "1x4", "numba-1x4")
 EXACT_KINDS = ("dense", "onednn", "csr", "numba")
+ZERO_KINDS, BLOCK_KINDS = ("csr", "numba"), ("1x4", "numba-1x4")  # skip single zeros, or blocks of four zeros
 BLOCK = 4
 # The 1x4 kernel adds pairs of products in 16 bits: 255 * (a + b) must not exceed 32,767 for weights of one sign.
 _PAIR = 128.0
@@ -35,16 +39,16 @@ def missing(kind: str) -> str:
     try:
         if kind in INT8_KINDS:
             values, scales = quantized_rows(weight)
-            product = Product(kind, values, scales, None)
+            product = int8_product(kind, values, scales, None)
             output = product(torch.quantize_per_tensor(rows, 1 / 255, 0, torch.quint8), 0.2, 128)
         else:
             output = exact_product(kind, rows, prepared(kind, weight), None)
-    except ModuleNotFoundError as error:
-        return f"{error.name} is not installed: pip install 'hf_maskselect[cpu]'"
+    except ImportError as error:  # also of a numba that does not go together with this NumPy
+        return f"numba cannot be imported ({str(error).splitlines()[0]}): pip install 'hf_maskselect[cpu]'"
     except (RuntimeError, AttributeError, NotImplementedError) as error:
-        return f"this torch has no {kind} product for this CPU ({str(error).splitlines()[0]})"
+        return f"the {kind} product does not run on this machine ({str(error).splitlines()[0]})"
     if not torch.allclose(output, expected, atol=0.2 if kind in INT8_KINDS else 0.1 if kind == "bf16" else 1e-4):
-        return f"the {kind} product of this torch computes something else on this CPU"
+        return f"the {kind} product computes something else on this machine"
     return ""
 
 
@@ -62,23 +66,53 @@ def quantized_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scales[:, None]).round().clamp(-127, 127).to(torch.int8), scales
 
 
-class Product:
-    """A matrix of int8 in packed form, which maps quantized rows to float32.
+class Int8Kernel(Protocol):
+    """A matrix of int8 (out, in) in packed form."""
+
+    def __call__(self, rows: Tensor, scale: float, zero: int) -> Tensor:
+        """Multiply quint8 rows (n, in); returns float32 (n, out), which a kernel may round by this scale and zero."""
+
+    def mapped(
+        self, rows: Tensor, scale: float, zero: int, function: Callable[[Tensor], Tensor], table: Tensor
+    ) -> Tensor:
+        """Multiply quint8 rows (n, in), round the results to 8 bits, and apply an elementwise function.
+
+        Args:
+            rows: quint8 (n, in).
+            scale: of the results before the function.
+            zero: zero point of these.
+            function: maps float32 to float32.
+            table: the function of each of the 256 results, as quint8.
+
+        Returns:
+            quint8 (n, out), of the scale and zero point of `table`.
+        """
+
+
+def int8_product(kind: str, values: Tensor, scales: Tensor, bias: Tensor | None) -> Int8Kernel:
+    """Pack a matrix for a kind of product.
 
     Args:
         kind: one of `INT8_KINDS`.
-        values: int8 (out, in).
+        values: int8 (out, in), as `quantized_rows` makes it.
         scales: float32 (out,), one a row.
         bias: float32 (out,), or None.
+
+    Raises:
+        ImportError: the product needs numba, which is not there.
+        NotImplementedError: this torch or CPU lacks the product.
     """
+    if kind == "numba-1x4":
+        from .jit_int8 import BlockProduct
+
+        return BlockProduct(values, scales, bias)
+    return TorchProduct(kind, values, scales, bias)
+
+
+class TorchProduct:
+    """A matrix of int8 for a product of torch, which rounds its results to 8 bits; see `int8_product`."""
 
     def __init__(self, kind: str, values: Tensor, scales: Tensor, bias: Tensor | None) -> None:
-        self.kind = kind
-        if kind == "numba-1x4":
-            from .jit_int8 import BlockProduct
-
-            self._packed = BlockProduct(values, scales, bias)
-            return
         zeros = torch.zeros(len(scales), dtype=torch.long)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that quantized tensors may leave torch
@@ -94,31 +128,13 @@ class Product:
             self._apply = torch.ops.quantized.linear
 
     def __call__(self, rows: Tensor, scale: float, zero: int) -> Tensor:
-        """Multiply quint8 rows (n, in); returns float32 (n, out).
-
-        torch's products round it to 8 bits of this scale and zero point. Ours has no need to.
-        """
-        if self.kind == "numba-1x4":
-            return self._packed(rows, scale, zero)
+        """See `Int8Kernel`."""
         return self._apply(rows, self._packed, scale, zero).dequantize()
 
     def mapped(
         self, rows: Tensor, scale: float, zero: int, function: Callable[[Tensor], Tensor], table: Tensor
     ) -> Tensor:
-        """Multiply quint8 rows (n, in), and apply an elementwise function to the rounded results.
-
-        Args:
-            rows: quint8 (n, in).
-            scale: of the results before the function.
-            zero: zero point of these.
-            function: maps float32 to float32.
-            table: the function of each of the 256 results, as quint8.
-
-        Returns:
-            quint8 (n, out), of the scale and zero point of `table`.
-        """
-        if self.kind == "numba-1x4":
-            return self._packed.mapped(rows, scale, zero, table)
+        """See `Int8Kernel`."""
         output = function(self(rows, scale, zero))
         return torch.quantize_per_tensor(output, table.q_scale(), table.q_zero_point(), torch.quint8)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .kernels import Product, exact_product, prepared
+from .kernels import ZERO_KINDS, exact_product, int8_product, prepared
 from .threads import pieces_of, share
 
 
@@ -108,7 +108,7 @@ class ExactLinear(CpuLinear):
         """Multiply rows (n, in); sparse products in blocks of rows, which threads share."""
         kind = self.choice.kind(len(rows))
         weight = self._weights[kind]
-        if kind not in ("csr", "numba"):
+        if kind not in ZERO_KINDS:
             return exact_product(kind, rows, weight, self._bias)
         output = rows.new_empty(len(rows), self.out_features)
 
@@ -150,7 +150,7 @@ class Int8Product:
         if isinstance(output, Tensor):  # outputs leave the product as whole numbers
             scales, bias = scales / output, None if bias is None else bias / output
             self._units = output
-        self._products = {kind: Product(kind, values, scales, bias) for kind in sorted(choice.names())}
+        self._products = {kind: int8_product(kind, values, scales, bias) for kind in sorted(choice.names())}
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Multiply quint8 rows (n, in); returns float32 (n, out), which torch's products round to 8 bits."""

@@ -77,7 +77,7 @@ def _give_back() -> None:
 
 
 def _retimed(runtime: Runtime, plans: StoredPlans) -> Runtime:
-    """Choose again among the kinds of the same outputs, for the rows of the shapes that were timed."""
+    """Choose again for the rows of the shapes that were timed: among exact kinds, or among those in 8 bits."""
     timer = Timer([each.batch * each.length for each in runtime.times] or [128])
     layers = {}
     for name, plan in plans.items():

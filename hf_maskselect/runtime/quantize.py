@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..storage.text_files import text_rows
 from ..storage.tokenizer import load_tokenizer
-from ..utils.positions import longest_row
+from ..utils.token_limits import TokenLimits
 from .linears import Step
 
 RANGES = ("minmax", "percentile", "mse")
@@ -27,7 +27,8 @@ def batches_of(calibration: Iterable[Mapping[str, Any]], model: PreTrainedModel)
     Raises:
         ValueError: there are fewer than two, a row is no mapping, or its token ids are not of this model.
     """
-    name, batches, longest = model.main_input_name, [], longest_row(model)
+    name, batches = model.main_input_name, []
+    limits = TokenLimits.of(model) if name == "input_ids" else None
     for row in calibration:
         if not isinstance(row, Mapping) or name not in row:
             raise ValueError(
@@ -35,20 +36,9 @@ def batches_of(calibration: Iterable[Mapping[str, Any]], model: PreTrainedModel)
             )
         kept = {key: value for key, value in row.items() if key in (name, "attention_mask", "token_type_ids")}
         batch = {key: torch.as_tensor(value) for key, value in kept.items()}
-        if name == "input_ids":
+        if limits is not None:
+            limits.check(batch[name], "a calibration row")
             batch = {key: value[None] if value.dim() == 1 else value for key, value in batch.items()}
-            embeddings: Any = model.get_input_embeddings()
-            ids, size = batch[name], len(embeddings.weight)
-            if not 0 < ids.shape[-1] <= longest:
-                raise ValueError(
-                    f"a calibration row has {ids.shape[-1]} tokens, but the model takes 1 to {longest}: leave empty "
-                    "rows out, and tokenize with truncation=True"
-                )
-            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
-                raise ValueError(
-                    f"calibration rows hold the token id {int(ids.max())}, but the model has {size} tokens: use the "
-                    "model's own tokenizer"
-                )
         batches.append(batch)
     if len(batches) < 2:
         raise ValueError(

@@ -17,7 +17,9 @@ def text_rows(path: str | os.PathLike, remedy: str = "give the texts of your tas
         ValueError: the file cannot be read, or holds no text.
     """
     kind = _KINDS.get(Path(path).suffix)
-    if kind is None or not Path(path).is_file():
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {path}: {remedy}")
+    if kind is None:
         raise ValueError(f"{path} is no .txt, .parquet or .jsonl file: {remedy}")
     try:
         rows = load_dataset(kind, data_files=str(path), split="train")

@@ -5,7 +5,7 @@ import math
 import numpy
 import pytest
 import torch
-from block_weights import sparse_model
+from block_weights import sparse_model, time_quickly
 
 from hf_maskselect import CpuReport, export_cpu, load_cpu, pack
 from hf_maskselect.cli import main
@@ -21,8 +21,7 @@ HEADING = SECTIONS[CPU_JSON]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("hf_maskselect.runtime.export._SECONDS", 0.01)
-    monkeypatch.setattr("hf_maskselect.runtime.choose._SECONDS", 0.001)
+    time_quickly(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -118,7 +118,7 @@ def test_the_command_trims(saved, tmp_path, capsys):
     assert "of 30 texts keep their tokens" in printed[1] and printed[2] == f"wrote {output}"
     assert main(["verify", str(output), "--pattern", "1x4"]) == 0 and main(["report", str(output)]) == 0
     assert main(["trim", str(saved), "--output", str(tmp_path / "x"), "--texts", str(tmp_path / "none.txt")]) == 1
-    assert "none.txt is no .txt, .parquet or .jsonl file: give the texts of your task" in capsys.readouterr().err
+    assert "none.txt: give the texts of your task" in capsys.readouterr().err
     Dataset.from_list([{"label": 1}]).to_parquet(tmp_path / "d.parquet")
     assert main(["trim", str(saved), "--output", str(tmp_path / "x"), "--texts", str(tmp_path / "d.parquet")]) == 1
     assert "has no columns of text" in capsys.readouterr().err

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from ...utils.token_limits import TokenLimits, longest_row
+
 Batch = dict[str, Tensor]
 ROWS = 32  # of one batch
 _KEYS = ("attention_mask", "token_type_ids")
@@ -19,18 +21,19 @@ def rows_of(rows: Iterable[Mapping[str, Any]], model: PreTrainedModel) -> list[B
     """Return rows, or batches of rows, as single rows: tensors of what the model takes, without labels.
 
     Raises:
-        ValueError: there are fewer than 8, a row is no mapping, or its token ids are not of this model.
+        ValueError: there are fewer than 8, a row is no mapping, empty or too long, or its ids are not of this model.
     """
     name, kept = model.main_input_name, []
     takes = inspect.signature(model.forward).parameters
+    limits = TokenLimits.of(model) if name == "input_ids" else None
     axes = 3 if name == "pixel_values" else 2 if "MultipleChoice" in type(model).__name__ else 1
     for row in rows:
         if not isinstance(row, Mapping) or name not in row:
             raise ValueError(f"a row is {type(row).__name__} without {name}: give tokenized rows of the train split")
         tensors = {key: torch.as_tensor(row[key]) for key in (name, *_KEYS) if key in row and key in takes}
-        if name == "input_ids":
+        if limits is not None:
+            limits.check(tensors[name], "a row")
             tensors.setdefault("attention_mask", torch.ones_like(tensors[name]))
-            _check_ids(tensors[name], model)
         if tensors[name].dim() == axes:
             kept.append(tensors)
         else:
@@ -68,7 +71,7 @@ def timed_batch(row: Batch, model: PreTrainedModel, shape: Sequence[int]) -> Bat
         raise ValueError(f"latency_shape={tuple(shape)} must be a batch size and a length above 0, such as (8, 128)")
     if name != "input_ids":
         return {name: torch.stack([row[name]] * size)}
-    longest = getattr(model.config, "max_position_embeddings", length)
+    longest = longest_row(model)
     if length > longest:
         raise ValueError(
             f"latency_shape has length {length}, but the model has {longest} positions: give a shorter one"
@@ -88,12 +91,3 @@ def _padded(rows: Sequence[Batch], model: PreTrainedModel) -> Batch:
         values = [pad(row[key], (0, longest - row[name].shape[-1]), value=filler) for row in rows]
         batch[key] = torch.stack(values).to(model.device)
     return batch
-
-
-def _check_ids(ids: Tensor, model: PreTrainedModel) -> None:
-    embeddings: Any = model.get_input_embeddings()
-    if not ids.numel() or not 0 <= int(ids.min()) <= int(ids.max()) < embeddings.num_embeddings:
-        raise ValueError(
-            f"a row holds {'the token id ' + str(int(ids.max())) if ids.numel() else 'no token'}, but the model has "
-            f"{embeddings.num_embeddings} tokens: use the model's own tokenizer"
-        )

@@ -38,7 +38,8 @@ class Latency:
 
     def __str__(self) -> str:
         size = " x ".join(map(str, next(iter(self._batch.values())).shape))
-        where = f"{torch.get_num_threads()} threads" if self._device.type == "cpu" else str(self._device)
+        threads = torch.get_num_threads()
+        where = f"{threads} thread{'s' * (threads > 1)}" if self._device.type == "cpu" else str(self._device)
         return f"{size}, {str(self._dtype).removeprefix('torch.')}, {where}"
 
     def _time_table(self) -> None:

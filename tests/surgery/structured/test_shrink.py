@@ -59,7 +59,7 @@ def test_the_report_says_what_was_tried_and_reached():
     text = str(report)
     divergences = [candidate.divergence for candidate in report.candidates]
     assert divergences == sorted(divergences) and len(divergences) == 5
-    assert str(report.shape) in text and f"{report.parameters[1]:,}" in text and "1 x 4, float32, 1 threads" in text
+    assert str(report.shape) in text and f"{report.parameters[1]:,}" in text and "1 x 4, float32, 1 thread" in text
 
 
 def test_the_same_seed_and_rows_make_the_same_model():
@@ -118,6 +118,8 @@ def test_twice_smaller_in_two_steps():
         ({"rows": []}, "0 rows are too few to fit a model"),
         ({"rows": [{"labels": 1}] * 9}, "a row is dict without input_ids"),
         ({"rows": [{"input_ids": [3, 64]}] * 9}, "a row holds the token id 64, but the model has 64 tokens"),
+        ({"rows": [{"input_ids": [3] * 65}] * 9}, "a row has 65 tokens, but the model takes 1 to 64"),
+        ({"rows": [{"input_ids": []}] * 9}, "a row has 0 tokens"),
         ({"latency_shape": (8, 128)}, "length 128, but the model has 64 positions"),
         ({"latency_shape": (0, 8)}, "must be a batch size and a length above 0"),
     ],

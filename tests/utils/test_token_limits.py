@@ -13,7 +13,7 @@ from transformers import (
     RobertaModel,
 )
 
-from hf_maskselect.utils.positions import longest_row
+from hf_maskselect.utils.token_limits import longest_row
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 14}
 
