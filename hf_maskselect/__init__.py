@@ -20,7 +20,8 @@ from .storage.verify import verify
 from .surgery.merge_adapter import merge_adapter_with_masks
 from .surgery.permute_channels import PermutationReport, permute_channels
 from .surgery.refit import Refit, refit
-from .surgery.structured.shrink import ShrinkReport, shrink_model
+from .surgery.structured.report import ShrinkReport
+from .surgery.structured.shrink import shrink_model
 from .surgery.trim_vocabulary import TrimReport, trim_vocabulary
 from .trainer import PruningTrainer
 

@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 
 from ..permute_channels import COUPLINGS, Coupling
 
+_MOST_ZEROS = 0.05  # share of zeros in a dense model's weights
+
 
 @dataclass(frozen=True)
 class Family:
@@ -133,4 +135,21 @@ def family_of(model: PreTrainedModel) -> Family:
                         f"{name} of a layer is no plain linear layer, so its {kind!r} model cannot be made smaller: "
                         "merge adapters first, and use a model that is not quantized"
                     )
+    return family
+
+
+def checked_family(model: PreTrainedModel) -> Family:
+    """Return the family of a model that can be made smaller.
+
+    Raises:
+        ValueError: the family is not known, or the model has zeros of a mask, which the fit would fill.
+    """
+    family = family_of(model)
+    weights = [consumer.weight for layer in family.layers(model) for consumer in family.consumers(layer)]
+    zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    if zeros > _MOST_ZEROS:
+        raise ValueError(
+            f"{zeros:.0%} of the weights to fit are zero, and the fit would fill them: shrink the dense model, and "
+            "prune the small one"
+        )
     return family

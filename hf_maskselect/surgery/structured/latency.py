@@ -13,6 +13,7 @@ from ...utils.clock import clock, least_seconds
 from .batches import Batch
 from .cut import Cutter
 from .fit import Calls
+from .notes import Notes
 from .shapes import STEP, Shape
 
 _SHARES = (1, 2 / 3, 1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 12, 1 / 24)
@@ -27,10 +28,11 @@ class Latency:
         batch: what is timed, on the device.
         dtype: what is timed, such as `torch.bfloat16`.
         device: what is timed.
+        notes: the times of the table and the measured speed-ups. What they hold already is not timed again.
     """
 
-    def __init__(self, cutter: Cutter, batch: Batch, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype, self._device = dtype, device
+    def __init__(self, cutter: Cutter, batch: Batch, dtype: torch.dtype, device: torch.device, notes: Notes) -> None:
+        self._dtype, self._device, self._notes = dtype, device, notes
         self._batch = {name: _moved(value, dtype, device) for name, value in batch.items()}
         self._dense = self._placed(cutter.model)
         self._cutter, self._encoder = Cutter(self._dense, cutter.family), cutter.encoder
@@ -68,7 +70,7 @@ class Latency:
         )
         setattr(halved.config, family.depth, half)  # shared layers run at fewer depths
         jobs["half"] = self._forward(halved)
-        seconds = self._seconds(jobs)
+        seconds = self._noted(jobs)
         alone, inside = seconds[f"width {encoder.width}"], seconds["dense"] - seconds["half"]
         scale = inside / (encoder.depth - half) / alone if encoder.depth > 1 and inside > 0 else 1.0
         self._widths = {width: scale * seconds[f"width {width}"] for width in sorted(widths)}
@@ -88,12 +90,27 @@ class Latency:
         fitting = [width for width in allowed if self.predicted(Shape(layers, width, heads)) <= seconds]
         return max(fitting, default=0)
 
-    def measured(self, shape_or_model: Shape | PreTrainedModel) -> tuple[float, float]:
+    def speedup(self, shape: Shape) -> float:
+        """Return how many times as fast as the dense model one of this shape is, measured."""
+        key = f"speed-up of {shape}"
+        if key not in self._notes:
+            dense, small = self.measured(self._cutter.cut(shape))
+            self._notes[key] = dense / small
+        return self._notes[key]
+
+    def measured(self, model: PreTrainedModel) -> tuple[float, float]:
         """Return the seconds of the dense model and of a smaller one, timed in turns."""
-        small = self._cutter.cut(shape_or_model) if isinstance(shape_or_model, Shape) else self._placed(shape_or_model)
-        jobs = {"dense": self._forward(self._dense), "small": self._forward(small)}
+        jobs = {"dense": self._forward(self._dense), "small": self._forward(self._placed(model))}
         seconds = self._seconds(jobs)
         return seconds["dense"], seconds["small"]
+
+    def _noted(self, jobs: dict[str, Callable[[], object]]) -> dict[str, float]:
+        """Time all jobs, unless the notes have them all."""
+        keys = {name: f"seconds of {name}, {self}" for name in jobs}
+        if not all(key in self._notes for key in keys.values()):
+            for name, seconds in self._seconds(jobs).items():
+                self._notes[keys[name]] = seconds
+        return {name: self._notes[key] for name, key in keys.items()}
 
     def _seconds(self, jobs: dict[str, Callable[[], object]]) -> dict[str, float]:
         with torch.inference_mode():

@@ -12,7 +12,7 @@ from hf_maskselect import shrink_model
 from hf_maskselect.surgery.structured.batches import batches_of, rows_of
 from hf_maskselect.surgery.structured.families import family_of
 from hf_maskselect.surgery.structured.shapes import Shape
-from hf_maskselect.surgery.structured.shrink import _narrowed
+from hf_maskselect.surgery.structured.target import narrowed
 
 
 @pytest.fixture(autouse=True)
@@ -157,13 +157,13 @@ class Clock:
     def predicted(self, shape):
         return 0.8 * shape.width
 
-    def measured(self, shape):
-        return 1000, shape.width
+    def speedup(self, shape):
+        return 1000 / shape.width
 
     def width_of_time(self, seconds, layers, heads):
         return int(seconds / 0.8 // 8 * 8)
 
 
 def test_the_width_follows_the_measured_time():
-    shape = _narrowed(Clock(), Shape((0,), 624, 4), 2.0)
+    shape = narrowed(Clock(), Shape((0,), 624, 4), 2.0)
     assert 1000 / 2.0 / 1.05 <= shape.width <= 500

@@ -1,0 +1,106 @@
+"""Fits and scores smaller models of one dense model."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ...utils.judge import Judge
+from .batches import Batch, batches_of
+from .cut import Cutter
+from .families import Family
+from .fit import Calls, fit
+from .moments import consumer_grams
+from .notes import Notes
+from .order import removal_order
+from .search import Candidate, ShapeSearch, WidthOf
+from .shapes import Shape
+
+_TRIAL_POSITIONS = 8192  # that neurons are ordered by, and candidates fitted on
+_HELD_OUT = 512  # rows
+_POSITIONS = 32768  # that the chosen one is fitted on
+
+
+class ShapeJob:
+    """Fits and scores smaller models of one dense model. All of its models are in float32 and in eval mode.
+
+    Args:
+        model: the dense model. It stays as it is.
+        family: its family.
+        rows: to fit on, from `rows_of`. The first ones are used, up to 32,768 positions.
+        held_out: rows to score on, of which the first 512 are used.
+        notes: the divergence of every shape that was scored, by its text. What it holds already is not scored again.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        rows: Sequence[Batch],
+        held_out: Sequence[Batch],
+        notes: Notes,
+    ) -> None:
+        dense: Any = copy.deepcopy(model)
+        self.dense, self.family, self._dtype, self._notes = dense.float().eval(), family, model.dtype, notes
+        self.rows = _few(rows, model.main_input_name, _POSITIONS)
+        self._few = batches_of(_few(self.rows, model.main_input_name, _TRIAL_POSITIONS), model)
+        self._judge = Judge(self.dense, batches_of(held_out[:_HELD_OUT], model))
+        grams = consumer_grams(self.dense, family, self._few, bool(family.queries))
+        orders = []
+        for layer, (head_gram, gram) in zip(family.layers(self.dense), grams, strict=True):
+            attention, ffn = family.consumers(layer)
+            size = attention.in_features // model.config.num_attention_heads
+            heads = torch.empty(0) if head_gram is None else removal_order(attention.weight, head_gram, size, 1)
+            orders.append((heads, removal_order(ffn.weight, gram)))
+        self.cutter = Cutter(self.dense, family, orders, grams)
+        self.encoder = self.cutter.encoder
+
+    def search(self, width_of: WidthOf, count: int, seed: int) -> list[Candidate]:
+        """Return the shapes that were tried, the best first."""
+        calls = self._calls(self._few, keeps=True)
+        with tqdm(total=count, desc="shapes", leave=False) as bar:
+
+            def evaluate(shape: Shape) -> float:
+                bar.update()
+                if str(shape) not in self._notes:
+                    self._notes[str(shape)] = self._fitted(shape, calls)[1]
+                return self._notes[str(shape)]
+
+            search = ShapeSearch(
+                self.encoder,
+                first_stays=self.family.first_stays,
+                cuts_heads=bool(self.family.queries),
+                width_of=width_of,
+                evaluate=evaluate,
+                count=count,
+                seed=seed,
+            )
+            return search.run()
+
+    def fitted(self, shape: Shape) -> tuple[PreTrainedModel, float]:
+        """Return the model of a shape, fitted on all rows, in the dtype of the model given, and its divergence."""
+        fitted: tuple[Any, float] = self._fitted(shape, self._calls(batches_of(self.rows, self.dense)))
+        return fitted[0].to(self._dtype), fitted[1]
+
+    def _calls(self, batches: Sequence[Batch], keeps: bool = False) -> Calls | None:
+        return None if self.family.shared else Calls(self.dense, self.family, batches, keeps)
+
+    def _fitted(self, shape: Shape, calls: Calls | None) -> tuple[PreTrainedModel, float]:
+        small = self.cutter.cut(shape)
+        if calls is not None:
+            fit(small, self.family, shape.layers, calls)
+        return small, self._judge(small)
+
+
+def _few(rows: Sequence[Batch], name: str, positions: int) -> list[Batch]:
+    """Return the first rows that have so many tokens together."""
+    few, count = [], 0
+    for row in rows:
+        few.append(row)
+        count += row[name].shape[-1]
+        if count >= positions:
+            break
+    return few

@@ -1,0 +1,86 @@
+"""How much faster or smaller a model shall become, and the choice of the shape that meets it."""
+
+from dataclasses import dataclass, replace
+
+from .job import ShapeJob
+from .latency import Latency
+from .search import Candidate
+from .shapes import STEP, Shape
+
+_NARROWED = 6  # times that the chosen width is measured
+_ROOM = 1.05  # a measured speed-up may exceed the target by so much
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a smaller model shall reach, one of the two.
+
+    speedup: how many times as fast as before. sparsity: share of the layers' parameters that goes.
+    """
+
+    speedup: float | None = None
+    sparsity: float | None = None
+
+    def check(self) -> None:
+        """Raise a ValueError unless exactly one of the two is given, and in its range."""
+        if (self.speedup is None) == (self.sparsity is None):
+            raise ValueError("pass speedup, such as 2.0, or sparsity, such as 0.5, and not both")
+        if self.speedup is not None and not 1 < self.speedup < float("inf"):
+            raise ValueError(f"speedup={self.speedup} must be a number above 1, such as 2.0")
+        if self.sparsity is not None and not 0 < self.sparsity < 1:
+            raise ValueError(f"sparsity={self.sparsity} must be between 0 and 1, such as 0.5")
+
+    def __str__(self) -> str:
+        return f"sparsity={self.sparsity}" if self.speedup is None else f"speedup={self.speedup}"
+
+
+def choose_shape(
+    job: ShapeJob, latency: Latency, target: Target, num_candidates: int, seed: int
+) -> tuple[Shape, list[Candidate]]:
+    """Return the shape that meets a target, and the candidates that were tried, the best first.
+
+    Raises:
+        ValueError: no shape meets the target.
+    """
+    encoder = job.encoder
+
+    def width_of(layers: tuple[int, ...], heads: int) -> int:
+        if target.speedup is not None:
+            return latency.width_of_time(latency.dense / target.speedup, layers, heads)
+        kept = (1 - (target.sparsity or 0)) * encoder.parameters(encoder.full())
+        return encoder.width_of_size(int(kept), layers, heads)
+
+    candidates = job.search(width_of, num_candidates, seed)
+    if not candidates:
+        raise ValueError(_unreachable(job, latency, target))
+    shape = candidates[0].shape
+    return shape if target.speedup is None else narrowed(latency, shape, target.speedup), candidates
+
+
+def narrowed(latency: Latency, shape: Shape, speedup: float) -> Shape:
+    """Change the width until the measured time of the whole model meets the target, by at most 5 % too much."""
+    met: list[Shape] = []
+    tried: set[Shape] = set()
+    while len(tried) < _NARROWED and shape.width >= STEP and shape not in tried:
+        tried.add(shape)
+        reached = latency.speedup(shape)
+        if reached >= speedup:
+            met.append(shape)
+        if speedup <= reached <= speedup * _ROOM:
+            break
+        aim = latency.predicted(shape) * reached / (speedup * (1 + _ROOM) / 2)
+        shape = replace(shape, width=latency.width_of_time(aim, shape.layers, shape.heads))
+    return max(met or tried, key=lambda each: each.width if met else -each.width)
+
+
+def _unreachable(job: ShapeJob, latency: Latency, target: Target) -> str:
+    """Name the most that a shape reaches."""
+    encoder, heads = job.encoder, 1 if job.family.queries else job.encoder.heads
+    layers = tuple(range(encoder.depth if encoder.shared else 1))
+    least = Shape(layers, STEP, heads)
+    if target.speedup is not None:
+        best = f"{latency.dense / latency.predicted(least):.1f} times as fast"
+    else:
+        share = 1 - encoder.parameters(least) / encoder.parameters(encoder.full())
+        best = f"without {share:.1%} of the layers' parameters"
+    return f"{target} is reached by no shape: the smallest, {least}, is {best}; ask for less"
