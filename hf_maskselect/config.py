@@ -10,18 +10,20 @@ from .fields.resolved import ResolvedConfig
 from .fields.rules import SELECTION_LOSSES, SOFT_METHODS, check_inherited_types, greater_is_better, listed
 from .fields.search import SearchFields
 from .fields.soft import SoftFields
+from .fields.structure import StructureFields
 from .fields.target import TargetFields
 from .masking.patterns import parse_pattern
 
-_GROUPS = (TargetFields, SearchFields, SoftFields, DistillFields)
+_GROUPS = (TargetFields, StructureFields, SearchFields, SoftFields, DistillFields)
 _EMERGENT = 0.5  # placeholder of `sparsity` where the method finds it; nothing is pruned by it
 
 
 @dataclass
-class PruningConfig(TargetFields, SearchFields, SoftFields, DistillFields, TrainingArguments):
-    """Arguments of [`PruningTrainer`]: everything of `TrainingArguments`, and four groups of fields.
+class PruningConfig(TargetFields, StructureFields, SearchFields, SoftFields, DistillFields, TrainingArguments):
+    """Arguments of [`PruningTrainer`]: everything of `TrainingArguments`, and five groups of fields.
 
     * [`TargetFields`]: what is pruned, how far and when (`method`, `sparsity`, `pattern`, `levels`, ...).
+    * [`StructureFields`]: smaller shapes instead of zeros (`target_speedup`, `keep_shape`, `latency_*`).
     * [`SearchFields`]: which candidate, and the refit (`num_candidates`, `proposals`, `refit_rows`, ...).
     * [`SoftFields`]: soft masks of `"pdp"` and `"gumbel"` (`soft_ramp`, `frozen_steps`, `pdp_tau`, `gumbel_*`).
     * [`DistillFields`]: the losses of a teacher (`distill_*`, `hard_label_weight`).
@@ -48,6 +50,7 @@ class PruningConfig(TargetFields, SearchFields, SoftFields, DistillFields, Train
         """
         check_inherited_types(self, TrainingArguments)
         self._check_target_values()
+        self._check_structure_values()
         self._check_search_values()
         self._check_soft_values()
         self._check_distill_values()
@@ -57,6 +60,7 @@ class PruningConfig(TargetFields, SearchFields, SoftFields, DistillFields, Train
                 "an evaluation: use bf16=True or fp16=True instead"
             )
         settings = self._resolve()
+        self._check_structure_rules(settings)
         self._check_soft_rules(settings)
         self._check_search_rules(settings)
         self._check_target_rules(settings)
@@ -73,16 +77,22 @@ class PruningConfig(TargetFields, SearchFields, SoftFields, DistillFields, Train
         emergent = gumbel is not None and not gumbel.budget
         criterion = self._criterion_of(self.method, soft)
         scope = "global" if soft else "layer" if criterion == "magnitude" else "balanced"
-        pattern = parse_pattern(self.pattern, self.scope or scope, self.layer_floor)
+        structure = self._structure()
+        name = "unstructured" if structure else self.pattern  # the masks of a smaller shape keep all
+        pattern = parse_pattern(name, self.scope or scope, self.layer_floor)
         sparsity = self.sparsity
-        if sparsity is None:
+        if structure is not None:
+            sparsity = sparsity or 0.0
+        elif sparsity is None:
             sparsity = _EMERGENT if emergent else pattern.sparsity or 0.9375
         refit_rows, frozen_steps, num_candidates = self.refit_rows, self.frozen_steps, self.num_candidates
         if refit_rows is None:  # magnitude is the plain baseline, and the paper's proposals stay the paper's
             refit_rows = 0 if criterion == "magnitude" else 256
         if frozen_steps is None:
             frozen_steps = 0.2 if soft and not self.gumbel_untrained else 0
-        if num_candidates is None:
+        if structure is not None:
+            refit_rows, num_candidates = 0, 1  # of masks
+        elif num_candidates is None:
             num_candidates = 4 if self.method == "random" else 1
         target, exclude = self.target_modules, self.exclude_modules
         metric = None if self.selection_metric is None else self.selection_metric.removeprefix("eval_")
@@ -94,19 +104,20 @@ class PruningConfig(TargetFields, SearchFields, SoftFields, DistillFields, Train
             pattern=pattern,
             scope=pattern.scope,
             criterion=criterion,
-            levels=self._levels(pattern, sparsity, soft),
+            levels=self._structure_levels() if structure else self._levels(pattern, sparsity, soft),
             num_candidates=num_candidates,
             proposals=listed(self.proposals),
             refit_rows=refit_rows,
             frozen_steps=frozen_steps,
             gumbel=gumbel,
+            structure=structure,
             selection_metric=metric,
             selection_greater_is_better=self._selects_greater(metric),
             target_modules=None if target is None else listed(target),
             exclude_modules=None if exclude is None else listed(exclude),
             searches=num_candidates > 1,
             scores_after_refit=self._scores_after_refit(num_candidates > 1, refit_rows),
-            needs_selection_split=num_candidates > 1 or self.level_eval_steps > 0,
+            needs_selection_split=num_candidates > 1 or self.level_eval_steps > 0 or structure is not None,
             pruning_warmup_steps=self.pruning_warmup_steps,
             soft_ramp=self.soft_ramp,
             last_level_weight=self.last_level_weight,

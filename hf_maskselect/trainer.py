@@ -41,21 +41,20 @@ from .training.checks import (
     check_rows,
     selection_metric,
 )
-from .training.distilled import Distilled
 from .training.held_out import RowSplit
 from .training.hub import complete_card, with_tags
 from .training.optimizers import check_rate, check_renewable
 from .training.plan import plan_text
 from .training.pushes import WholePushes
 from .training.run import PruningRun, make_method, run_fields
-from .training.run_optimizers import RunOptimizers
 from .training.sigterm import CheckpointTogether
+from .training.structured import StructuredTraining
 from .utils.processes import Processes
 from .utils.swapped import overrides, swapped
 from .utils.wrappers import plain_model
 
 
-class PruningTrainer(Distilled, RunOptimizers, AtomicCheckpoints, WholePushes, Trainer):
+class PruningTrainer(StructuredTraining, AtomicCheckpoints, WholePushes, Trainer):
     """Fine-tune and prune in one `train()`. The model ends with exactly the requested share of zeros.
 
     Takes every argument of `Trainer`, and:
@@ -126,7 +125,7 @@ class PruningTrainer(Distilled, RunOptimizers, AtomicCheckpoints, WholePushes, T
     def _begin(self, teacher: PreTrainedModel | str | os.PathLike | None) -> None:
         """Make what a run consists of, by the arguments as they are now."""
         args = self.args
-        own = overrides(self, "distilled", Distilled)
+        own = overrides(self, "distilled", StructuredTraining)
         self.distiller = None if teacher is None else make_distiller(teacher, self.model, args, own)
         self._was_distilled = False
         self._teacher_only = teacher_only(self.distiller, self.model)
@@ -314,6 +313,7 @@ class PruningTrainer(Distilled, RunOptimizers, AtomicCheckpoints, WholePushes, T
             run.write_to(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        self._take_shape_of(resume_from_checkpoint)
         self.run.check_resumes(resume_from_checkpoint, self.model, self.find_weights(self.model))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.run.resume(resume_from_checkpoint, self.model)
@@ -380,7 +380,7 @@ class _StepEvents(TrainerCallback):
         run, step = self._trainer.run, state.global_step
         level = run.method.level_due(step)
         if level is not None:  # the only place where a level starts
-            run.start_level(level, step, self._trainer.model)
+            self._trainer._start_level(level, step)
         run.method.on_step_begin(step)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:

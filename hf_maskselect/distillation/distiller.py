@@ -30,8 +30,9 @@ class Distiller:
 
     Args:
         teacher: the dense model, of any architecture with the student's vocabulary and task. It may be deeper: with
-            `k` times the student's layers, layer `i` of the student learns from layer `k * i` of the teacher. Inputs
-            that only the teacher takes (`token_type_ids` beside a DistilBERT student) must be in the student's batch.
+            `k` times the student's layers, layer `i` of the student learns from layer `k * i` of the teacher; a
+            student that was made smaller learns from the layers that it kept. Inputs that only the teacher
+            takes (`token_type_ids` beside a DistilBERT student) must be in the student's batch.
         student: the model to be trained; only its config and attention implementation are used.
         weights: `logits` (1.0), `hidden` (1.0), `attention` (0.0), `temperature` (1.0) and `hard_label` (0.0), as in
             `DistillWeights`.
@@ -49,7 +50,7 @@ class Distiller:
     def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, **weights: float) -> None:
         teacher, student = plain_model(teacher), plain_model(student)
         self.weights = DistillWeights(**weights)
-        self.layer_ratio = check_fit(teacher, student, self.weights)
+        self._layers = check_fit(teacher, student, self.weights)
         # The config, not its problem type: the student's first forward with labels may still fill that in.
         self._config = student.config
         if self.weights.attention > 0:
@@ -57,6 +58,14 @@ class Distiller:
         self._teacher = Teacher(teacher, self.weights)
         self.teacher, self.teacher_arguments = teacher, self._teacher.arguments
         self.student_kwargs = self._teacher.outputs
+
+    def follow(self, student: PreTrainedModel) -> None:
+        """Compare other layers from now on: the student has become smaller.
+
+        Raises:
+            ValueError: the teacher does not fit its new shape.
+        """
+        self._layers = check_fit(self.teacher, student, self.weights)
 
     def release(self) -> None:
         """Give the teacher its own attention implementation back; it stays frozen."""
@@ -84,7 +93,7 @@ class Distiller:
         check_states("student", outputs, self._config, self.student_kwargs)
         check_states("teacher", taught, self.teacher.config, self.student_kwargs)
         mask, labels = inputs.get("attention_mask"), inputs.get("labels")
-        return distill_loss(weights, outputs, taught, mask, labels, label_loss, problem, self.layer_ratio)
+        return distill_loss(weights, outputs, taught, mask, labels, label_loss, problem, self._layers)
 
     @property
     def is_regression(self) -> bool:
@@ -121,6 +130,9 @@ class FrozenTeacher:
         self.teacher = plain_model(teacher).eval().requires_grad_(False).to(device)
         self.student_kwargs: dict[str, bool] = {}
         self.teacher_arguments: frozenset[str] = frozenset()
+
+    def follow(self, student: PreTrainedModel) -> None:
+        """Do nothing: what is compared is between the subclass and the user."""
 
     def release(self) -> None:
         """Do nothing: there is nothing to give back."""

@@ -9,7 +9,7 @@ is therefore the mean of the losses of its two halves, however they are padded, 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,7 @@ def distill_loss(
     labels: Tensor | None = None,
     label_loss: Tensor | None = None,
     problem: str | None = None,
-    layer_ratio: int = 1,
+    layers: Sequence[int] | None = None,
 ) -> Tensor:
     """Return the weighted sum of the terms, a float32 scalar, also under autocast.
 
@@ -76,18 +76,18 @@ def distill_loss(
         label_loss: the student's own loss, a mean over the batch, needed if `weights.hard_label > 0`.
         problem: `"regression"` compares logits with the labels, `"multi_label_classification"` takes one binary
             decision a label; anything else is a choice between classes.
-        layer_ratio: layers of the teacher per layer of the student.
+        layers: for each layer of the student the number of the teacher's layer it learns from; by default the same.
 
     Raises:
         ValueError: an output is missing, or two of them differ in number or shape.
     """
     terms = []
     if weights.hidden > 0:
-        pairs = _layer_pairs("hidden_states", student, teacher, layer_ratio)
+        pairs = _layer_pairs("hidden_states", student, teacher, layers)
         tokens = _token_weights(mask, pairs[0][0])
         terms += [weights.hidden * _weighted_mse(s, t, tokens, dim=-1) for s, t in pairs]
     if weights.attention > 0:
-        pairs = _layer_pairs("attentions", student, teacher, layer_ratio)
+        pairs = _layer_pairs("attentions", student, teacher, layers)
         tokens = _token_weights(mask, pairs[0][0][:, 0])
         # Pairs of a real query and a real key: 1 / (batch * real ** 2) each.
         squares = tokens[:, :, None] * tokens[:, None, :] * len(tokens)
@@ -135,10 +135,15 @@ def soft_cross_entropy(
     return mean * temperature**2
 
 
-def _layer_pairs(key: str, student: Outputs, teacher: Outputs, ratio: int) -> list[tuple[Tensor, Tensor]]:
+def _layer_pairs(
+    key: str, student: Outputs, teacher: Outputs, layers: Sequence[int] | None
+) -> list[tuple[Tensor, Tensor]]:
     """Pairs (student, teacher) of the hidden states or attention maps to compare."""
-    first = 0 if key == "hidden_states" else ratio - 1  # hidden states begin with the embeddings: 0 belongs to 0
-    pairs = list(zip(student[key], teacher[key][first::ratio], strict=True))
+    theirs = teacher[key]
+    if layers is not None:
+        first = [0] if key == "hidden_states" else []  # hidden states begin with the embeddings
+        theirs = [theirs[index] for index in (*first, *(layer + len(first) for layer in layers))]
+    pairs = list(zip(student[key], theirs, strict=True))
     for s, t in pairs:
         if s.shape != t.shape:
             raise ValueError(

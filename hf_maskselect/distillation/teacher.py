@@ -13,6 +13,7 @@ from transformers.utils.generic import find_labels
 
 from ..storage.configs import find_config
 from ..storage.models import architecture_of, load_strictly, named_class
+from ..surgery.structured.record import StructureRecord
 from ..utils.wrappers import plain_model
 from .losses import FIELDS, DistillWeights, Outputs
 
@@ -111,8 +112,11 @@ def check_separate(teacher: nn.Module, student: nn.Module) -> None:
         )
 
 
-def check_fit(teacher: PreTrainedModel, student: PreTrainedModel, weights: DistillWeights) -> int:
-    """Refuse a teacher that does not fit the student; return its number of layers per layer of the student."""
+def check_fit(teacher: PreTrainedModel, student: PreTrainedModel, weights: DistillWeights) -> tuple[int, ...] | None:
+    """Refuse a teacher that does not fit the student; return its layer for each layer of the student.
+
+    None if no layers are compared.
+    """
     logits, hidden, attention = weights.logits, weights.hidden, weights.attention
     check_separate(teacher, student)
     t, s = teacher.config, student.config
@@ -133,19 +137,23 @@ def check_fit(teacher: PreTrainedModel, student: PreTrainedModel, weights: Disti
     if attention > 0:
         differ("num_attention_heads", "set distill_attention=0 or use a teacher with as many heads as the student")
     if hidden == 0 and attention == 0:
-        return 1
+        return None
     if type(student).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():
         raise ValueError(
             f"the student is a {type(student).__name__}, which takes every choice as a row, so its layers do not fit "
             "the attention mask: set distill_hidden=0 and distill_attention=0, which leaves the logits"
         )
     theirs, ours = t.num_hidden_layers, s.num_hidden_layers
+    shrunk = StructureRecord.find(s)
+    if shrunk is not None and (len(shrunk.dense.layers), len(shrunk.shape.layers)) == (theirs, ours):
+        return shrunk.shape.layers
     if theirs % ours:
         raise ValueError(
             f"the teacher has {theirs} layers, which is no multiple of the student's {ours}: set "
             "distill_hidden=0 and distill_attention=0, or use a teacher whose layers are a multiple"
         )
-    return theirs // ours
+    ratio = theirs // ours
+    return tuple(range(ratio - 1, theirs, ratio))
 
 
 def _check_task(teacher: PreTrainedModel, student: PreTrainedModel) -> None:

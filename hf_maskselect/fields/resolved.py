@@ -2,6 +2,8 @@
 
 from dataclasses import asdict, dataclass
 
+import torch
+
 from ..masking.base import Pattern
 from ..masking.schedule import LevelPlan
 from ..methods.gumbel import GumbelOptions
@@ -10,6 +12,24 @@ _SAME_NAME = "method sparsity scope criterion num_candidates refit_rows frozen_s
 _SAME_NAME += " selection_metric selection_greater_is_better"
 _LISTS = ("levels", "proposals", "target_modules", "exclude_modules")
 _GUMBEL_NAMES = {"logit_rate": "learning_rate", "scale_rate": "scale_learning_rate"}
+
+
+@dataclass(frozen=True)
+class StructureOptions:
+    """What a run with `pattern="structured"` reads.
+
+    by_speedup: whether levels are speed-ups, and not shares of the layers' parameters. free: whether every layer may
+    have a shape of its own. num_candidates: shapes tried at a level. rows: of train, to fit on. latency_shape: batch
+    size and length that are timed. latency_dtype, latency_device: None for those of the model.
+    """
+
+    by_speedup: bool
+    free: bool
+    num_candidates: int
+    rows: int
+    latency_shape: tuple[int, int]
+    latency_dtype: torch.dtype | None
+    latency_device: str | None
 
 
 @dataclass(frozen=True)
@@ -28,6 +48,8 @@ class ResolvedConfig:
         selection_greater_is_better: direction of `selection_metric`; False for the two losses.
         searches: whether a level has more than one candidate.
         scores_after_refit: whether candidates are scored right after their refit (if they have one), without training.
+        structure: options of a structured run, which has no masks; None for another one. `sparsity` is then the share
+            of the layers' parameters that goes, and 0 where the target is a speed-up.
         needs_selection_split: whether the run makes a choice that must not look at the evaluation data.
     """
 
@@ -44,6 +66,7 @@ class ResolvedConfig:
     refit_rows: int
     frozen_steps: float
     gumbel: GumbelOptions | None
+    structure: StructureOptions | None
     selection_metric: str | None
     selection_greater_is_better: bool
     target_modules: tuple[str, ...] | None
@@ -85,6 +108,8 @@ class ResolvedConfig:
             values[name] = None if value is None else list(value)
         for name, value in {} if self.gumbel is None else asdict(self.gumbel).items():
             values[f"gumbel_{_GUMBEL_NAMES.get(name, name)}"] = value
+        if self.structure is not None:
+            values |= {"num_candidates": self.structure.num_candidates, "refit_rows": self.structure.rows}
         return {**values, "num_levels": len(self.levels)}
 
 

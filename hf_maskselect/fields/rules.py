@@ -15,6 +15,7 @@ from ..masking.scores import CRITERIA
 
 SOFT_METHODS = ("pdp", "gumbel")
 METHODS = ("random", *CRITERIA, *SOFT_METHODS)
+STRUCTURED = "structured"  # the pattern that has no masks
 SELECTIONS = ("halving", "survivors", "early")
 SELECTION_LOSSES = ("loss", "teacher")
 
@@ -32,6 +33,7 @@ _TYPES: dict[object, str] = {
     bool: "true or false",
     str: "text",
     list[float]: "a list of finite numbers, such as [0.5, 0.9]",
+    list[int]: "a list of whole numbers, such as [8, 128]",
     list[str]: "a list of text",
 }
 

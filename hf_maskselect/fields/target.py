@@ -7,7 +7,17 @@ from ..masking.patterns import SCOPES, parse_pattern
 from ..masking.schedule import check_levels
 from ..masking.targets import check_module_names
 from .resolved import ResolvedConfig
-from .rules import METHODS, check_choice, check_least, check_positive, check_steps, check_types, no_meaning, option
+from .rules import (
+    METHODS,
+    STRUCTURED,
+    check_choice,
+    check_least,
+    check_positive,
+    check_steps,
+    check_types,
+    no_meaning,
+    option,
+)
 
 MOST_LEVELS = 10_000
 
@@ -26,8 +36,9 @@ class TargetFields:
             where it emerges.
         pattern (`str`, defaults to `"unstructured"`): or `"N:M"`, at most N of M consecutive weights along the input
             axis; `"RxC"` such as `"1x4"`, blocks of R outputs and C inputs that are kept or pruned whole, chosen as
-            single weights are, by the sum of their scores; or `"channel"`, whole output channels, the same share of
-            every matrix (not for `"random"` and `"gumbel"`).
+            single weights are, by the sum of their scores; `"channel"`, whole output channels, the same share of
+            every matrix (not for `"random"` and `"gumbel"`); or `"structured"`, which leaves no zeros but makes the
+            model smaller (see [`StructureFields`]).
         scope (`str`, *optional*): of candidate 0. `"layer"`: every matrix at the target; `"global"`: one ranking;
             `"balanced"`: half-way (scores divided by the root of their matrix's mean, then one ranking). Defaults to
             `"layer"` for magnitude (as in the paper), to `"balanced"` for every other criterion, and to `"global"` for
@@ -56,7 +67,7 @@ class TargetFields:
 
     method: str = option("random", "random, magnitude, fisher, taylor, pdp or gumbel", METHODS)
     sparsity: float | None = option(None, "Fraction of zeros over the prunable weights (0.9375).")
-    pattern: str = option("unstructured", "unstructured, channel, N:M such as 2:4, or RxC such as 1x4.")
+    pattern: str = option("unstructured", "unstructured, channel, structured, N:M such as 2:4, or RxC such as 1x4.")
     scope: str | None = option(None, "Of candidate 0: layer, balanced or global.")
     layer_floor: float = option(0.125, "Least share of the uniform allocation a matrix keeps.")
     target_modules: list[str] | None = option(None, "Suffixes or regexes of modules to prune.")
@@ -76,7 +87,8 @@ class TargetFields:
         for modules in (self.target_modules, self.exclude_modules):
             check_module_names(modules or ())
         check_choice("method", self.method, METHODS)
-        parse_pattern(self.pattern)
+        if self.pattern != STRUCTURED:
+            parse_pattern(self.pattern)
         if self.scope is not None:
             check_choice("scope", self.scope, SCOPES)
         if not 0 <= self.layer_floor <= 1:
@@ -123,6 +135,8 @@ class TargetFields:
                 f"{name}={getattr(self, name)} needs steps under the hard mask with {method}: set frozen_steps, such "
                 "as 0.2"
             )
+        if settings.structure is not None:
+            return
         check_levels(settings.levels, settings.sparsity)
         for level in settings.levels:
             pattern.check_sparsity(level)

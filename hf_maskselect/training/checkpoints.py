@@ -13,6 +13,7 @@ from ..masking.dtensors import gathered, local_rows, swap_data
 from ..masking.targets import without_regexes
 from ..methods.base import Method
 from ..storage.state import PruningState
+from ..surgery.structured.record import StructureRecord
 
 FORMAT_VERSION = 1  # of config.pruning
 
@@ -73,4 +74,7 @@ def describe(model: nn.Module, state: PruningState, settings: ResolvedConfig) ->
     modules = {"target_modules": settings.target_modules, "exclude_modules": settings.exclude_modules}
     # A regex is not written: whoever loads the model must not run a pattern from a file.
     summary |= {name: without_regexes(model, value) for name, value in modules.items() if value is not None}
+    record = StructureRecord.find(model.config)
     model.config.pruning = summary
+    if record is not None:
+        record.write(model.config)

@@ -22,6 +22,7 @@ from ..masking.scores import Criterion, ScoreFn
 from ..masking.targets import transposed_weights
 from ..search.pool import candidate_pool
 from ..storage.models import pruned_modules_of
+from ..surgery.structured.families import checked_family
 from .check_inputs import check_output_dir
 
 
@@ -42,6 +43,8 @@ def check_arguments(args: PruningConfig, model, score_fn: ScoreFn | None, comput
 def check_model(args: PruningConfig, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Check the arguments against a model and its prunable weights."""
     check_adapter(model)
+    if args.resolved().structure is not None:
+        checked_family(model)
     check_modules(args, model)
     check_parameters(weights)
     check_shapes(args, weights, transposed_weights(model))

@@ -112,12 +112,16 @@ def plan_text(
     scored = sum(count for trials in rungs for count, steps in trials if steps == 0)
     trial_steps = sum(count * steps for trials in rungs for count, steps in trials)
     names = [type(one).__name__ for one in own if one is not None]
-    target = "that emerges" if settings.emergent else f"{settings.sparsity:g}"
+    structure = settings.structure
+    unit = "sparsity" if structure is None else "speed-up" if structure.by_speedup else "layers removed"
+    target = "that emerges" if settings.emergent else f"{settings.levels[-1]:g}"
+    if structure is not None:
+        target += f" ({unit}), {structure.num_candidates} shapes a level, fitted on {structure.rows} rows"
     title = f"Pruning plan: method {args.method}, pattern {args.pattern}, target {target}"
     if start:
         title += f", from a model with sparsity {start:.4f} whose zeros stay"
     if held_out:
-        title += f"; masks are chosen on {held_out} held-out rows"
+        title += f"; {'masks' if structure is None else 'shapes'} are chosen on {held_out} held-out rows"
     if settings.refit_rows:
         title += f"; kept weights are refitted on {settings.refit_rows} rows"
     end = f"{plan.max_steps} training steps and {trial_steps} trial steps"
@@ -125,5 +129,5 @@ def plan_text(
         end += f"; {scored} masks are scored after their refit, without training"
     if names:
         end += f"\nYour own {' and '.join(names)}" + ": its rates do not restart at a level" * (peak is None)
-    header = ["phase", "sparsity", "steps", "peak lr", "trials (count x steps)", "trial steps"]
+    header = ["phase", unit, "steps", "peak lr", "trials (count x steps)", "trial steps"]
     return f"{title}\n{text_table(header, rows)}\n{end}"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..config import PruningConfig
@@ -15,6 +16,7 @@ from ..methods.base import Method
 from ..methods.gumbel import Gumbel
 from ..methods.hard import FindWeights, HardMethod
 from ..methods.pdp import Pdp
+from ..methods.structured import Structured
 from ..search.bench import TrialBench
 from ..search.search import MaskSearch
 from ..search.weight_files import LevelBest
@@ -24,6 +26,7 @@ from ..utils.processes import Processes
 from ..utils.seeds import key_seed
 from .checks import check_start
 from .resumption import check_function
+from .structure import Structure
 
 Log = Callable[[dict[str, float]], None]
 
@@ -49,6 +52,8 @@ def make_method(config: PruningConfig, find_weights: FindWeights, log: Log) -> M
             return key_seed(config.seed, "gumbel", step)
 
         return Gumbel(find_weights, log, pattern, sparsity, settings.gumbel, seed_of, keep_zeros)
+    if settings.structure is not None:
+        return Structured(find_weights)
     if settings.method == "pdp":
         return Pdp(find_weights, log, pattern, sparsity, config.pdp_tau, keep_zeros)
     return HardMethod(find_weights, keep_zeros)
@@ -86,6 +91,8 @@ class PruningRun:
         self.made_from = run_fields(config)
         self._log, self._say = log, say
         self.level_best = LevelBest(config.output_dir or "") if config.level_eval_steps else None
+        options = self.settings.structure
+        self.structure = None if options is None else Structure(config, options, bench, processes)
         self.start = 0.0  # sparsity of the model that the run began with
         self.at_level = -1  # level of the checkpoint that a run resumes from
         self.resumed = False  # whether `start` comes from a checkpoint
@@ -100,7 +107,7 @@ class PruningRun:
             ValueError: the target cannot be reached, or the model's zeros do not allow it.
         """
         self.method.attach(model)  # FSDP has replaced the parameters by sharded ones
-        masks = None if self.resumed else self.method.masks
+        masks = None if self.resumed or self.structure else self.method.masks
         if masks is not None:
             self.start = masks.sparsity()
         self.plan, self.planned = self.settings.plan(max_steps, self.start), True
@@ -146,6 +153,8 @@ class PruningRun:
 
     def reached(self, level: int) -> bool:
         """Whether the masks in force are as sparse as `level`. An emergent sparsity is reached with any mask."""
+        if self.structure is not None:
+            return self.method.level >= level
         masks = self.method.masks
         if self.settings.emergent:
             return masks.kept < masks.total
@@ -180,6 +189,23 @@ class PruningRun:
             title = f"Level {level + 1}: candidates for sparsity {search.sparsity:.4f} ({search.seconds:.0f} s)"
             self._say(f"{title}\n{search.table()}")
         self._log(search.metrics())
+
+    def start_shape(self, level: int, model: PreTrainedModel) -> bool:
+        """Give the model the smaller shape of `level`; all ranks call it together.
+
+        Returns:
+            whether the model has changed: it may have been small enough before.
+        """
+        assert self.structure is not None
+        if self.level_best and level > 0:
+            self.restore_level_best(level - 1, model)
+        report = self.structure.shrink(model, level)
+        self.method.attach(model)
+        self.method.start_level(level, self.method.masks)
+        if report is not None:
+            self._say(f"Level {level + 1}: {self.structure.target(level)}\n{report}")
+            self._log(report.metrics())
+        return report is not None
 
     def score_level(self, step: int, model: nn.Module) -> dict[str, float]:
         """Score the model every `level_eval_steps` steps and at the end of a level, and keep the level's best weights.
@@ -239,12 +265,12 @@ class PruningRun:
         """
         if self.settings.emergent or self.at_target:
             return
-        sparsity = self.method.masks.sparsity()
+        reached = f"sparsity {self.method.masks.sparsity():.4f}" if self.structure is None else "an earlier shape"
         if self.processes.rank:
             return
         warnings.warn(
-            f"training ended after {step} of {self.plan.max_steps} steps at sparsity "
-            f"{sparsity:.4f}, before the last level with the target {self.settings.sparsity:g}: resume from a "
+            f"training ended after {step} of {self.plan.max_steps} steps at {reached}, "
+            f"before the last level with the target {self.plan.levels[-1]:g}: resume from a "
             "checkpoint (resume_from_checkpoint), or start a new run from this model",
             stacklevel=2,
         )

@@ -122,6 +122,12 @@ class RunOptimizers(Trainer):
         """First learning rate above 0 before any schedule; None where the optimizer finds it itself."""
         return self.args.learning_rate if self.optimizer is None else first_rate(self.optimizer)
 
+    def _fresh_optimizer(self) -> Any:
+        """Make the run's own optimizer once more, for the parameters that the model has now."""
+        with swapped(self, optimizer=None, lr_scheduler=None, _created_lr_scheduler=False):
+            self._take("optimizer", self.create_optimizer())
+            return plain(self.optimizer)
+
     def new_optimizer(self, learning_rate: float) -> Optimizer:
         """Make a fresh optimizer of the run's own class, groups and options, for a trial.
 
@@ -130,9 +136,7 @@ class RunOptimizers(Trainer):
         """
         optimizer = self.given_optimizer
         if optimizer is None:
-            with swapped(self, optimizer=None, lr_scheduler=None, _created_lr_scheduler=False):
-                self._take("optimizer", self.create_optimizer())
-                optimizer = plain(self.optimizer)
+            optimizer = self._fresh_optimizer()
         if optimizer is plain(self.optimizer):
             optimizer = renewed(optimizer)
         peak = first_rate(optimizer)

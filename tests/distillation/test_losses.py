@@ -44,7 +44,7 @@ def test_a_deeper_teacher_is_paired_by_the_ratio_of_layers():
     student, deep = make_outputs(0), make_outputs(1, layers=4)
     shallow = {**deep, "hidden_states": deep["hidden_states"][::2], "attentions": deep["attentions"][1::2]}
     weights = DistillWeights(attention=1.0)
-    assert_close(distill_loss(weights, student, deep, layer_ratio=2), distill_loss(weights, student, shallow))
+    assert_close(distill_loss(weights, student, deep, layers=[1, 3]), distill_loss(weights, student, shallow))
 
 
 def test_temperature_softens_and_keeps_the_scale_of_the_gradient():

@@ -103,7 +103,7 @@ FAMILIES = {
 }
 
 
-def family_of(model: PreTrainedModel) -> Family:
+def family_of(model: nn.Module) -> Family:
     """Return the family of a model.
 
     Raises:
@@ -138,13 +138,14 @@ def family_of(model: PreTrainedModel) -> Family:
     return family
 
 
-def checked_family(model: PreTrainedModel) -> Family:
+def checked_family(model: nn.Module) -> Family:
     """Return the family of a model that can be made smaller.
 
     Raises:
         ValueError: the family is not known, or the model has zeros of a mask, which the fit would fill.
     """
     family = family_of(model)
+    assert isinstance(model, PreTrainedModel)
     weights = [consumer.weight for layer in family.layers(model) for consumer in family.consumers(layer)]
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
     if zeros > _MOST_ZEROS:

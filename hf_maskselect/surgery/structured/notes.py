@@ -1,5 +1,11 @@
 """What was measured on the way to a shape, so that an interrupted search finds it again and makes the same choice."""
 
-from collections.abc import MutableMapping
+from typing import Protocol
 
-Notes = MutableMapping[str, float]  # what was measured -> its value; a dict, or one that writes itself to a file
+
+class Notes(Protocol):
+    """What was measured, by name. A dict is one; another one may write itself to a file."""
+
+    def __contains__(self, name: object, /) -> bool: ...
+    def __getitem__(self, name: str, /) -> float: ...
+    def __setitem__(self, name: str, value: float, /) -> None: ...

@@ -63,6 +63,16 @@ class ShrinkReport:
         """How many times as fast as before the model is."""
         return self.milliseconds[0] / self.milliseconds[1]
 
+    def metrics(self) -> dict[str, float]:
+        """Return the `structure_*` values that a run logs."""
+        return {
+            "structure_speedup": self.speedup,
+            "structure_layers_removed": self.layers_removed,
+            "structure_parameters": self.parameters[1],
+            "structure_divergence": self.divergence,
+            "structure_seconds": self.seconds,
+        }
+
     def __str__(self) -> str:
         gone = {
             c.shape: [layer for layer in self.dense.layers if layer not in c.shape.layers] for c in self.candidates

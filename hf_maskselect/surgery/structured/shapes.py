@@ -1,6 +1,6 @@
 """The shape of a smaller model: which layers stay, one width for all of them, and one number of heads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -22,6 +22,23 @@ class Shape:
     layers: tuple[int, ...]
     width: int
     heads: int
+
+    def within(self, before: "Shape") -> "Shape":
+        """Return this shape with its layers numbered as in the model from which `before` was made."""
+        return replace(self, layers=tuple(before.layers[layer] for layer in self.layers))
+
+    def inside(self, before: "Shape") -> "Shape":
+        """Return this shape with its layers numbered as in a model of the shape `before`: the inverse of `within`.
+
+        Raises:
+            ValueError: `before` lacks one of the layers.
+        """
+        if missing := sorted(set(self.layers) - set(before.layers)):
+            raise ValueError(
+                f"layer {missing[0]} is gone from a model of {before}, so it cannot become {self}: start from the "
+                "dense model"
+            )
+        return replace(self, layers=tuple(before.layers.index(layer) for layer in self.layers))
 
     def __str__(self) -> str:
         count = "1 layer" if len(self.layers) == 1 else f"{len(self.layers)} layers"

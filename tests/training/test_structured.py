@@ -1,0 +1,191 @@
+"""A trainer that makes its model smaller and goes on with an ordinary one."""
+
+import copy
+import json
+
+import pytest
+import torch
+import transformers
+from tiny import losses, make, make_rows, make_trainer, same, weights_of
+
+from hf_maskselect.surgery.structured.record import StructureRecord
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr("hf_maskselect.surgery.structured.latency._SECONDS", 0.0)
+
+
+def deep(**changes):
+    return make(num_hidden_layers=4, **changes)
+
+
+def trainer_of(folder, model=None, **changes):
+    given = {"pattern": "structured", "method": "random", "sparsity": 0.5, "num_levels": None, "num_candidates": 3}
+    given |= {"latency_shape": [1, 8], "refit_rows": 32, "criterion_batches": 64}
+    return make_trainer(folder, deep() if model is None else model, **given | changes)
+
+
+def removed(before, after):
+    def size(model):
+        return sum(p.numel() for layer in model.bert.encoder.layer for p in layer.parameters())
+
+    return 1 - size(after) / size(before)
+
+
+def test_the_model_is_smaller_before_training_and_reloads_plainly(tmp_path):
+    model = deep()
+    dense = copy.deepcopy(model)
+    trainer = trainer_of(tmp_path, model, num_candidates=6)
+    trainer.train()
+    assert trainer.model is model and 0.5 <= removed(dense, model) < 0.6
+    assert len(losses(trainer)) == 12
+    assert {id(p) for group in trainer.optimizer.param_groups for p in group["params"]} == set(
+        map(id, model.parameters())
+    )
+    trainer.save_model()
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert same(weights_of(loaded), weights_of(model))
+    record = StructureRecord.find(loaded.config)
+    assert len(record.shape.layers) == loaded.config.num_hidden_layers and len(record.dense.layers) == 4
+    assert record.shape.width == loaded.config.intermediate_size
+    assert record.removed == pytest.approx(removed(dense, model))
+
+
+def test_training_begins_from_the_fitted_model(tmp_path):
+    model = deep()
+    ids = make_rows(8)[0]["input_ids"][None]
+    before = model.eval()(ids).logits
+    trainer = trainer_of(tmp_path, model.train(), sparsity=0.05, learning_rate=1e-12)
+    trainer.train()
+    assert not torch.equal(before, model.eval()(ids).logits)
+    assert torch.allclose(before, model(ids).logits, atol=0.2 * float(before.abs().max()))
+
+
+def test_levels_shrink_the_model_again_and_the_optimizer_follows(tmp_path):
+    model = deep()
+    dense = copy.deepcopy(model)
+    trainer = trainer_of(tmp_path, model, levels=[0.3, 0.6], sparsity=0.6, max_grad_norm=0.0)
+    trainer.train()
+    assert 0.6 <= removed(dense, model) < 0.7
+    shares = [entry["structure_layers_removed"] for entry in trainer.state.log_history if "structure_speedup" in entry]
+    assert len(shares) == 2 and 1 - (1 - shares[0]) * (1 - shares[1]) == pytest.approx(removed(dense, model))
+    record = StructureRecord.find(model.config)
+    assert set(record.shape.layers) <= set(range(4)) and record.removed == pytest.approx(removed(dense, model))
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert held == set(map(id, model.parameters()))
+    assert all(p in trainer.optimizer.state for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("levels", [None, [0.3, 0.6]], ids=["one level", "two levels"])
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path, levels):
+    options = {"sparsity": 0.6, "levels": levels, "save_strategy": "steps", "save_steps": 5}
+    whole = trainer_of(tmp_path / "whole", **options)
+    whole.train()
+    resumed = trainer_of(tmp_path / "whole", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    assert same(weights_of(whole.model), weights_of(resumed.model))
+    assert StructureRecord.find(resumed.model.config).shape == StructureRecord.find(whole.model.config).shape
+
+
+def test_a_search_that_was_killed_keeps_its_choice(tmp_path, monkeypatch):
+    from hf_maskselect.surgery.structured import job
+
+    fitted, calls = job.ShapeJob._fitted, []
+
+    def counted(self, shape, calls_of):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(shape)
+        return fitted(self, shape, calls_of)
+
+    with monkeypatch.context() as context:
+        context.setattr(job.ShapeJob, "_fitted", counted)
+        with pytest.raises(KeyboardInterrupt):
+            trainer_of(tmp_path, num_candidates=4).train()
+    assert len(calls) == 2
+    again = []
+    monkeypatch.setattr(job.ShapeJob, "_fitted", lambda *args: again.append(args[1]) or fitted(*args))
+    trainer = trainer_of(tmp_path, num_candidates=4)
+    trainer.train()
+    assert not set(calls) & set(again[:-1])  # the last one is the fit of the choice
+    whole = trainer_of(tmp_path / "whole", num_candidates=4)
+    whole.train()
+    assert StructureRecord.find(whole.model.config).shape == StructureRecord.find(trainer.model.config).shape
+    assert same(weights_of(whole.model), weights_of(trainer.model))
+
+
+def test_a_teacher_teaches_the_layers_that_stay(tmp_path):
+    model = deep()
+    teacher = copy.deepcopy(model)
+    trainer = trainer_of(tmp_path, model, keywords={"teacher": teacher}, learning_rate=0.0)
+    trainer.train()
+    kept = StructureRecord.find(model.config).shape.layers
+    batch = {name: torch.stack([row[name] for row in make_rows(4)]) for name in ("input_ids", "attention_mask")}
+    ours = model(**batch, output_hidden_states=True).hidden_states
+    theirs = teacher(**batch, output_hidden_states=True).hidden_states
+    outputs = model(**batch, output_hidden_states=True)
+    hidden = sum(
+        torch.nn.functional.mse_loss(a, theirs[i]) for a, i in zip(ours, [0, *(k + 1 for k in kept)], strict=True)
+    )
+    logits = -(teacher(**batch).logits.softmax(-1) * outputs.logits.log_softmax(-1)).mean()
+    torch.testing.assert_close(trainer.distiller.loss(batch, outputs, None), hidden + logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_second_run_goes_on_from_the_shape(tmp_path):
+    trainer = trainer_of(tmp_path / "first")
+    trainer.train()
+    trainer.save_model()
+    shape = StructureRecord.find(trainer.model.config).shape
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "first")
+    again = trainer_of(tmp_path / "second", loaded)
+    again.train()
+    assert StructureRecord.find(loaded.config).shape == shape
+    further = trainer_of(tmp_path / "third", loaded, sparsity=0.7)
+    further.train()
+    record = StructureRecord.find(loaded.config)
+    assert record.removed >= 0.7 and len(record.dense.layers) == 4
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"method": "pdp"}, "method='pdp' has no meaning with pattern='structured'"),
+        ({"keep_zeros": False}, "keep_zeros=False has no meaning with pattern='structured'"),
+        ({"target_speedup": 2.0}, "needs target_speedup, such as 2.0, or sparsity, such as 0.5, and not both"),
+        ({"pattern": "unstructured", "target_speedup": 2.0}, "target_speedup=2.0 has no meaning with"),
+        ({"levels": [0.5, 0.4]}, "must be strictly increasing"),
+        ({"sparsity": 0.9999}, "sparsity=0.9999 is reached by no shape"),
+        ({"latency_shape": [1, 1000]}, "latency_shape has length 1000, but the model has 64 positions"),
+    ],
+)
+def test_what_does_not_go_together(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+        trainer_of(tmp_path, **options).train()
+
+
+def test_an_optimizer_of_the_dense_model_is_refused(tmp_path):
+    model = deep()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = trainer_of(tmp_path, model, keywords={"optimizers": (optimizer, None)})
+    with pytest.raises(ValueError, match="SGD with the parameters of the dense model"):
+        trainer.train()
+
+
+def test_another_target_does_not_resume(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 5}
+    trainer_of(tmp_path, **options).train()
+    with pytest.raises(ValueError, match="was written with sparsity=0.5 at level 1, but this run has sparsity=0.6"):
+        trainer_of(tmp_path, sparsity=0.6, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+def test_a_small_model_is_pruned_like_any_other(tmp_path):
+    trainer = trainer_of(tmp_path / "small")
+    trainer.train()
+    trainer.save_model()
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "small")
+    sparse = make_trainer(tmp_path / "sparse", loaded, sparsity=0.75)
+    sparse.train()
+    sparse.save_model()
+    config = json.loads((tmp_path / "sparse" / "config.json").read_text())
+    assert config["pruning"]["pattern"] == "unstructured" and config["pruning"]["structure"]["removed"] > 0.4
