@@ -15,25 +15,29 @@ from .config import PruningConfig
 from .export.onnx import export_onnx
 from .export.semi_structured import EXPORT_DTYPES, export_semi_structured
 from .export.timing import time_export
+from .fields.rules import STRUCTURED
 from .masking.targets import check_module_names
+from .reporting.card import card_text, write_card
 from .reporting.latency import plot_cpu_models
 from .reporting.plots import plot
 from .reporting.record import RunRecord
-from .reporting.sparsity import sparsity_report
 from .runtime.export import export_cpu
 from .runtime.quantize import rows_of_file
 from .runtime.report import CpuReport
+from .storage.configs import load_config
 from .storage.derived import CPU_JSON
 from .storage.folders import find_folder
-from .storage.models import load_strictly, model_class
+from .storage.models import load_strictly, model_class, of_transformers
 from .storage.pack import pack, unpack
 from .storage.packed_file import LOSSY
-from .storage.reload import check_apart, save_reloadable
+from .storage.reload import check_apart, save_reloadable, seconds_of_call
+from .storage.state import PruningState
 from .storage.text_files import text_rows
 from .storage.trim import trim_folder
-from .storage.verify import parse_checkable, verify
+from .storage.verify import check_smaller, parse_checkable, verify
 from .storage.weights import has_weights
 from .surgery.structured.batches import batches_of, rows_of
+from .surgery.structured.record import StructureRecord
 from .surgery.structured.shrink import shrink_model
 from .training.search_cost import check_run, cost_text, workload
 from .utils.tables import visible
@@ -178,7 +182,21 @@ def run(options: argparse.Namespace) -> str:
         return f"{trimmed}\nwrote {options.output}"
     if options.command == "plan":
         return cost_text(workload(options.config, options.path, options.train_rows), options.ranks)
-    masks = verify(options.path, options.pattern).masks
+    return _verified(options)
+
+
+def _verified(options: argparse.Namespace) -> str:
+    """Run the command `verify`. A model that `shrink` wrote has no pruning state."""
+    record = StructureRecord.find(load_config(options.path)) if of_transformers(options.path) else None
+    if record is not None and PruningState.find(options.path) is None:
+        check_smaller(options.path)
+    else:
+        state = verify(options.path, options.pattern)
+        record = record if state.pattern == STRUCTURED else None
+    if record is not None:
+        seconds = seconds_of_call(options.path, record.timed_shape)
+        return f"good: a fresh process loads it with the same outputs\n{record}\nnow: {1000 * seconds:.2f} ms a call"
+    masks = state.masks
     zeros = masks.total - masks.kept
     return f"good: {zeros:,} of {masks.total:,} prunable weights are zero ({masks.sparsity():.6f})"
 
@@ -186,7 +204,11 @@ def run(options: argparse.Namespace) -> str:
 def report(path: str) -> str:
     """Run the command `report` and return the text to print."""
     folder = find_folder(path)
-    return str(CpuReport.load(path) if _is_cpu_model(folder) else sparsity_report(folder))
+    if _is_cpu_model(folder):
+        return str(CpuReport.load(path))
+    record = RunRecord.load(folder)
+    parts = [record.structure, record.report if record.sparse else None]
+    return "\n".join(str(part) for part in parts if part is not None)
 
 
 def draw(options: argparse.Namespace) -> list[Path]:
@@ -267,6 +289,9 @@ def _shrink(options: argparse.Namespace) -> str:
         latency_dtype=TIMED_DTYPES.get(options.dtype),
     )
     save_reloadable(small, options.output, batches_of(rows_of(rows, small)[:8], small)[0], folder)
+    name = Path(options.output).resolve().name
+    text = card_text(RunRecord.load(options.output), name, Path(options.output))
+    write_card(options.output, "---\nlibrary_name: transformers\ntags:\n- pruned\n- hf_maskselect\n---", text)
     return f"{report}\nwrote {options.output}, which plain transformers loads with the same outputs"
 
 

@@ -16,6 +16,7 @@ from ..utils.files import replacing
 from ..utils.tables import code, escaped, markdown_table, visible
 from .plots import DENSITY, HISTORY, search_pictures
 from .record import RunRecord, best_first, metrics_of
+from .smaller import shape_table, smaller_summary
 
 CITATIONS = {  # method -> address of the paper; key, title, authors, venue and year of its BibTeX entry
     "random": (
@@ -52,7 +53,7 @@ TASKS = {  # ending of the class name -> task, as the Hub names it
 }
 # Fields of the configuration that the card shows, where they are set.
 _OPTIONS = "method pattern sparsity scope layer_floor target_modules exclude_modules keep_zeros levels"
-_OPTIONS += " pruning_warmup_steps frozen_steps"
+_OPTIONS += " pruning_warmup_steps frozen_steps target_speedup keep_shape latency_shape latency_dtype"
 _OPTIONS_OF_METHOD = {
     "random": "num_candidates proposals criterion selection trial_steps selection_metric",
     "pdp": "soft_ramp pdp_tau",
@@ -84,26 +85,32 @@ def card_text(
         dense_scores: the same for the model before pruning. Defaults to `dense_eval_*` in `all_results.json`.
     """
     method = "" if record.state is None else record.state.method
-    size = _pack_report(record.folder)
+    size = _pack_report(record.folder) if record.sparse else None
     parts = [
         f"# {escaped(name)}",
         _summary(record),
         _results(record, size, scores, dense_scores),
         "## How to load it",
-        _loading(record.folder, name),
+        _loading(record.folder, name, record.sparse),
+        *(["## Shape", shape_table(record.structure)] if record.structure else []),
+        *(_about_zeros(record, pictures, size) if record.sparse else []),
+        *(["## How it was pruned", _options(options)] if options else []),
+        _picture(pictures / HISTORY, "loss, score and sparsity over the run"),
+        "## Citation",
+        _citation(method),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _about_zeros(record: RunRecord, pictures: Path, size: PackReport | None) -> list[str]:
+    return [
         "## Sparsity by layer",
         _picture(pictures / DENSITY, "share of the weights kept, by layer and matrix"),
         _sparsity(record),
         "## Search",
         *_search(record, pictures),
         *(["## Size", _sizes(size)] if size else []),
-        "## How it was pruned",
-        _options(options or {}),
-        _picture(pictures / HISTORY, "loss, score and sparsity over the run"),
-        "## Citation",
-        _citation(method),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def task_of(class_name: str) -> str | None:
@@ -121,6 +128,8 @@ def _summary(record: RunRecord) -> str:
     if of_transformers(record.folder):
         kind = model_class(record.folder)[0].__name__
         model = f"{(task_of(kind) or '').replace('-', ' ')} model (`{kind}`)".strip()
+    if record.structure is not None and not record.sparse:
+        return smaller_summary(record.structure, model)
     made = f" with {code(f'method={state.method!r}')}, {code(f'pattern={state.pattern!r}')}" if state else ""
     return (
         f"A sparse {model}: {report.prunable_zeros:,} of {report.prunable_total:,} prunable weights are zero "
@@ -142,7 +151,8 @@ def _results(record: RunRecord, size: PackReport | None, scores: Scores | None, 
         before = dense.get(metric)
         share = f"{mean(value) / mean(before):.1%}" if before is not None and mean(before) > 0 else "-"
         rows.append([escaped(metric), "-" if before is None else _show(before), _show(value), share])
-    rows.append(["sparsity", "0.0000", f"{record.report.sparsity:.4f}", "-"])
+    if record.sparse:
+        rows.append(["sparsity", "0.0000", f"{record.report.sparsity:.4f}", "-"])
     if size:
         sizes = f"{size.dense / 1e6:,.2f}", f"{size.packed / 1e6:,.2f}", f"{size.packed / size.dense:.1%}"
         rows.append(["size in MB (sparse: packed)", *sizes])
@@ -151,7 +161,7 @@ def _results(record: RunRecord, size: PackReport | None, scores: Scores | None, 
         rows.append(["size in MB", "-", f"{stored:,.2f}", "-"])
     seeds = max((_seeds(value) for value in scores.values()), default=0)
     note = f"Mean and standard deviation of {seeds} seeds." if seeds > 1 else "One seed."
-    table = markdown_table(["metric", "dense", "sparse", "of dense"], rows)
+    table = markdown_table(["metric", "dense", "sparse" if record.sparse else "small", "of dense"], rows)
     return f"{table}\n\n{note if seeds else 'The run has no scores.'}"
 
 
@@ -169,7 +179,7 @@ def _show(value: float | Sequence[float]) -> str:
     return f"{mean(value):.4f}{spread}"
 
 
-def _loading(folder: Path, name: str) -> str:
+def _loading(folder: Path, name: str, sparse: bool) -> str:
     if not of_transformers(folder):
         return (
             "Its class is not one of transformers: build it with its own code, then load `model.safetensors` into it."
@@ -177,11 +187,13 @@ def _loading(folder: Path, name: str) -> str:
     cls, config = model_class(folder)
     kind = cls.__name__
     loaded = json.dumps(visible(name), ensure_ascii=False)
+    plain = f"```python\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained({loaded})\n```\n\n"
+    if not sparse:
+        return f"{plain}Train it, prune it or export it like any other model."
     fields = ["sparsity=masks.sparsity()", *(f"{field}={value!r}" for field, value in pruned_modules(config).items())]
     text = (
-        f"```python\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained({loaded})\n```\n\n"
-        "The zeros are stored in ordinary dense tensors. They do not make the model faster by themselves. To fine-tune"
-        " it and keep the zeros, or to prune it further with a higher `sparsity`, load it with its masks:\n\n"
+        f"{plain}The zeros are stored in ordinary dense tensors. They do not make the model faster by themselves. To "
+        "fine-tune it and keep the zeros, or to prune it further with a higher `sparsity`, load it with its masks:\n\n"
         "```python\nfrom hf_maskselect import PruningConfig, PruningTrainer, load_pruned\n\n"
         f"model, masks = load_pruned({loaded})\n"
         f"trainer = PruningTrainer(model, PruningConfig({', '.join(fields)}), train_dataset=...)\n```"

@@ -10,9 +10,13 @@ from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..fields.rules import STRUCTURED
 from ..search.results import SEARCH_FILE, Candidate, LevelSearch, read_searches
+from ..storage.configs import load_config
+from ..storage.models import of_transformers
 from ..storage.runs import last_checkpoint, read_trainer_state
 from ..storage.state import PruningState
+from ..surgery.structured.record import StructureRecord
 from ..utils.layer_names import layer_of
 from ..utils.reading import is_number, read_object
 from .sparsity import SparsityReport, sparsity_report
@@ -30,6 +34,7 @@ class RunRecord:
         folder: where the saved model lies.
         report: zeros of every tensor.
         state: the pruning state, None for a model without one.
+        structure: how the model came to a smaller shape, None if it has that of the dense model.
         searches: one entry a level, as in `search.json`.
         history: log entries of the trainer, each with its `step`.
         results: `all_results.json`, which the scripts write; `dense_eval_*` are scores of the model before pruning.
@@ -38,6 +43,7 @@ class RunRecord:
     folder: Path
     report: SparsityReport
     state: PruningState | None
+    structure: StructureRecord | None = None
     searches: list[LevelSearch] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)
@@ -58,7 +64,14 @@ class RunRecord:
                 history = read_trainer_state(path, _REMEDY)["log_history"]
                 break
         results = read_object(folder / RESULTS_FILE, _REMEDY) if (folder / RESULTS_FILE).is_file() else {}
-        return cls(folder, sparsity_report(folder), PruningState.find(folder), searches, history, results)
+        structure = StructureRecord.find(load_config(folder)) if of_transformers(folder) else None
+        report, state = sparsity_report(folder), PruningState.find(folder)
+        return cls(folder, report, state, structure, searches, history, results)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the model has the zeros of a mask; one that only became smaller has none."""
+        return self.structure is None if self.state is None else self.state.pattern != STRUCTURED
 
     def densities(self) -> tuple[list[str], list[str], dict[tuple[str, str], float]]:
         """The share of kept weights of every prunable tensor, laid out as a table.

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,9 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..utils.clock import least_seconds
 from ..utils.folders import replacing_folder
 from .derived import CARD, of_weights
 from .folders import check_output, copy_companions
+from .models import load_strictly, model_class
+
+_SECONDS = 1.0  # spent on timing a model
 
 # Runs without this package: arguments are the folder, the file of inputs and expected outputs, and the threads.
 _SCRIPT = """
@@ -62,7 +66,11 @@ def save_reloadable(
         copy_companions(folder, new)
         (new / CARD).unlink(missing_ok=True)
         model.cpu().save_pretrained(new)
-        _check_reload(model, new, {name: value.cpu() for name, value in batch.items()}, output)
+        reason = _difference(model, new, {name: value.cpu() for name, value in batch.items()})
+        if reason:
+            raise ValueError(
+                f"the model for {output} does not reload by plain transformers ({reason}): nothing was saved"
+            )
 
 
 def check_apart(folder: Path, output: Path) -> None:
@@ -72,8 +80,39 @@ def check_apart(folder: Path, output: Path) -> None:
     check_output(folder, output)
 
 
+def check_reloads(model: PreTrainedModel, folder: str | os.PathLike, shape: Sequence[int]) -> None:
+    """Check that a fresh process, by plain transformers, gets the same first output for random inputs of a shape.
+
+    Args:
+        model: what the folder holds, on the CPU.
+        folder: of the saved model.
+        shape: of its main input.
+
+    Raises:
+        ValueError: the outputs differ, or the model does not load.
+    """
+    if reason := _difference(model, Path(folder), _random_batch(model, shape)):
+        raise ValueError(f"{folder} does not reload by plain transformers ({reason}): save the model again")
+
+
+def seconds_of_call(folder: str | os.PathLike, shape: Sequence[int]) -> float:
+    """Return the least time of one call of a saved model on the CPU, for inputs of a shape as in `check_reloads`."""
+    model = load_strictly(model_class(folder)[0], folder, dtype="auto").eval()
+    batch = _random_batch(model, shape)
+    with torch.inference_mode():
+        return least_seconds({"call": lambda: model(**batch)}, _SECONDS)["call"]
+
+
+def _random_batch(model: PreTrainedModel, shape: Sequence[int]) -> dict[str, Tensor]:
+    name, generator = model.main_input_name, torch.Generator().manual_seed(0)
+    if name == "input_ids":
+        return {name: torch.randint(model.config.vocab_size, tuple(shape), generator=generator)}
+    return {name: torch.rand(tuple(shape), generator=generator).to(model.dtype)}
+
+
 @torch.no_grad()
-def _check_reload(model: PreTrainedModel, folder: Path, batch: Mapping[str, Tensor], output: Path) -> None:
+def _difference(model: PreTrainedModel, folder: Path, batch: Mapping[str, Tensor]) -> str:
+    """Return why a fresh process does not get the same output from a folder; empty if it does."""
     training = model.training
     expected = model.eval()(**batch)[0]
     model.train(training)
@@ -82,6 +121,4 @@ def _check_reload(model: PreTrainedModel, folder: Path, batch: Mapping[str, Tens
         save_file({"": expected.contiguous(), **{name: value.contiguous() for name, value in batch.items()}}, file)
         command = [sys.executable, "-c", _SCRIPT, str(folder), file, str(torch.get_num_threads())]
         done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ValueError(f"the model for {output} does not reload by plain transformers ({reason}): nothing was saved")
+    return (done.stderr.strip().splitlines() or ["no message"])[-1] if done.returncode else ""

@@ -6,10 +6,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..fields.rules import STRUCTURED
 from ..masking.patterns import NM, Blocks, parse_pattern
 from ..masking.targets import transposed_weights
+from ..surgery.structured.families import family_of
+from ..surgery.structured.record import StructureRecord
+from ..surgery.structured.shapes import Encoder
 from .derived import check_derived
 from .models import load_strictly, model_class, skeleton
+from .reload import check_reloads
 from .state import PruningState
 from .two_of_four import check_groups
 from .weights import saved_tensors
@@ -40,12 +45,38 @@ def check_pattern(name: str, weight: Tensor, pattern: NM | Blocks) -> None:
         )
 
 
+def check_smaller(folder: str | os.PathLike) -> StructureRecord:
+    """Check a model that was made smaller: its shape, and that it reloads by plain transformers; return its record.
+
+    Raises:
+        ValueError: the folder has no such record, its shape is another one, or it does not reload.
+    """
+    cls, config = model_class(folder)
+    record = StructureRecord.find(config)
+    if record is None:
+        raise ValueError(f"{folder}: config.json has no record of a smaller shape: save the model again")
+    model = load_strictly(cls, folder, refused=("missing_keys", "unexpected_keys"), dtype="auto")
+    encoder = Encoder.of(model, family_of(model))
+    found = (encoder.depth, encoder.width, encoder.heads)
+    told = (len(record.shape.layers), record.shape.width, record.shape.heads)
+    if found != told:
+        raise ValueError(
+            f"{folder}: the model has {found[0]} layers, width {found[1]} and {found[2]} heads, but its record tells "
+            f"of {told[0]}, {told[1]} and {told[2]}: save the model again"
+        )
+    check_reloads(model, folder, record.timed_shape)
+    return record
+
+
 def verify(folder: str | os.PathLike, pattern: str | None = None) -> PruningState:
     """Check that zeros and masks agree, meet the target and its pattern, and that the model loads plainly.
 
     Args:
         folder: a folder that `PruningTrainer` saved.
         pattern: `"N:M"` or `"RxC"`: check also that every masked matrix holds it along its input axis.
+
+    A model that was made smaller (`pattern="structured"`) has no zeros: its shape is checked, and that a fresh process
+    loads it by plain transformers with the same outputs.
 
     Returns:
         The pruning state of the folder.
@@ -59,6 +90,9 @@ def verify(folder: str | os.PathLike, pattern: str | None = None) -> PruningStat
     check_derived(Path(folder), state.weights)
     if wanted is not None and (transposed := sorted(transposed_weights(skeleton(folder)) & state.masks.keys())):
         raise ValueError(f"{transposed[0]} belongs to a Conv1D, which stores it transposed: it cannot hold {pattern}")
+    if state.pattern == STRUCTURED:
+        check_smaller(folder)
+        return state
     for name, tensor in saved_tensors(folder):
         if name not in state.masks:
             continue

@@ -26,6 +26,7 @@ from ..search.pool import statistics_needed
 from ..search.schedule import rungs_text, search_rungs
 from ..storage.configs import find_config
 from ..storage.models import named_class
+from ..surgery.structured.job import HELD_OUT, POSITIONS, TRIAL_POSITIONS
 from ..utils.tables import text_table
 from .checks import check_batches, check_proposals, check_shapes
 from .plan import rewound_rate
@@ -77,7 +78,7 @@ class Workload:
     @property
     def samples(self) -> int:
         """Rows of the gradient statistics of a level."""
-        needed = bool(statistics_needed(self.config, CRITERIA))
+        needed = self.settings.structure is None and bool(statistics_needed(self.config, CRITERIA))
         return self.config.criterion_batches * self.config.criterion_batch_size * needed
 
     @property
@@ -85,6 +86,19 @@ class Workload:
         """Training rows that take as long as one refit. It is a maximum: a refit takes fewer rows if they are long."""
         rows = self.train_rows - self.held_out * self.settings.needs_selection_split
         return REFIT_COST * min(self.settings.refit_rows, rows)
+
+    @property
+    def shapes(self) -> float:
+        """Training rows that take as long as the search for a smaller shape and its fit, at one level.
+
+        Rows are taken to have the length that is timed. A fit runs each layer three times, a third of a training step.
+        """
+        structure = self.settings.structure
+        if structure is None:
+            return 0.0
+        length = structure.latency_shape[1]
+        tried = structure.num_candidates * (TRIAL_POSITIONS / length + min(self.held_out, HELD_OUT) / 3)
+        return tried + min(structure.rows, POSITIONS / length)
 
     def rungs(self, ranks: int) -> list[Rungs]:
         """The rungs of every level, if matrices can be refitted, which only a run sees (ALBERT's cannot)."""
@@ -179,7 +193,7 @@ def search_cost(work: Workload, ranks: int) -> Cost:
     config, settings, levels = work.config, work.settings, work.rungs(ranks)
     marks = EARLY_EVALUATIONS if config.selection == "early" else 1
     survive = config.selection == "survivors"
-    once: float = work.samples * len(levels)  # what every rank does for itself
+    once: float = (work.samples + work.shapes) * len(levels)  # what every rank does for itself, or waits for
     # The chosen mask is refitted once more, unless its candidate was scored after refit or its trained weights stay.
     kept = [bool(rungs) and (survive or not any(steps for _, steps in rungs)) for rungs in levels]
     once += work.refit * kept.count(False)
@@ -234,7 +248,10 @@ def cost_text(work: Workload, ranks: Sequence[int]) -> str:
         f"trials (count x steps) on {count} rank(s): "
         + ", ".join(rungs_text(rungs) or "none" for rungs in work.rungs(count))
         for count in (ranks if work.config.selection == "early" else ranks[:1])
+        if work.settings.structure is None
     ]
+    if work.settings.structure is not None:
+        lines.append(f"shapes tried at each level: {work.settings.structure.num_candidates}")
     lines += [text_table(header, rows), "memory of a rank with hard masks, without activations; fp32, AdamW"]
     for cost in costs:
         lines += _advice(work, cost)

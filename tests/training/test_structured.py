@@ -8,6 +8,9 @@ import torch
 import transformers
 from tiny import losses, make, make_rows, make_trainer, same, weights_of
 
+from hf_maskselect import verify
+from hf_maskselect.cli import main
+from hf_maskselect.storage.verify import check_smaller
 from hf_maskselect.surgery.structured.record import StructureRecord
 
 
@@ -33,7 +36,7 @@ def removed(before, after):
     return 1 - size(after) / size(before)
 
 
-def test_the_model_is_smaller_before_training_and_reloads_plainly(tmp_path):
+def test_the_model_is_smaller_before_training_and_reloads_plainly(tmp_path, capsys):
     model = deep()
     dense = copy.deepcopy(model)
     trainer = trainer_of(tmp_path, model, num_candidates=6)
@@ -43,13 +46,47 @@ def test_the_model_is_smaller_before_training_and_reloads_plainly(tmp_path):
     assert {id(p) for group in trainer.optimizer.param_groups for p in group["params"]} == set(
         map(id, model.parameters())
     )
+    trainer.evaluate()
     trainer.save_model()
+    trainer.create_model_card()
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert same(weights_of(loaded), weights_of(model))
     record = StructureRecord.find(loaded.config)
     assert len(record.shape.layers) == loaded.config.num_hidden_layers and len(record.dense.layers) == 4
     assert record.shape.width == loaded.config.intermediate_size
     assert record.removed == pytest.approx(removed(dense, model))
+    card = (tmp_path / "README.md").read_text()
+    assert f"{record.removed:.1%} of the parameters of the layers are gone" in card
+    assert f"| layers | 4 | {len(record.shape.layers)} |" in card and "zeros are stored" not in card
+    assert main(["report", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert f"after:  {record.shape}" in told and "all prunable weights" not in told
+
+
+@pytest.mark.slow
+def test_verify_reloads_in_a_fresh_process(tmp_path, capsys):
+    trainer = trainer_of(tmp_path)
+    trainer.train()
+    trainer.save_model()
+    assert verify(tmp_path).pattern == "structured"
+    assert main(["verify", str(tmp_path)]) == 0
+    assert "a fresh process loads it with the same outputs" in capsys.readouterr().out
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["pruning"]["structure"]["shape"]["width"] += 8
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="but its record tells of"):
+        check_smaller(tmp_path)
+
+
+def test_the_plan_counts_shapes(tmp_path, capsys):
+    make(num_hidden_layers=4).save_pretrained(tmp_path)
+    command = ["plan", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--pattern", "structured"]
+    command += ["--max_steps", "100", "--train_rows", "4000", "--latency_shape", "8", "32", "--refit_rows", "900"]
+    assert main([*command, "--target_speedup", "2", "--num_candidates", "5"]) == 0
+    told = capsys.readouterr().out
+    assert "shapes tried at each level: 5" in told
+    rows = 5 * (8192 / 32 + 400 / 3) + 900
+    assert f"{rows / 8:.0f}" in told
 
 
 def test_training_begins_from_the_fitted_model(tmp_path):

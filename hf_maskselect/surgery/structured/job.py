@@ -19,9 +19,9 @@ from .order import removal_order
 from .search import Candidate, ShapeSearch, WidthOf
 from .shapes import Shape
 
-_TRIAL_POSITIONS = 8192  # that neurons are ordered by, and candidates fitted on
-_HELD_OUT = 512  # rows
-_POSITIONS = 32768  # that the chosen one is fitted on
+TRIAL_POSITIONS = 8192  # that neurons are ordered by, and candidates fitted on
+HELD_OUT = 512  # rows
+POSITIONS = 32768  # that the chosen one is fitted on
 
 
 class ShapeJob:
@@ -45,9 +45,9 @@ class ShapeJob:
     ) -> None:
         dense: Any = copy.deepcopy(model)
         self.dense, self.family, self._dtype, self._notes = dense.float().eval(), family, model.dtype, notes
-        self.rows = _few(rows, model.main_input_name, _POSITIONS)
-        self._few = batches_of(_few(self.rows, model.main_input_name, _TRIAL_POSITIONS), model)
-        self._judge = Judge(self.dense, batches_of(held_out[:_HELD_OUT], model))
+        self.rows = _few(rows, model.main_input_name, POSITIONS)
+        self._few = batches_of(_few(self.rows, model.main_input_name, TRIAL_POSITIONS), model)
+        self._judge = Judge(self.dense, batches_of(held_out[:HELD_OUT], model))
         grams = consumer_grams(self.dense, family, self._few, bool(family.queries))
         orders = []
         for layer, (head_gram, gram) in zip(family.layers(self.dense), grams, strict=True):

@@ -38,8 +38,13 @@ class Latency:
         self._cutter, self._encoder = Cutter(self._dense, cutter.family), cutter.encoder
         self._time_table()
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the inputs that are timed, such as (batch size, length)."""
+        return tuple(next(iter(self._batch.values())).shape)
+
     def __str__(self) -> str:
-        size = " x ".join(map(str, next(iter(self._batch.values())).shape))
+        size = " x ".join(map(str, self.shape))
         threads = torch.get_num_threads()
         where = f"{threads} thread{'s' * (threads > 1)}" if self._device.type == "cpu" else str(self._device)
         return f"{size}, {str(self._dtype).removeprefix('torch.')}, {where}"

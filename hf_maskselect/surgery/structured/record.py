@@ -23,8 +23,8 @@ class StructureRecord:
     dense, shape: sizes at the start, and now; the layers that stay are numbered as in the dense model. target: as it
     was asked for. speedup: how many times as fast as the dense model one call is, as
     measured; of several levels the product. removed: share of the layers' parameters that is gone. divergence: from
-    the model before the last level, as fitted. milliseconds: of one call, before and after the last level. timed: what
-    was timed. seconds: of all searches and fits.
+    the model before the last level, as fitted. milliseconds: of one call, before and after the last level. timed,
+    timed_shape: what was timed, and the shape of its inputs. seconds: of all searches and fits.
     """
 
     dense: Shape
@@ -35,6 +35,7 @@ class StructureRecord:
     divergence: float
     milliseconds: tuple[float, float]
     timed: str
+    timed_shape: tuple[int, ...]
     seconds: float
 
     @classmethod
@@ -53,6 +54,7 @@ class StructureRecord:
             divergence=report.divergence,
             milliseconds=report.milliseconds,
             timed=report.timed,
+            timed_shape=report.timed_shape,
             seconds=seconds,
         )
 
@@ -82,7 +84,7 @@ class StructureRecord:
         values = asdict(self)
         for name in ("dense", "shape"):
             values[name]["layers"] = list(values[name]["layers"])
-        return {**values, "milliseconds": list(self.milliseconds)}
+        return {**values, "milliseconds": list(self.milliseconds), "timed_shape": list(self.timed_shape)}
 
     def __str__(self) -> str:
         lines = [

@@ -19,8 +19,8 @@ class ShrinkReport:
     dense, shape: sizes before and after. candidates: the shapes that were tried, the best first. divergence: of the
     returned model's outputs from the dense ones, on held-out rows (KL divergence of the logits in nats; without
     classes the squared error as a share of the variance). parameters: of all of the model, before and after.
-    layers_removed: share of the layers' parameters that is gone. milliseconds: of one call, before and after. timed:
-    what was timed. seconds: that everything took.
+    layers_removed: share of the layers' parameters that is gone. milliseconds: of one call, before and after. timed,
+    timed_shape: what was timed, and the shape of its inputs. seconds: that everything took.
     """
 
     dense: Shape
@@ -31,6 +31,7 @@ class ShrinkReport:
     layers_removed: float
     milliseconds: tuple[float, float]
     timed: str
+    timed_shape: tuple[int, ...]
     seconds: float
 
     @classmethod
@@ -55,6 +56,7 @@ class ShrinkReport:
             layers_removed=1 - job.encoder.parameters(shape) / job.encoder.parameters(job.encoder.full()),
             milliseconds=(1000 * before, 1000 * after),
             timed=str(latency),
+            timed_shape=latency.shape,
             seconds=seconds,
         )
 

@@ -13,6 +13,7 @@ from .families import checked_family
 from .job import ShapeJob
 from .latency import Latency
 from .notes import Notes
+from .record import StructureRecord
 from .report import ShrinkReport
 from .target import Target, choose_shape
 
@@ -63,7 +64,7 @@ def shrink_model(
     if num_candidates < 1:
         raise ValueError(f"num_candidates={num_candidates} must be at least 1")
     model = plain_model(model)
-    family = checked_family(model)
+    family, before = checked_family(model), StructureRecord.find(model.config)
     given = rows_of(rows, model)
     timed = timed_batch(given[0], model, latency_shape)
     notes: Notes = {}
@@ -74,4 +75,5 @@ def shrink_model(
     small, divergence = job.fitted(shape)
     small.train(model.training)
     report = ShrinkReport.of(job, latency, small, shape, candidates, divergence, time.perf_counter() - begin)
+    StructureRecord.of(report, str(target), before).write(small.config)
     return small, report

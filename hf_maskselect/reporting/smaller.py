@@ -1,0 +1,30 @@
+"""The parts of a model card that tell of a smaller shape instead of zeros."""
+
+from ..surgery.structured.record import StructureRecord
+from ..utils.tables import markdown_table
+
+
+def smaller_summary(record: StructureRecord, kind: str) -> str:
+    """Return the first sentences of the card of a smaller model. `kind`: its task and class."""
+    return (
+        f"A smaller {kind}: {record.removed:.1%} of the parameters of the layers are gone, and one call is "
+        f"**{record.speedup:.2f} times as fast** as that of the dense model ({record.timed}). It is an ordinary "
+        "model without zeros. Made by `hf_maskselect`."
+    )
+
+
+def shape_table(record: StructureRecord) -> str:
+    """Return a table of the dense shape and the new one."""
+    dense, small = record.dense, record.shape
+    gone = [str(layer) for layer in dense.layers if layer not in small.layers]
+    before, after = record.milliseconds
+    rows = [
+        ["layers", str(len(dense.layers)), str(len(small.layers))],
+        ["neurons of a feed-forward part", str(dense.width), str(small.width)],
+        ["attention heads", str(dense.heads), str(small.heads)],
+        ["milliseconds of one call", f"{before:.2f}", f"{after:.2f}"],
+    ]
+    removed = f"Removed layers, counted from 0: {', '.join(gone)}." if gone else "No layer was removed."
+    table = markdown_table(["", "dense", "small"], rows)
+    timed = f"Timed at {record.timed}. Of several levels, the milliseconds are those of the last."
+    return f"{table}\n\n{removed} {timed}"
