@@ -72,6 +72,13 @@ class ModelArguments:
         metadata={"help": "Epochs of that dense fine-tuning; 0: no dense fine-tuning, no teacher."},
     )
     dense_learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of that dense fine-tuning."})
+    shrink_speedup: float | None = field(
+        default=None,
+        metadata={
+            "help": "Remove layers and neurons of the dense model first, until it is this many times as fast. "
+            "Default: keep its shape."
+        },
+    )
     export_cpu: str | None = field(
         default=None,
         metadata={"help": "Folder for a fast CPU model of the pruned model; True: output_dir/cpu. Default: none."},

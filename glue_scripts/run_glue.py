@@ -9,7 +9,7 @@ Without a teacher, the script first fine-tunes the dense model, on the same trai
 model is then both the start and the teacher of the pruned one. Run it plainly or under `accelerate launch`. It writes
 `all_results.json` with the metrics of the task, the exact sparsity and the cost of the search. With `--export_cpu` it
 ends with a fast CPU model of the pruned model, its scores, its size and its times; `--do_train False` exports a model
-that was pruned before.
+that was pruned before. `--shrink_speedup 2` removes layers and neurons before it prunes.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from hf_maskselect.training.checks import check_shapes
 from hf_maskselect.training.search_cost import check_run
 from hf_maskselect.utils.tables import text_table
 from job import Job, evaluate, load_config, load_model, prepare
+from smaller import shrink_first
 from tasks import GlueTask
 
 
@@ -184,6 +185,8 @@ def run(data: DataArguments, model: ModelArguments, config: PruningConfig) -> di
     if teacher is None and model.dense_epochs > 0 and config.do_train:
         start = teacher = fine_tune_dense(job, model, config)
         dense = dense_results(start, job.task) if config.process_index == 0 else {}
+    if model.shrink_speedup is not None and config.do_train:
+        start = shrink_first(job, model, config, start)
     return prune(job, model, config, start, teacher, dense)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from short import FLAGS
 from tiny import make
+from transformers import AutoModel
 
 import cpu_model
 import run_glue
@@ -53,6 +54,24 @@ def test_one_command_prunes_and_exports(tmp_path, start, call):
     assert results["cpu_times_faster_2x8"] == results["dense_ms_2x8"] / results["cpu_ms_2x8"]
     assert 0 < results["cpu_mb"] < results["dense_mb"]
     assert verify(out, "1x4") and load_cpu(out / "cpu").config.pruning["pattern"] == "1x4"
+
+
+def test_one_command_shrinks_prunes_and_exports(tmp_path, start, call, monkeypatch):
+    monkeypatch.setattr("hf_maskselect.surgery.structured.latency._SECONDS", 0.0)
+    deep = AutoModel.from_pretrained(start).config
+    deep.num_hidden_layers, deep.intermediate_size = 4, 1024
+    AutoModel.from_config(deep).save_pretrained(tmp_path / "deep")
+    demo_tokenizer().save_pretrained(tmp_path / "deep")
+    flags = ["--task_name", "sst2", "--model_name_or_path", tmp_path / "deep", "--output_dir", tmp_path / "out"]
+    flags += ["--method", "magnitude", "--pattern", "1x4", *FLAGS, "--num_candidates", "1", "--export_cpu", "True"]
+    results = call(*flags, "--shrink_speedup", "1.3")
+    small = AutoModel.from_pretrained(tmp_path / "out" / "small").config
+    assert (small.num_hidden_layers, small.intermediate_size) != (4, 1024)
+    final = load_cpu(tmp_path / "out" / "cpu").config
+    assert final.intermediate_size == small.intermediate_size and final.pruning["pattern"] == "1x4"
+    assert final.pruning["structure"]["target"] == "speedup=1.3" and results["eval_sparsity"] == 0.9375
+    with pytest.raises(ValueError, match="was made with speedup=1.3 and not with speedup=1.4"):
+        call(*flags, "--shrink_speedup", "1.4")
 
 
 def test_a_pruned_model_is_exported_without_training(tmp_path, pruned, call):
