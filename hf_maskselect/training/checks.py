@@ -279,6 +279,20 @@ def check_engine(args: PruningConfig, trainer: Trainer, score_fn: ScoreFn | None
             "the model is sharded already: load it plainly, and let fsdp=True with fsdp_config={'version': 2} shard it"
         )
     check_fsdp(args, trainer, score_fn)
+    check_later_levels(args)
+
+
+def check_later_levels(args: PruningConfig) -> None:
+    """Refuse levels that would replace parameters which DDP or torch.compile already hold."""
+    settings = args.resolved()
+    if settings.structure is None or (len(settings.levels) == 1 and not args.pruning_warmup_steps):
+        return
+    held = f"on {args.world_size} processes" if args.world_size > 1 else "with torch_compile=True"
+    if args.world_size > 1 or args.torch_compile:
+        raise ValueError(
+            f"pattern={args.pattern!r} {held} can only shrink before the first step: use one level and "
+            "pruning_warmup_steps=0, and train once more from the small model to go further"
+        )
 
 
 def check_fsdp(args: PruningConfig, trainer: Trainer, score_fn: ScoreFn | None) -> None:
@@ -306,6 +320,7 @@ def check_fsdp(args: PruningConfig, trainer: Trainer, score_fn: ScoreFn | None) 
             "activation_checkpointing renames the weights",
             "set gradient_checkpointing=True instead",
         ),
+        (settings.structure, f"pattern={args.pattern!r} replaces whole layers", ddp),
         (
             settings.searches,
             f"num_candidates={settings.num_candidates} but no rank has the model to run a trial",

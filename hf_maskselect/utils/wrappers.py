@@ -1,6 +1,7 @@
 """The model inside what `torch.compile` or a parallel container has put around it."""
 
 import contextlib
+import copy
 import sys
 from contextlib import AbstractContextManager
 from typing import Any
@@ -24,6 +25,18 @@ def plain_model(model: Any) -> Any:
             if _is_compiled(child):
                 setattr(parent, name, plain_model(child))
     return model
+
+
+def own_copy(model: nn.Module) -> Any:
+    """Return a deep copy that runs its own forward pass, in its own dtype.
+
+    Under mixed precision accelerate wraps the forward pass of a model. The wrapper belongs to the object: in a copy it
+    would still call the first model.
+    """
+    copied = copy.deepcopy(model)
+    for name in ("forward", "_original_forward"):
+        vars(copied).pop(name, None)
+    return copied
 
 
 def eager() -> AbstractContextManager:

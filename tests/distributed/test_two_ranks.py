@@ -24,6 +24,8 @@ METHODS = {
     "survivors": {**SEARCH, "selection": "survivors", "max_steps": 24},
     "refit": {**SEARCH, "refit_rows": 32},
     "fitted": {**SEARCH, "refit_rows": 32, "trial_steps": 0},
+    "structured": {"pattern": "structured", "method": "random", "sparsity": 0.3, "num_levels": None, "refit_rows": 32}
+    | {"num_candidates": 2, "latency_shape": [1, 8]},
     "own_loss": {**SEARCH, "own_loss": True},
     "own_loss_by_metric": {**SEARCH, "own_loss": True, "selection_metric": "accuracy"},
 }

@@ -201,6 +201,32 @@ def test_what_does_not_go_together(tmp_path, options, message):
         trainer_of(tmp_path, **options).train()
 
 
+@pytest.mark.parametrize("options", [{"levels": [0.3, 0.5]}, {"pruning_warmup_steps": 2}], ids=["levels", "warm-up"])
+def test_later_levels_do_not_go_with_a_compiled_model(tmp_path, options):
+    with pytest.raises(ValueError, match="with torch_compile=True can only shrink before the first step"):
+        trainer_of(tmp_path, torch_compile=True, **options)
+
+
+def test_the_model_shrinks_after_dense_steps(tmp_path):
+    model = deep()
+    dense = copy.deepcopy(model)
+    trainer = trainer_of(tmp_path, model, pruning_warmup_steps=4, save_strategy="steps", save_steps=2)
+    trainer.train()
+    assert 0.5 <= removed(dense, model) < 0.6 and len(losses(trainer)) == 12
+    again = trainer_of(tmp_path, deep(), pruning_warmup_steps=4, save_strategy="steps", save_steps=2)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert same(weights_of(again.model), weights_of(model))
+
+
+def test_mixed_precision_and_level_evaluation(tmp_path):
+    model = deep()
+    dense = copy.deepcopy(model)
+    trainer = trainer_of(tmp_path, model, levels=[0.3, 0.5], bf16=True, level_eval_steps=2)
+    trainer.train()
+    assert 0.5 <= removed(dense, model) < 0.6
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
 def test_an_optimizer_of_the_dense_model_is_refused(tmp_path):
     model = deep()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

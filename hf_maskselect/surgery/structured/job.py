@@ -1,6 +1,5 @@
 """Fits and scores smaller models of one dense model."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ...utils.judge import Judge
+from ...utils.wrappers import own_copy
 from .batches import Batch, batches_of
 from .cut import Cutter
 from .families import Family
@@ -43,7 +43,7 @@ class ShapeJob:
         held_out: Sequence[Batch],
         notes: Notes,
     ) -> None:
-        dense: Any = copy.deepcopy(model)
+        dense: Any = own_copy(model)
         self.dense, self.family, self._dtype, self._notes = dense.float().eval(), family, model.dtype, notes
         self.rows = _few(rows, model.main_input_name, POSITIONS)
         self._few = batches_of(_few(self.rows, model.main_input_name, TRIAL_POSITIONS), model)
