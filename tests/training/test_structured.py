@@ -92,7 +92,7 @@ def test_the_plan_counts_shapes(tmp_path, capsys):
 def test_training_begins_from_the_fitted_model(tmp_path):
     model = deep()
     ids = make_rows(8)[0]["input_ids"][None]
-    before = model.eval()(ids).logits
+    before = model.eval()(ids).logits.detach()
     trainer = trainer_of(tmp_path, model.train(), sparsity=0.05, learning_rate=1e-12)
     trainer.train()
     assert not torch.equal(before, model.eval()(ids).logits)
