@@ -277,7 +277,10 @@ class PruningRun:
 
     def summary(self) -> dict[str, float]:
         """`search_*` totals of the run so far."""
-        return self.search.summary(self.plan.max_steps if self.planned else 0)
+        totals = self.search.summary(self.plan.max_steps if self.planned else 0)
+        if self.structure is not None:
+            totals["search_seconds"] += round(self.structure.seconds, 1)
+        return totals
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

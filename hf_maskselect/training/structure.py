@@ -39,6 +39,7 @@ class Structure:
     ) -> None:
         self._config, self._options, self._bench, self._processes = config, options, bench, processes
         self._levels = config.resolved().levels
+        self.seconds = 0.0  # of all searches and fits of this run
 
     def target(self, level: int) -> Target:
         """Return what a level shall reach, relative to the dense model."""
@@ -78,6 +79,7 @@ class Structure:
             weights = processes.share(model.state_dict() if made else None, 0)
             model.load_state_dict(dict(weights))
         StructureRecord.of(report, str(self.target(level)), before).write(model.config)
+        self.seconds += report.seconds
         return report
 
     def _made(self, model: PreTrainedModel, level: int, target: Target) -> tuple[PreTrainedModel, ShrinkReport]:

@@ -1,8 +1,9 @@
-"""The time of shapes on this machine: a table of one layer's time by width and heads, and that of whole models."""
+"""The time of shapes on this machine: a table of a layer's time by width and heads, and that of whole models."""
 
 import copy
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +13,10 @@ from transformers import PreTrainedModel
 from ...utils.clock import clock, least_seconds
 from .batches import Batch
 from .cut import Cutter
-from .fit import Calls
 from .notes import Notes
 from .shapes import STEP, Shape
 
-_SHARES = (1, 2 / 3, 1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 12, 1 / 24)
+_SHARES = (2 / 3, 1 / 2, 1 / 3, 1 / 6, 1 / 12, 1 / 24)
 _SECONDS = 2.5  # spent on a whole model
 
 
@@ -50,38 +50,43 @@ class Latency:
         return f"{size}, {str(self._dtype).removeprefix('torch.')}, {where}"
 
     def _time_table(self) -> None:
-        """Time a layer by width, with all heads, and by heads, at the full width; and the whole model.
+        """Time whole models by width, with all heads, and by heads, at the full width.
 
-        A layer alone may be faster than in a model, where the cache holds other things. So a model of half the depth
-        is timed too, and the table scaled to the difference. All are timed in turns, since the machine may be busy.
+        A layer alone may be faster than in a model, where the cache holds other things. So only models are timed: the
+        dense one, one of half the depth, and one for each entry. They take turns, since the machine may be busy.
         """
         encoder, family = self._encoder, self._cutter.family
-        calls = Calls(self._dense, family, [self._batch])
-        widths = {max(STEP, encoder.rounded(encoder.width * share)) for share in _SHARES} | {encoder.width}
-        heads = {max(1, round(encoder.heads * share)) for share in _SHARES} if family.queries else {encoder.heads}
-        number = 1 if family.first_stays and encoder.depth > 1 else 0
-        layers = encoder.full().layers if encoder.shared else tuple(range(number + 1))
-
-        def job(width: int, count: int) -> Callable[[], object]:
-            layer = family.layers(self._cutter.cut(Shape(layers, width, count)))[number]
-            return lambda: self._done(calls.run(layer, number, 0, calls.starts[0]))
-
-        jobs = {f"width {width}": job(width, encoder.heads) for width in widths}
-        jobs |= {f"heads {count}": job(encoder.width, count) for count in heads}
-        jobs["dense"] = self._forward(self._dense)
+        full = encoder.full()
+        shapes = {f"width {width}": replace(full, width=width) for width in self._tabled(encoder.width, STEP)}
+        if family.queries:
+            shapes |= {f"heads {heads}": replace(full, heads=heads) for heads in self._tabled(encoder.heads, 1)}
         half = -(-encoder.depth // 2)
-        halved = self._cutter.cut(
-            Shape(tuple(range(encoder.depth if encoder.shared else half)), encoder.width, encoder.heads)
-        )
+        halved = self._small(full if encoder.shared else replace(full, layers=full.layers[:half]))
         setattr(halved.config, family.depth, half)  # shared layers run at fewer depths
-        jobs["half"] = self._forward(halved)
+        jobs = {"dense": self._forward(self._dense), "half": self._forward(halved)}
+        jobs |= {name: self._forward(self._small(shape)) for name, shape in shapes.items()}
         seconds = self._noted(jobs)
-        alone, inside = seconds[f"width {encoder.width}"], seconds["dense"] - seconds["half"]
-        scale = inside / (encoder.depth - half) / alone if encoder.depth > 1 and inside > 0 else 1.0
-        self._widths = {width: scale * seconds[f"width {width}"] for width in sorted(widths)}
-        self._heads = {count: scale * seconds[f"heads {count}"] for count in sorted(heads)}
         self.dense = seconds["dense"]
-        self._rest = max(0.0, self.dense - encoder.depth * scale * alone)
+        layer = max(0.0, self.dense - seconds["half"]) / max(1, encoder.depth - half)
+        self._rest = max(0.0, self.dense - encoder.depth * layer) if encoder.depth > 1 else 0.0
+
+        def table(kind: str, most: int) -> dict[int, float]:
+            times = {int(name.split()[1]): time for name, time in seconds.items() if name.startswith(kind)}
+            times[most] = self.dense
+            return {size: max(0.0, times[size] - self._rest) / encoder.depth for size in sorted(times)}
+
+        self._widths, self._heads = table("width", encoder.width), table("heads", encoder.heads)
+
+    def _tabled(self, most: int, step: int) -> list[int]:
+        """Return some sizes below the dense one, in multiples of a step."""
+        sizes = {max(step, int(most * share // step) * step) for share in _SHARES}
+        return sorted(size for size in sizes if size < most)
+
+    def _small(self, shape: Shape) -> PreTrainedModel:
+        """Return a model of a shape. It shares its embeddings with the dense one, which saves memory."""
+        small = self._cutter.cut(shape)
+        small.set_input_embeddings(self._dense.get_input_embeddings())
+        return small
 
     def predicted(self, shape: Shape) -> float:
         """Return the seconds that a model of this shape would take, by the table."""
