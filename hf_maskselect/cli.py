@@ -195,7 +195,10 @@ def _verified(options: argparse.Namespace) -> str:
         record = record if state.pattern == STRUCTURED else None
     if record is not None:
         seconds = seconds_of_call(options.path, record.timed_shape)
-        return f"good: a fresh process loads it with the same outputs\n{record}\nnow: {1000 * seconds:.2f} ms a call"
+        return (
+            f"good: a fresh process loads it with the same outputs\n{record}\nnow: {1000 * seconds:.2f} ms a call, "
+            f"{record.milliseconds[1]:.2f} when it was made"
+        )
     masks = state.masks
     zeros = masks.total - masks.kept
     return f"good: {zeros:,} of {masks.total:,} prunable weights are zero ({masks.sparsity():.6f})"

@@ -109,6 +109,7 @@ class ResolvedConfig:
         for name, value in {} if self.gumbel is None else asdict(self.gumbel).items():
             values[f"gumbel_{_GUMBEL_NAMES.get(name, name)}"] = value
         if self.structure is not None:
+            values["sparsity"] = None if self.structure.by_speedup else self.sparsity
             values |= {"num_candidates": self.structure.num_candidates, "refit_rows": self.structure.rows}
         return {**values, "num_levels": len(self.levels)}
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from ..fields.rules import STRUCTURED
 from ..storage.models import model_class, of_transformers, pruned_modules
 from ..storage.pack import PackReport, pack
 from ..storage.packed_file import PACKED_FILE
@@ -18,7 +19,8 @@ from .plots import DENSITY, HISTORY, search_pictures
 from .record import RunRecord, best_first, metrics_of
 from .smaller import shape_table, smaller_summary
 
-CITATIONS = {  # method -> address of the paper; key, title, authors, venue and year of its BibTeX entry
+# Method, or the pattern without masks -> address of the paper; key, title, authors, venue and year of its BibTeX entry.
+CITATIONS = {
     "random": (
         "https://arxiv.org/abs/2310.13183",
         "li-etal-2023-breaking",
@@ -43,6 +45,14 @@ CITATIONS = {  # method -> address of the paper; key, title, authors, venue and 
         "IEEE International Conference on Image Processing",
         "2022",
     ),
+    "structured": (
+        "https://arxiv.org/abs/2302.04089",
+        "kurtic2023ziplm",
+        "{ZipLM}: Inference-Aware Structured Pruning of Language Models",
+        "Kurtic, Eldar and Frantar, Elias and Alistarh, Dan",
+        "Advances in Neural Information Processing Systems",
+        "2023",
+    ),
 }
 TASKS = {  # ending of the class name -> task, as the Hub names it
     "ForSequenceClassification": "text-classification",
@@ -53,7 +63,9 @@ TASKS = {  # ending of the class name -> task, as the Hub names it
 }
 # Fields of the configuration that the card shows, where they are set.
 _OPTIONS = "method pattern sparsity scope layer_floor target_modules exclude_modules keep_zeros levels"
-_OPTIONS += " pruning_warmup_steps frozen_steps target_speedup keep_shape latency_shape latency_dtype"
+_OPTIONS += " pruning_warmup_steps frozen_steps"
+_OPTIONS_OF_STRUCTURE = "pattern target_speedup sparsity keep_shape levels num_candidates refit_rows latency_shape"
+_OPTIONS_OF_STRUCTURE += " latency_dtype latency_device pruning_warmup_steps"
 _OPTIONS_OF_METHOD = {
     "random": "num_candidates proposals criterion selection trial_steps selection_metric",
     "pdp": "soft_ramp pdp_tau",
@@ -84,7 +96,7 @@ def card_text(
             evaluation of the run.
         dense_scores: the same for the model before pruning. Defaults to `dense_eval_*` in `all_results.json`.
     """
-    method = "" if record.state is None else record.state.method
+    method = STRUCTURED if not record.sparse else "" if record.state is None else record.state.method
     size = _pack_report(record.folder) if record.sparse else None
     parts = [
         f"# {escaped(name)}",
@@ -257,8 +269,11 @@ def _sizes(report: PackReport) -> str:
 
 
 def _options(options: Mapping[str, object]) -> str:
-    method = _OPTIONS_OF_METHOD.get(str(options.get("method")), "")
-    names = " ".join([_OPTIONS, method, _DISTILLATION if options.get("teacher") else "", _TRAINING]).split()
+    smaller = options.get("pattern") == STRUCTURED
+    method = (
+        _OPTIONS_OF_STRUCTURE if smaller else f"{_OPTIONS} {_OPTIONS_OF_METHOD.get(str(options.get('method')), '')}"
+    )
+    names = " ".join([method, _DISTILLATION if options.get("teacher") else "", _TRAINING]).split()
     rows = [[code(name), code(options[name])] for name in names if options.get(name) is not None]
     return markdown_table(["option", "value"], rows) if rows else ""
 
