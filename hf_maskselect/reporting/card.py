@@ -19,7 +19,7 @@ from .plots import DENSITY, HISTORY, search_pictures
 from .record import RunRecord, best_first, metrics_of
 from .smaller import shape_table, smaller_summary
 
-# Method, or the pattern without masks -> address of the paper; key, title, authors, venue and year of its BibTeX entry.
+# Method, or the pattern without masks -> address of the paper; key, title, authors, venue and year of its BibTeX.
 CITATIONS = {
     "random": (
         "https://arxiv.org/abs/2310.13183",
