@@ -12,6 +12,7 @@ from .reporting.sparsity import SparsityReport, sparsity_report
 from .runtime.export import export_cpu
 from .runtime.load import load_cpu
 from .runtime.report import CpuReport
+from .storage.free_shapes import register_loader
 from .storage.load import load_pruned
 from .storage.pack import PackReport, pack, unpack
 from .storage.state import PruningState
@@ -26,6 +27,8 @@ from .surgery.trim_vocabulary import TrimReport, trim_vocabulary
 from .trainer import PruningTrainer
 
 __version__ = "0.1.0"
+
+register_loader()
 
 __all__ = [
     "CpuReport",

@@ -30,7 +30,7 @@ from .storage.folders import find_folder
 from .storage.models import load_strictly, model_class, of_transformers
 from .storage.pack import pack, unpack
 from .storage.packed_file import LOSSY
-from .storage.reload import check_apart, save_reloadable, seconds_of_call
+from .storage.reload import check_apart, loaders, save_reloadable, seconds_of_call
 from .storage.state import PruningState
 from .storage.text_files import text_rows
 from .storage.trim import trim_folder
@@ -295,7 +295,7 @@ def _shrink(options: argparse.Namespace) -> str:
     name = Path(options.output).resolve().name
     text = card_text(RunRecord.load(options.output), name, Path(options.output))
     write_card(options.output, "---\nlibrary_name: transformers\ntags:\n- pruned\n- hf_maskselect\n---", text)
-    return f"{report}\nwrote {options.output}, which plain transformers loads with the same outputs"
+    return f"{report}\nwrote {options.output}, which {loaders(small)} loads with the same outputs"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """The parts of a model card that tell of a smaller shape instead of zeros."""
 
 from ..surgery.structured.record import StructureRecord
+from ..surgery.structured.shapes import told
 from ..utils.tables import markdown_table
 
 
@@ -20,8 +21,8 @@ def shape_table(record: StructureRecord) -> str:
     before, after = record.milliseconds
     rows = [
         ["layers", str(len(dense.layers)), str(len(small.layers))],
-        ["neurons of a feed-forward part", str(dense.width), str(small.width)],
-        ["attention heads", str(dense.heads), str(small.heads)],
+        ["neurons of a feed-forward part", told(dense.widths), told(small.widths)],
+        ["attention heads", told(dense.heads), told(small.heads)],
         ["milliseconds of one call", f"{before:.2f}", f"{after:.2f}"],
     ]
     removed = f"Removed layers, counted from 0: {', '.join(gone)}." if gone else "No layer was removed."

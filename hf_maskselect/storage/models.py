@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from ..masking.targets import is_regex, known_modules
+from ..surgery.structured.cut import give_shapes
 from ..utils.reading import read_object, typed
 from .configs import first_line, guarded, load_config
 from .weights import has_weights, weight_files
@@ -119,7 +120,9 @@ def _unfilled(
         saved = sum(len(file.shapes) for file in weight_files(folder))
     try:
         with torch.device("meta"), guarded(saved):
-            return cls._from_config(config)
+            model = cls._from_config(config)
+            give_shapes(model)
+            return model
     except Exception as error:  # whatever a class makes of sizes that do not go together
         raise ValueError(
             f"{folder}: config.json describes no {cls.__name__} ({first_line(error)}): restore the file"

@@ -1,4 +1,4 @@
-"""Save a model so that plain transformers loads it again in a fresh process, with the same outputs to the bit."""
+"""Save a model so that a fresh process loads it again, with the same outputs to the bit."""
 
 import os
 import subprocess
@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..surgery.structured.layer_shapes import LayerShapes
 from ..utils.clock import least_seconds
 from ..utils.folders import replacing_folder
 from .derived import CARD, of_weights
@@ -20,9 +21,11 @@ from .models import load_strictly, model_class
 
 _SECONDS = 1.0  # spent on timing a model
 
-# Runs without this package: arguments are the folder, the file of inputs and expected outputs, and the threads.
+# Runs without this package if the configuration says the shape. Arguments are the folder, the file of inputs and
+# expected outputs, and the threads. Weights that are mapped from a file may lie at odd addresses, where products are
+# rounded in another way, so they are copied.
 _SCRIPT = """
-import sys
+import copy, sys
 import torch, transformers
 from safetensors.torch import load_file
 
@@ -34,7 +37,7 @@ model, info = cls.from_pretrained(folder, dtype="auto", output_loading_info=True
 tensors = load_file(file)
 expected = tensors.pop("")
 with torch.no_grad():
-    output = model.eval()(**tensors)[0]
+    output = copy.deepcopy(model).eval()(**tensors)[0]
 wrong = [kind for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]]
 if wrong:
     sys.exit(f"{wrong[0]}: {sorted(map(str, info[wrong[0]]))[0]}")
@@ -48,8 +51,8 @@ def save_reloadable(
 ) -> None:
     """Write a model to `output`, which is either whole and reloads or is left as it was.
 
-    A fresh process loads it by plain transformers, without this package, and must get the same first output, to the
-    bit, for `batch`.
+    A fresh process loads it and must get the same first output, to the bit, for `batch`. It uses plain transformers,
+    without this package, or imports this package first if the shapes of the layers differ.
 
     Args:
         model: a model of transformers; it is moved to the CPU.
@@ -69,7 +72,7 @@ def save_reloadable(
         reason = _difference(model, new, {name: value.cpu() for name, value in batch.items()})
         if reason:
             raise ValueError(
-                f"the model for {output} does not reload by plain transformers ({reason}): nothing was saved"
+                f"the model for {output} does not reload by {loaders(model)} ({reason}): nothing was saved"
             )
 
 
@@ -81,7 +84,7 @@ def check_apart(folder: Path, output: Path) -> None:
 
 
 def check_reloads(model: PreTrainedModel, folder: str | os.PathLike, shape: Sequence[int]) -> None:
-    """Check that a fresh process, by plain transformers, gets the same first output for random inputs of a shape.
+    """Check that a fresh process, as in `save_reloadable`, gets the same first output for random inputs of a shape.
 
     Args:
         model: what the folder holds, on the CPU.
@@ -92,7 +95,7 @@ def check_reloads(model: PreTrainedModel, folder: str | os.PathLike, shape: Sequ
         ValueError: the outputs differ, or the model does not load.
     """
     if reason := _difference(model, Path(folder), _random_batch(model, shape)):
-        raise ValueError(f"{folder} does not reload by plain transformers ({reason}): save the model again")
+        raise ValueError(f"{folder} does not reload by {loaders(model)} ({reason}): save the model again")
 
 
 def seconds_of_call(folder: str | os.PathLike, shape: Sequence[int]) -> float:
@@ -119,6 +122,17 @@ def _difference(model: PreTrainedModel, folder: Path, batch: Mapping[str, Tensor
     with tempfile.TemporaryDirectory() as temporary:
         file = os.path.join(temporary, "batch.safetensors")
         save_file({"": expected.contiguous(), **{name: value.contiguous() for name, value in batch.items()}}, file)
-        command = [sys.executable, "-c", _SCRIPT, str(folder), file, str(torch.get_num_threads())]
+        script = "import hf_maskselect" * needs_import(model) + _SCRIPT
+        command = [sys.executable, "-c", script, str(folder), file, str(torch.get_num_threads())]
         done = subprocess.run(command, capture_output=True, text=True)
     return (done.stderr.strip().splitlines() or ["no message"])[-1] if done.returncode else ""
+
+
+def needs_import(model: PreTrainedModel) -> bool:
+    """Return whether a saved model loads only after `import hf_maskselect`."""
+    return LayerShapes.of(model.config) is not None
+
+
+def loaders(model: PreTrainedModel) -> str:
+    """Return what loads a saved model, in words."""
+    return "transformers after `import hf_maskselect`" if needs_import(model) else "plain transformers"

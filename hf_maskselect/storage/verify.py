@@ -1,6 +1,7 @@
 """Check everything that a saved pruned model promises."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ def check_pattern(name: str, weight: Tensor, pattern: NM | Blocks) -> None:
 
 
 def check_smaller(folder: str | os.PathLike) -> StructureRecord:
-    """Check a model that was made smaller: its shape, and that it reloads by plain transformers; return its record.
+    """Check a model that was made smaller: its shape, and that it reloads; return its record.
 
     Raises:
         ValueError: the folder has no such record, its shape is another one, or it does not reload.
@@ -57,12 +58,10 @@ def check_smaller(folder: str | os.PathLike) -> StructureRecord:
         raise ValueError(f"{folder}: config.json has no record of a smaller shape: save the model again")
     model = load_strictly(cls, folder, refused=("missing_keys", "unexpected_keys"), dtype="auto")
     encoder = Encoder.of(model, family_of(model))
-    found = (encoder.depth, encoder.width, encoder.heads)
-    told = (len(record.shape.layers), record.shape.width, record.shape.heads)
-    if found != told:
+    found = replace(encoder.full(), layers=record.shape.layers)
+    if encoder.depth != len(record.shape.layers) or found != record.shape:
         raise ValueError(
-            f"{folder}: the model has {found[0]} layers, width {found[1]} and {found[2]} heads, but its record tells "
-            f"of {told[0]}, {told[1]} and {told[2]}: save the model again"
+            f"{folder}: the model has {encoder.full()}, but its record tells of {record.shape}: save the model again"
         )
     check_reloads(model, folder, record.timed_shape)
     return record
@@ -76,7 +75,7 @@ def verify(folder: str | os.PathLike, pattern: str | None = None) -> PruningStat
         pattern: `"N:M"` or `"RxC"`: check also that every masked matrix holds it along its input axis.
 
     A model that was made smaller (`pattern="structured"`) has no zeros: its shape is checked, and that a fresh process
-    loads it by plain transformers with the same outputs.
+    loads it with the same outputs, by plain transformers unless its layers have shapes of their own.
 
     Returns:
         The pruning state of the folder.

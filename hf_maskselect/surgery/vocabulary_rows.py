@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from .structured.cut import give_shapes
+from .structured.layer_shapes import for_loading
 from .tokenizer_vocabulary import ids_in, rename_ids
 
 # Fields of a generation configuration that hold ids under other names than `..._token_id`.
@@ -71,7 +73,9 @@ def model_with_rows(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedMo
             each.vocab_size = len(kept)
         _rename(each, renaming)
     with torch.device("meta"):
-        described = type(model)._from_config(copy.deepcopy(config)).state_dict()
+        skeleton = type(model)._from_config(copy.deepcopy(config))
+        give_shapes(skeleton)
+    described = skeleton.state_dict()
     tensors = model.state_dict()
     if strange := sorted(tensors.keys() ^ described.keys()):
         raise ValueError(
@@ -80,7 +84,8 @@ def model_with_rows(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedMo
         )
     index = torch.tensor(kept)
     tensors = {name: _with_rows(name, tensor, described[name].shape, rows, index) for name, tensor in tensors.items()}
-    trimmed: Any = type(model).from_pretrained(None, config=config, state_dict=dict(tensors), dtype=model.dtype)
+    options: dict[str, Any] = {"config": for_loading(config), "state_dict": dict(tensors), "dtype": model.dtype}
+    trimmed: Any = type(model).from_pretrained(None, **options)
     for name, tensor in trimmed.state_dict().items():
         if tensor.dtype != tensors[name].dtype or not torch.equal(tensor, tensors[name]):
             raise ValueError(

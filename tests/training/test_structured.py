@@ -72,7 +72,7 @@ def test_verify_reloads_in_a_fresh_process(tmp_path, capsys):
     assert main(["verify", str(tmp_path)]) == 0
     assert "a fresh process loads it with the same outputs" in capsys.readouterr().out
     content = json.loads((tmp_path / "config.json").read_text())
-    content["pruning"]["structure"]["shape"]["width"] += 8
+    content["pruning"]["structure"]["shape"]["widths"][0] += 8
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="but its record tells of"):
         check_smaller(tmp_path)

@@ -19,6 +19,7 @@ def adopt(model: PreTrainedModel, small: PreTrainedModel) -> None:
     config: Any = model.config
     vars(config).clear()
     vars(config).update(vars(small.config))
+    config.__class__ = type(small.config)  # which says shapes by layer, or does not
     for module in model.modules():
         if vars(module).get("config") is small.config:
             module.config = config

@@ -18,10 +18,12 @@ class Family:
 
     attention, ffn: producer and consumer of the channels of heads and of the neurons. sums: the modules whose input is
     the sum of a sublayer's output and its residual, after attention and after the feed-forward part; an empty name is
-    the output of the layer. gates: further producers of the neurons. queries: further producers of the heads, for
-    families whose configuration can say fewer heads. stack: the list of layers inside the base model. depth, width:
+    the output of the layer. gates: further producers of the neurons. queries: further producers of the heads; a layer
+    may lack some of them. head_counts, channel_counts: attributes that hold the number of heads, and of their
+    channels. plain_heads: the configuration can say fewer heads. biased: name of the module that takes position biases
+    of all heads, where layers share one table of them. stack: the list of layers inside the base model. depth, width:
     fields of the configuration. by_layer: fields with one entry a layer. first_stays: the first layer is built in
-    another way than the others. shared: layers run at several depths, so that none can go.
+    another way than the others. shared: layers run at several depths, so that neither they nor their heads can go.
     """
 
     attention: Coupling
@@ -29,6 +31,10 @@ class Family:
     sums: tuple[str, str]
     gates: tuple[str, ...] = ()
     queries: tuple[str, ...] = ()
+    head_counts: tuple[str, ...] = ()
+    channel_counts: tuple[str, ...] = ()
+    plain_heads: bool = False
+    biased: str = ""
     stack: str = "encoder.layer"
     depth: str = "num_hidden_layers"
     width: str = "intermediate_size"
@@ -41,10 +47,10 @@ class Family:
         """Names of the layers that produce the neurons."""
         return (self.ffn.producer, *self.gates)
 
-    @property
-    def heads(self) -> tuple[str, ...]:
-        """Names of the layers that produce the heads, if the configuration can say fewer heads."""
-        return (self.attention.producer, *self.queries)
+    def heads(self, layer: nn.Module) -> list[str]:
+        """Return the names of what produces the heads of a layer."""
+        names = {name for name, _ in layer.named_modules()}
+        return [name for name in (self.attention.producer, *self.queries) if name in names]
 
     def layers(self, model: PreTrainedModel) -> list[nn.Module]:
         """Return the layers of a model, in their order; of shared layers each once."""
@@ -58,7 +64,13 @@ class Family:
         return attention, ffn
 
 
-_BERT = Family(*COUPLINGS["bert"], sums=("attention.output.LayerNorm", "output.LayerNorm"))
+_BERT = Family(
+    *COUPLINGS["bert"],
+    sums=("attention.output.LayerNorm", "output.LayerNorm"),
+    queries=("attention.self.query", "attention.self.key"),
+    head_counts=("attention.self.num_attention_heads",),
+    channel_counts=("attention.self.all_head_size",),
+)
 FAMILIES = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
     "albert": Family(
@@ -67,10 +79,16 @@ FAMILIES = {
         stack="encoder.albert_layer_groups",
         shared=True,
     ),
-    "deberta-v2": replace(_BERT, attention=COUPLINGS["deberta-v2"][0]),
+    "deberta-v2": replace(
+        _BERT,
+        attention=COUPLINGS["deberta-v2"][0],
+        queries=tuple(f"attention.self.{name}_proj" for name in ("query", "key", "pos_key", "pos_query")),
+    ),
     "distilbert": Family(
         *COUPLINGS["distilbert"],
         sums=("sa_layer_norm", "output_layer_norm"),
+        queries=("attention.q_lin", "attention.k_lin"),
+        head_counts=("attention.n_heads",),
         stack="transformer.layer",
         depth="n_layers",
         width="hidden_dim",
@@ -85,6 +103,10 @@ FAMILIES = {
     "mpnet": Family(
         *COUPLINGS["mpnet"],
         sums=("attention.LayerNorm", "output.LayerNorm"),
+        queries=("attention.attn.q", "attention.attn.k"),
+        head_counts=("attention.attn.num_attention_heads",),
+        channel_counts=("attention.attn.all_head_size",),
+        biased="attention.attn",
     ),
     "nomic_bert": Family(
         Coupling("self_attn.v_proj", "self_attn.o_proj", heads=True),
@@ -92,12 +114,15 @@ FAMILIES = {
         sums=("post_attention_layernorm", "post_mlp_layernorm"),
         gates=("mlp.gate_proj",),
         queries=("self_attn.q_proj", "self_attn.k_proj"),
+        plain_heads=True,
         stack="layers",
     ),
     "vit": Family(
         *COUPLINGS["vit"],
         sums=("layernorm_after", ""),
         queries=("attention.q_proj", "attention.k_proj"),
+        head_counts=("attention.num_attention_heads",),
+        plain_heads=True,
         stack="layers",
     ),
 }

@@ -17,7 +17,7 @@ from .moments import consumer_grams
 from .notes import Notes
 from .order import removal_order
 from .search import Candidate, ShapeSearch, WidthOf
-from .shapes import Shape
+from .shapes import Shape, head_size
 
 TRIAL_POSITIONS = 8192  # that neurons are ordered by, and candidates fitted on
 HELD_OUT = 512  # rows
@@ -48,11 +48,11 @@ class ShapeJob:
         self.rows = _few(rows, model.main_input_name, POSITIONS)
         self._few = batches_of(_few(self.rows, model.main_input_name, TRIAL_POSITIONS), model)
         self._judge = Judge(self.dense, batches_of(held_out[:HELD_OUT], model))
-        grams = consumer_grams(self.dense, family, self._few, bool(family.queries))
+        grams = consumer_grams(self.dense, family, self._few, family.plain_heads)
         orders = []
         for layer, (head_gram, gram) in zip(family.layers(self.dense), grams, strict=True):
             attention, ffn = family.consumers(layer)
-            size = attention.in_features // model.config.num_attention_heads
+            size = head_size(model.config)
             heads = torch.empty(0) if head_gram is None else removal_order(attention.weight, head_gram, size, 1)
             orders.append((heads, removal_order(ffn.weight, gram)))
         self.cutter = Cutter(self.dense, family, orders, grams)
@@ -72,7 +72,7 @@ class ShapeJob:
             search = ShapeSearch(
                 self.encoder,
                 first_stays=self.family.first_stays,
-                cuts_heads=bool(self.family.queries),
+                cuts_heads=self.family.plain_heads,
                 width_of=width_of,
                 evaluate=evaluate,
                 count=count,

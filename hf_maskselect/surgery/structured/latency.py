@@ -3,7 +3,6 @@
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ class Latency:
         self._dtype, self._device, self._notes = dtype, device, notes
         self._batch = {name: _moved(value, dtype, device) for name, value in batch.items()}
         self._dense = self._placed(cutter.model)
-        self._cutter, self._encoder = Cutter(self._dense, cutter.family), cutter.encoder
+        self._cutter, self.encoder = Cutter(self._dense, cutter.family), cutter.encoder
         self._time_table()
 
     @property
@@ -55,13 +54,21 @@ class Latency:
         A layer alone may be faster than in a model, where the cache holds other things. So only models are timed: the
         dense one, one of half the depth, and one for each entry. They take turns, since the machine may be busy.
         """
-        encoder, family = self._encoder, self._cutter.family
+        encoder, family = self.encoder, self._cutter.family
         full = encoder.full()
-        shapes = {f"width {width}": replace(full, width=width) for width in self._tabled(encoder.width, STEP)}
-        if family.queries:
-            shapes |= {f"heads {heads}": replace(full, heads=heads) for heads in self._tabled(encoder.heads, 1)}
+        shapes = {
+            f"width {width}": encoder.uniform(full.layers, width, encoder.heads)
+            for width in self._tabled(encoder.width, STEP)
+        }
+        if family.plain_heads:
+            shapes |= {
+                f"heads {heads}": encoder.uniform(full.layers, encoder.width, heads)
+                for heads in self._tabled(encoder.heads, 1)
+            }
         half = -(-encoder.depth // 2)
-        halved = self._small(full if encoder.shared else replace(full, layers=full.layers[:half]))
+        halved = self._small(
+            full if encoder.shared else encoder.uniform(full.layers[:half], encoder.width, encoder.heads)
+        )
         setattr(halved.config, family.depth, half)  # shared layers run at fewer depths
         jobs = {"dense": self._forward(self._dense), "half": self._forward(halved)}
         jobs |= {name: self._forward(self._small(shape)) for name, shape in shapes.items()}
@@ -90,14 +97,18 @@ class Latency:
 
     def predicted(self, shape: Shape) -> float:
         """Return the seconds that a model of this shape would take, by the table."""
-        head = _between(self._heads, shape.heads) - self._heads[self._encoder.heads]
-        return self._rest + len(shape.layers) * max(0.0, _between(self._widths, shape.width) + head)
+        sizes = zip(shape.widths, shape.heads, strict=True)
+        return self._rest + sum(self.layer(width, heads) for width, heads in sizes)
+
+    def layer(self, width: int, heads: int) -> float:
+        """Return the seconds of one layer, by the table."""
+        head = _between(self._heads, heads) - self._heads[self.encoder.heads]
+        return max(0.0, _between(self._widths, width) + head)
 
     def width_of_time(self, seconds: float, layers: tuple[int, ...], heads: int) -> int:
         """Return the largest allowed width that the table gives at most so many seconds; below 1 if there is none."""
-        width = self._encoder.width
-        allowed = [*range(STEP, width, STEP), width]
-        fitting = [width for width in allowed if self.predicted(Shape(layers, width, heads)) <= seconds]
+        encoder = self.encoder
+        fitting = [w for w in encoder.allowed_widths() if self.predicted(encoder.uniform(layers, w, heads)) <= seconds]
         return max(fitting, default=0)
 
     def speedup(self, shape: Shape) -> float:

@@ -83,7 +83,7 @@ class StructureRecord:
         """Return the record as JSON holds it."""
         values = asdict(self)
         for name in ("dense", "shape"):
-            values[name]["layers"] = list(values[name]["layers"])
+            values[name] = {field: list(numbers) for field, numbers in values[name].items()}
         return {**values, "milliseconds": list(self.milliseconds), "timed_shape": list(self.timed_shape)}
 
     def __str__(self) -> str:

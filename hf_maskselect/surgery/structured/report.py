@@ -80,7 +80,7 @@ class ShrinkReport:
             c.shape: [layer for layer in self.dense.layers if layer not in c.shape.layers] for c in self.candidates
         }
         rows = [
-            [", ".join(map(str, gone[c.shape])) or "none", c.shape.width, c.shape.heads, f"{c.divergence:.4f}"]
+            [", ".join(map(str, gone[c.shape])) or "none", c.shape.width, c.shape.most_heads, f"{c.divergence:.4f}"]
             for c in self.candidates
         ]
         before, after = self.parameters

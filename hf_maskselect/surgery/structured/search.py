@@ -97,15 +97,16 @@ class ShapeSearch:
             if score is None:  # it takes more than one layer: this shape only tells how much the layer is missed
                 others = tuple(index for index in range(encoder.depth) if index != layer)
                 width = max(self._width_of(tuple(range(encoder.depth - depths[-1])), encoder.heads), STEP)
-                score = self._evaluate(Shape(others, width, encoder.heads))
+                score = self._evaluate(encoder.uniform(others, width, encoder.heads))
             scores[layer] = score
         return sorted(layers, key=scores.__getitem__)
 
     def _try(self, gone: list[int], heads: int) -> float | None:
         """Score the shape without some layers; None if it was tried before or misses the target."""
         layers = tuple(layer for layer in range(self._encoder.depth) if layer not in gone)
-        shape = Shape(layers, self._width_of(layers, heads), heads)
-        if shape.width < STEP or shape in self.tried or len(self.tried) >= self._count:
+        width = self._width_of(layers, heads)
+        shape = self._encoder.uniform(layers, width, heads)
+        if width < STEP or shape in self.tried or len(self.tried) >= self._count:
             return None
         self.tried[shape] = self._evaluate(shape)
         return self.tried[shape]
@@ -123,7 +124,7 @@ class ShapeSearch:
 
     def _changed(self, shape: Shape, ranking: list[int], depths: list[int]) -> tuple[list[int], int]:
         """Exchange one layer, let one more go or stay, or change the heads, at random; early ranks are more likely."""
-        gone, heads, draw = self._gone(shape), shape.heads, self._random
+        gone, heads, draw = self._gone(shape), shape.most_heads, self._random
         if self._cuts_heads and draw.random() < 0.5:
             heads = min(max(heads + draw.choice((-2, -1, 1, 2)), 1), self._encoder.heads)
         else:

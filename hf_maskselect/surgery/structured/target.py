@@ -1,6 +1,6 @@
 """How much faster or smaller a model shall become, and the choice of the shape that meets it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .job import ShapeJob
 from .latency import Latency
@@ -69,15 +69,16 @@ def narrowed(latency: Latency, shape: Shape, speedup: float) -> Shape:
         if speedup <= reached <= speedup * _ROOM:
             break
         aim = latency.predicted(shape) * reached / (speedup * (1 + _ROOM) / 2)
-        shape = replace(shape, width=latency.width_of_time(aim, shape.layers, shape.heads))
+        width = latency.width_of_time(aim, shape.layers, shape.most_heads)
+        shape = latency.encoder.uniform(shape.layers, width, shape.most_heads)
     return max(met or tried, key=lambda each: each.width if met else -each.width)
 
 
 def _unreachable(job: ShapeJob, latency: Latency, target: Target) -> str:
     """Name the most that a shape reaches."""
-    encoder, heads = job.encoder, 1 if job.family.queries else job.encoder.heads
+    encoder, heads = job.encoder, 1 if job.family.plain_heads else job.encoder.heads
     layers = tuple(range(encoder.depth if encoder.shared else 1))
-    least = Shape(layers, STEP, heads)
+    least = encoder.uniform(layers, STEP, heads)
     if target.speedup is not None:
         best = f"{latency.dense / latency.predicted(least):.1f} times as fast"
     else:

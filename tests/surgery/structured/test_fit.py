@@ -99,7 +99,7 @@ def test_the_sums_meet_those_of_the_dense_model(family):
     fit(whole, kind, (0, 1, 2), calls)
     assert judge(whole.base_model) < 1e-8
     kept = (0, 2)
-    small, again = (cutter.cut(Shape(kept, 32, 4)) for _ in range(2))
+    small, again = (cutter.cut(cutter.encoder.uniform(kept, 32, 4)) for _ in range(2))
     before = judge(small.base_model)
     fit(small, kind, kept, calls)
     assert judge(small.base_model) < 0.8 * before
@@ -111,7 +111,7 @@ def test_the_sums_meet_those_of_the_dense_model(family):
 def test_heads_go_where_the_configuration_can_say_it(family, tmp_path):
     model = make_model(family)
     kind, batches = family_of(model), batches_of(rows_of(rows_for(model), model), model)
-    small = Cutter(model, kind).cut(Shape((0, 1, 2), 64, 3))
+    small = Cutter(model, kind).cut(Shape((0, 1, 2), (64,) * 3, (3,) * 3))
     assert small.config.num_attention_heads == 3 and small.config.head_dim == 8
     small.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
@@ -130,7 +130,8 @@ def test_a_head_that_does_nothing_goes_first():
         for layer, (gram, _) in zip(model.vit.layers, grams, strict=True)
     ]
     assert [int(order[0]) for order in orders] == [1, 1, 1]
-    small = Cutter(model, kind, [(order, torch.arange(64)) for order in orders], grams).cut(Shape((0, 1, 2), 64, 3))
+    cutter = Cutter(model, kind, [(order, torch.arange(64)) for order in orders], grams)
+    small = cutter.cut(cutter.encoder.uniform((0, 1, 2), 64, 3))
     assert Judge(model, batches)(small) < 1e-5
 
 
@@ -138,8 +139,8 @@ def test_parameters_are_counted_as_they_are():
     for family in ("ModernBert", "NomicBert", "ViT", "Albert"):
         model = make_model(family)
         kind, encoder = family_of(model), Encoder.of(model, family_of(model))
-        heads = 2 if kind.queries else 4
-        shape = Shape((0, 1, 2) if kind.shared else (0, 2), 40, heads)
+        heads = 2 if kind.plain_heads else 4
+        shape = encoder.uniform((0, 1, 2) if kind.shared else (0, 2), 40, heads)
         small = Cutter(model, kind).cut(shape)
         counted = sum(p.numel() for layer in kind.layers(small) for p in layer.parameters())
         assert encoder.parameters(shape) == counted
@@ -160,7 +161,7 @@ def test_the_remaining_columns_take_over():
 class Machine:
     """Layers cost 10 and their width; what is missed of them adds up, and so does what narrow layers miss."""
 
-    encoder = Encoder(6, 640, 4, 8, (0,) * 6, 1, 0, False)
+    encoder = Encoder((640,) * 6, (4,) * 6, 8, (0,) * 6, 1, 0, False)
     missed = (30, 9, 20, 4, 2, 50)
 
     def __init__(self, target):
@@ -182,7 +183,7 @@ def test_the_search_finds_the_best_set(target):
     machine = Machine(target)
     found = machine.search(30)[0]
     every = [layers for count in range(1, 7) for layers in itertools.combinations(range(6), count)]
-    shapes = [Shape(layers, machine.width_of(layers, 4), 4) for layers in every]
+    shapes = [machine.encoder.uniform(layers, machine.width_of(layers, 4), 4) for layers in every]
     best = min(machine.evaluate(shape) for shape in shapes if shape.width >= 8)
     assert found.divergence == best
     assert all(shape.width >= 8 for shape in machine.asked)

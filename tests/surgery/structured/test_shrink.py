@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 from hf_maskselect import shrink_model
 from hf_maskselect.surgery.structured.batches import batches_of, rows_of
 from hf_maskselect.surgery.structured.families import family_of
-from hf_maskselect.surgery.structured.shapes import Shape
+from hf_maskselect.surgery.structured.shapes import Encoder, Shape
 from hf_maskselect.surgery.structured.target import narrowed
 
 
@@ -74,7 +74,7 @@ def test_a_layer_that_does_nothing_goes_without_loss():
         linear.weight.data = 1e-6 * torch.randn_like(linear.weight)
         linear.bias.data.zero_()
     _, report = shrink(model, sparsity=1 / 3)
-    assert report.shape == Shape((0, 2), 64, 4) and report.divergence < 1e-6
+    assert report.shape == Shape((0, 2), (64, 64), (4, 4)) and report.divergence < 1e-6
 
 
 def test_neurons_that_do_nothing_go_without_loss():
@@ -154,6 +154,8 @@ def test_zeros_of_a_mask_are_not_filled():
 class Clock:
     """A machine on which a layer takes as long as its width, and the table says a fifth too little."""
 
+    encoder = Encoder((1024,), (4,), 8, (0,), 1, 0, False)
+
     def predicted(self, shape):
         return 0.8 * shape.width
 
@@ -165,5 +167,5 @@ class Clock:
 
 
 def test_the_width_follows_the_measured_time():
-    shape = narrowed(Clock(), Shape((0,), 624, 4), 2.0)
+    shape = narrowed(Clock(), Clock.encoder.uniform((0,), 624, 4), 2.0)
     assert 1000 / 2.0 / 1.05 <= shape.width <= 500

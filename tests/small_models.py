@@ -13,6 +13,10 @@ from transformers import (
     XLMRobertaForSequenceClassification,
 )
 
+from hf_maskselect.surgery.structured.cut import Cutter
+from hf_maskselect.surgery.structured.families import family_of
+from hf_maskselect.surgery.structured.shapes import Shape
+
 SIZES = {**COMMON, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.2}
 OTHERS = {
     "MPNet": (MPNetForSequenceClassification, MPNetConfig),
@@ -42,6 +46,15 @@ def make_model(family="Bert", seed=0, **changes):
         if parameter.dim() == 1:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     return model.eval()
+
+
+BY_LAYER = [family for family in EVERY if family != "Albert"]  # whose layers share their weights
+
+
+def make_free(family="Bert", **changes):
+    """A random model of two layers with other widths and heads each, cut from `make_model`."""
+    model = make_model(family, **changes)
+    return Cutter(model, family_of(model)).cut(Shape((0, 2), (40, 24), (3, 1)))
 
 
 def rows_for(model, count=48, seed=0):
