@@ -1,6 +1,6 @@
 """Run as a script against a hub: train with `push_to_hub`, then download by name and compare.
 
-python client.py FOLDER STRATEGY
+python client.py FOLDER STRATEGY...
 """
 
 import sys
@@ -16,10 +16,10 @@ from hf_maskselect.cli import main as main_of_console
 torch.set_num_threads(1)
 
 
-def main(folder, strategy):
+def push_and_pull(folder, strategy):
     repository = f"someone/{strategy}"
     trainer = make_trainer(
-        Path(folder) / strategy,
+        folder / "out",
         method="random",
         num_candidates=2,
         trial_steps=2,
@@ -39,9 +39,9 @@ def main(folder, strategy):
     trainer.push_to_hub(dense_scores={"accuracy": 0.9})
     plain = BertForSequenceClassification.from_pretrained(repository)
     assert same(weights_of(plain), weights_of(trainer.model))
-    model, masks = load_pruned(repository, cache_dir=Path(folder) / "fresh")
-    packed = list((Path(folder) / "fresh").rglob("packed_model.safetensors"))
-    dense = list((Path(folder) / "fresh").rglob("model.safetensors"))
+    model, masks = load_pruned(repository, cache_dir=folder / "fresh")
+    packed = list((folder / "fresh").rglob("packed_model.safetensors"))
+    dense = list((folder / "fresh").rglob("model.safetensors"))
     assert (len(packed), len(dense)) == ((1, 0) if trainer.args.pack_on_save else (0, 1))
     assert load_pruned(repository)[1].digest() == masks.digest()  # where a plain load has left its files
     assert main_of_console(["verify", repository]) == 0
@@ -53,4 +53,5 @@ def main(folder, strategy):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for name in sys.argv[2:]:
+        push_and_pull(Path(sys.argv[1]) / name, name)

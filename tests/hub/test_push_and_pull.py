@@ -16,24 +16,34 @@ MODEL = {"config.json", "model.safetensors", "pruning_state.safetensors", "READM
 PICTURES = {"pruning_density.png", "pruning_search.png", "pruning_history.png"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
-def test_a_model_is_pushed_and_pulled(tmp_path, strategy):
+STRATEGIES = ["end", "every_save", "checkpoint", "all_checkpoints"]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A hub to which one process, with its own settings of `huggingface_hub`, has pushed by every strategy."""
     pytest.importorskip("matplotlib")
+    folder = tmp_path_factory.mktemp("hub")
     path = os.pathsep.join([str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     unset = {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"}
     with serve() as (hub, address):
-        own = {"PYTHONPATH": path, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_token"}
+        own = {"PYTHONPATH": path, "HF_ENDPOINT": address, "HF_HOME": str(folder / "home"), "HF_TOKEN": "hf_token"}
         own |= {"HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         done = subprocess.run(
-            [sys.executable, str(HERE / "client.py"), str(tmp_path), strategy],
+            [sys.executable, str(HERE / "client.py"), str(folder), *STRATEGIES],
             env={**{k: v for k, v in os.environ.items() if k not in unset}, **own},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
         )
     assert done.returncode == 0, done.stderr[-4000:]
     assert not hub.unknown
+    return hub
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_model_is_pushed_and_pulled(tmp_path, hub, strategy):
     commits = hub.repositories[f"someone/{strategy}"]
     files = commits[-1][2]
     assert files.keys() >= MODEL | PICTURES
