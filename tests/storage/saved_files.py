@@ -98,17 +98,17 @@ def read_survivors(folder):
 
 
 READ = {
-    "pruning_state.safetensors": ("plain", read_model, 500),
-    "model.safetensors": ("plain", read_model, 350),
-    "config.json": ("plain", read_model, 200),
-    "model.safetensors.index.json": ("shards", read_model, 100),
-    PACKED_FILE: ("packed", read_model, 500),
-    SEMI_STRUCTURED_FILE: ("semi", read_semi_structured, 300),
-    TIMING_FILE: ("semi", read_semi_structured, 100),
-    JOURNAL_FILE: ("run", read_journal, 150),
-    SEARCH_FILE: ("run", read_search, 100),
-    "_level_best.safetensors": ("run", read_level_best, 150),
-    f"{FOLDER}/{'a' * 16}-{'d' * 16}.safetensors": ("run", read_survivors, 150),
+    "pruning_state.safetensors": ("plain", read_model, 200),
+    "model.safetensors": ("plain", read_model, 150),
+    "config.json": ("plain", read_model, 100),
+    "model.safetensors.index.json": ("shards", read_model, 50),
+    PACKED_FILE: ("packed", read_model, 200),
+    SEMI_STRUCTURED_FILE: ("semi", read_semi_structured, 120),
+    TIMING_FILE: ("semi", read_semi_structured, 50),
+    JOURNAL_FILE: ("run", read_journal, 60),
+    SEARCH_FILE: ("run", read_search, 50),
+    "_level_best.safetensors": ("run", read_level_best, 60),
+    f"{FOLDER}/{'a' * 16}-{'d' * 16}.safetensors": ("run", read_survivors, 60),
 }
 
 
