@@ -13,8 +13,11 @@ from hf_maskselect.masking.patterns import parse_pattern
 from hf_maskselect.methods.gumbel import Gumbel, GumbelOptions
 from hf_maskselect.methods.pdp import Pdp
 
-TAYLOR = {"method": "taylor", "scope": "global"}
-EVERY = [*METHODS, TAYLOR, {"method": "fisher", "scope": "layer"}, {"method": "random", "num_candidates": 3}]
+OTHERS = [
+    {"method": "taylor", "scope": "global"},
+    {"method": "fisher", "scope": "layer"},
+    {"method": "random", "num_candidates": 3},
+]
 SAVED = {"save_strategy": "steps", "save_steps": 5}
 
 
@@ -33,7 +36,8 @@ def assert_blocks(trainer, text):
 @pytest.mark.parametrize(
     ("text", "method"),
     [("1x4", METHODS[1]), ("2x8", METHODS[3])]
-    + [pytest.param(text, method, marks=pytest.mark.slow) for text in ("1x4", "2x8") for method in EVERY],
+    + [pytest.param("1x4", method, marks=pytest.mark.slow) for method in (*METHODS[2:], OTHERS[0], OTHERS[2])]
+    + [pytest.param("2x8", method, marks=pytest.mark.slow) for method in (METHODS[0], METHODS[2], OTHERS[1])],
     ids=str,
 )
 def test_a_run_ends_in_blocks_and_resumes_to_the_bit(tmp_path, text, method):
@@ -51,7 +55,9 @@ def test_a_run_ends_in_blocks_and_resumes_to_the_bit(tmp_path, text, method):
     assert verify(tmp_path / "again", text).masks.digest() == masks.digest()
 
 
-@pytest.mark.parametrize("method", [METHODS[3], *(pytest.param(m, marks=pytest.mark.slow) for m in EVERY)], ids=named)
+@pytest.mark.parametrize(
+    "method", [METHODS[3], *(pytest.param(m, marks=pytest.mark.slow) for m in (*METHODS[:3], *OTHERS))], ids=named
+)
 def test_zeros_of_the_start_stay_and_more_follow(tmp_path, method):
     save_pruned(tmp_path / "start", 0.5, "1x4")
     model, masks = load_pruned(tmp_path / "start")
