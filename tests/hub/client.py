@@ -3,6 +3,7 @@
 python client.py FOLDER STRATEGY...
 """
 
+import gc
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hf_maskselect import PruningState, load_pruned, verify
 from hf_maskselect.cli import main as main_of_console
 
 torch.set_num_threads(1)
+gc.freeze()  # each training begins with a garbage collection
 
 
 def push_and_pull(folder, strategy):
