@@ -91,14 +91,16 @@ class Workload:
     def shapes(self) -> float:
         """Training rows that take as long as the search for a smaller shape and its fit, at one level.
 
-        Rows are taken to have the length that is timed. A fit runs each layer three times, a third of a training step.
+        Rows are taken to have the length that is timed. A fit runs each layer one and a half times, where a training
+        step takes three passes.
         """
         structure = self.settings.structure
         if structure is None:
             return 0.0
         length = structure.latency_shape[1]
-        tried = structure.num_candidates * (TRIAL_POSITIONS / length + min(self.held_out, HELD_OUT) / 3)
-        return tried + min(structure.rows, POSITIONS / length)
+        scored = min(self.held_out, HELD_OUT)
+        tried = structure.num_candidates * (TRIAL_POSITIONS / length / 2 + min(scored, TRIAL_POSITIONS / length) / 3)
+        return tried + min(structure.rows, POSITIONS / length) / 2 + scored / 3
 
     def rungs(self, ranks: int) -> list[Rungs]:
         """The rungs of every level, if matrices can be refitted, which only a run sees (ALBERT's cannot)."""

@@ -85,7 +85,7 @@ def test_the_plan_counts_shapes(tmp_path, capsys):
     assert main([*command, "--target_speedup", "2", "--num_candidates", "5"]) == 0
     told = capsys.readouterr().out
     assert "shapes tried at each level: 5" in told
-    rows = 5 * (8192 / 32 + 400 / 3) + 900
+    rows = 5 * (8192 / 32 / 2 + 8192 / 32 / 3) + 900 / 2 + 400 / 3
     assert f"{rows / 8:.0f}" in told
 
 

@@ -92,14 +92,19 @@ def fit(small: PreTrainedModel, family: Family, kept: Sequence[int], calls: Call
     for index, targets in enumerate(calls.sums()):
         if index not in ours:
             continue
-        for which, consumer in enumerate(family.consumers(ours[index])):
-            residual = Residual()
+        layer = ours[index]
+        seen: list[tuple[Tensor, Tensor]] = []
+        for which, consumer in enumerate(family.consumers(layer)):
+            residual, seen = Residual(), []
             for number, batch in enumerate(calls.batches):
-                inputs, sum_ = _seen(ours[index], family, which, calls, index, number, states[number])
+                inputs, sum_ = _seen(layer, family, which, calls, index, number, states[number])
                 missing = targets[number][which] - sum_
                 residual.add(real_positions(inputs, batch), real_positions(missing, batch))
-            residual.correct(consumer)
-        states = [calls.run(ours[index], index, number, state) for number, state in enumerate(states)]
+                seen.append((inputs, sum_))
+            change = residual.correct(consumer)
+        # The last consumer has changed since its sums were seen. What it adds now saves a pass of the layer.
+        end = layer.get_submodule(family.sums[1]) if family.sums[1] else nn.Identity()
+        states = [end(sum_ + nn.functional.linear(inputs, *change)) for inputs, sum_ in seen]
 
 
 def _seen(

@@ -19,7 +19,7 @@ from .order import removal_order
 from .search import Candidate, ShapeSearch, WidthOf
 from .shapes import Shape, head_size
 
-TRIAL_POSITIONS = 8192  # that neurons are ordered by, and candidates fitted on
+TRIAL_POSITIONS = 8192  # that neurons are ordered by, and candidates fitted and scored on
 HELD_OUT = 512  # rows
 POSITIONS = 32768  # that the chosen one is fitted on
 
@@ -31,7 +31,7 @@ class ShapeJob:
         model: the dense model. It stays as it is.
         family: its family.
         rows: to fit on, from `rows_of`. The first ones are used, up to 32,768 positions.
-        held_out: rows to score on, of which the first 512 are used.
+        held_out: rows to score on: the first 512 for the chosen shape, and of these 8,192 positions for candidates.
         notes: the divergence of every shape that was scored, by its text. What it holds already is not scored again.
     """
 
@@ -47,7 +47,9 @@ class ShapeJob:
         self.dense, self.family, self._dtype, self._notes = dense.float().eval(), family, model.dtype, notes
         self.rows = _few(rows, model.main_input_name, POSITIONS)
         self._few = batches_of(_few(self.rows, model.main_input_name, TRIAL_POSITIONS), model)
-        self._judge = Judge(self.dense, batches_of(held_out[:HELD_OUT], model))
+        few_held_out = _few(held_out, model.main_input_name, TRIAL_POSITIONS)
+        self._judge = Judge(self.dense, batches_of(few_held_out[:HELD_OUT], model))
+        self._held_out = batches_of(held_out[:HELD_OUT], model)
         grams = consumer_grams(self.dense, family, self._few, family.plain_heads)
         orders = []
         for layer, (head_gram, gram) in zip(family.layers(self.dense), grams, strict=True):
@@ -66,7 +68,7 @@ class ShapeJob:
             def evaluate(shape: Shape) -> float:
                 bar.update()
                 if str(shape) not in self._notes:
-                    self._notes[str(shape)] = self._fitted(shape, calls)[1]
+                    self._notes[str(shape)] = self._judge(self._fitted(shape, calls))
                 return self._notes[str(shape)]
 
             search = ShapeSearch(
@@ -82,17 +84,18 @@ class ShapeJob:
 
     def fitted(self, shape: Shape) -> tuple[PreTrainedModel, float]:
         """Return the model of a shape, fitted on all rows, in the dtype of the model given, and its divergence."""
-        fitted: tuple[Any, float] = self._fitted(shape, self._calls(batches_of(self.rows, self.dense)))
-        return fitted[0].to(self._dtype), fitted[1]
+        fitted: Any = self._fitted(shape, self._calls(batches_of(self.rows, self.dense)))
+        divergence = Judge(self.dense, self._held_out)(fitted)  # before the dtype changes
+        return fitted.to(self._dtype), divergence
 
     def _calls(self, batches: Sequence[Batch], keeps: bool = False) -> Calls | None:
         return None if self.family.shared else Calls(self.dense, self.family, batches, keeps)
 
-    def _fitted(self, shape: Shape, calls: Calls | None) -> tuple[PreTrainedModel, float]:
+    def _fitted(self, shape: Shape, calls: Calls | None) -> PreTrainedModel:
         small = self.cutter.cut(shape)
         if calls is not None:
             fit(small, self.family, shape.layers, calls)
-        return small, self._judge(small)
+        return small
 
 
 def _few(rows: Sequence[Batch], name: str, positions: int) -> list[Batch]:

@@ -42,17 +42,24 @@ class Residual:
         self._inputs, self._missing = self._inputs + inputs.sum(0), self._missing + missing.sum(0)
         self._count += len(inputs)
 
-    def correct(self, linear: nn.Linear) -> None:
-        """Add the missing part to a layer's weight and bias, with a ridge that holds the weight near its value."""
+    def correct(self, linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+        """Add the missing part to a layer's weight and bias, with a ridge that holds the weight near its value.
+
+        Returns:
+            the change of the weight, and that of the bias if there is one.
+        """
         gram, cross = self._gram, self._cross
         center, shift = self._inputs / self._count, self._missing / self._count
         if linear.bias is not None:
             gram = gram - self._count * torch.outer(center, center)
             cross = cross - self._count * torch.outer(shift, center)
-        delta = solve(gram, cross)
-        linear.weight.add_(delta.to(linear.weight.dtype))
-        if linear.bias is not None:
-            linear.bias.add_((shift - delta @ center).to(linear.bias.dtype))
+        delta = solve(gram, cross).to(linear.weight.dtype)
+        linear.weight.add_(delta)
+        if linear.bias is None:
+            return delta, None
+        shift = (shift - delta @ center).to(linear.bias.dtype)
+        linear.bias.add_(shift)
+        return delta, shift
 
 
 def solve(gram: Tensor, cross: Tensor) -> Tensor:

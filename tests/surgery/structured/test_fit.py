@@ -5,9 +5,10 @@ import itertools
 
 import pytest
 import torch
-from small_models import make_model, rows_for
+from small_models import BY_LAYER, make_model, rows_for
 from tiny import same, weights_of
 
+from hf_maskselect.surgery.structured import fit as fit_module
 from hf_maskselect.surgery.structured.batches import batches_of, real_positions, rows_of
 from hf_maskselect.surgery.structured.cut import Cutter
 from hf_maskselect.surgery.structured.families import family_of
@@ -217,3 +218,27 @@ def test_multiple_choice_keeps_its_choices():
 def test_real_positions_leave_out_padding():
     values, batch = torch.arange(12.0).view(2, 3, 2), {"attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}
     assert real_positions(values, batch).tolist() == [[0, 1], [2, 3], [6, 7]]
+
+
+@pytest.mark.parametrize("name", BY_LAYER)
+def test_each_layer_is_fitted_on_what_the_fitted_layers_before_it_give(name, monkeypatch):
+    model = make_model(name).eval()
+    family, seen, plain = family_of(model), [], fit_module._seen
+
+    def noted(layer, family, which, calls, index, number, states):
+        if which == 0:
+            seen.append((layer, index, number, states))
+        return plain(layer, family, which, calls, index, number, states)
+
+    monkeypatch.setattr(fit_module, "_seen", noted)
+    batches = batches_of(rows_of(rows_for(model, 40), model), model)
+    calls = Calls(model, family, batches)
+    encoder = Encoder.of(model, family)
+    shape = encoder.uniform(encoder.full().layers, 8, encoder.heads)
+    small = Cutter(model, family).cut(shape)
+    fit(small, family, shape.layers, calls)
+    count = len(batches)
+    assert len(seen) == count * encoder.depth > count
+    with torch.no_grad():
+        for (layer, index, number, states), (*_, later) in zip(seen, seen[count:], strict=False):
+            assert torch.allclose(calls.run(layer, index, number, states), later, atol=1e-4), (index, number)
