@@ -1,32 +1,23 @@
-"""One rank of some runs under FSDP2 or DistributedDataParallel, and of masks on a model cut by `fully_shard` itself.
-
-    python fsdp_ranks.py FOLDER ENGINE RUNS
-
-ENGINE: "fsdp" or "ddp". RUNS: JSON, name -> PruningConfig's fields and "resume"; the name "direct" is the latter.
-"""
+"""One rank of runs under FSDP2 or DistributedDataParallel, and of masks on a model cut by `fully_shard` itself."""
 
 import json
-import sys
-from pathlib import Path
 
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from tiny import losses, make, make_config, make_rows
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "glue_scripts")]
-from tiny import losses, make, make_config, make_rows  # noqa: E402
-
-from hf_maskselect import PruningTrainer, prunable_weights  # noqa: E402
-from hf_maskselect.masking.dtensors import gathered  # noqa: E402
-from hf_maskselect.masking.patterns import parse_pattern  # noqa: E402
-from hf_maskselect.masking.proposals import Proposal, propose  # noqa: E402
-from hf_maskselect.masking.schedule import LevelPlan  # noqa: E402
-from hf_maskselect.methods.hard import HardMethod  # noqa: E402
-from run_glue import leave_process_group  # noqa: E402
+from hf_maskselect import PruningTrainer, prunable_weights
+from hf_maskselect.masking.dtensors import gathered
+from hf_maskselect.masking.patterns import parse_pattern
+from hf_maskselect.masking.proposals import Proposal, propose
+from hf_maskselect.masking.schedule import LevelPlan
+from hf_maskselect.methods.hard import HardMethod
+from run_glue import leave_process_group
 
 FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"], "state_dict_type": "FULL_STATE_DICT"}
 FSDP |= {"reshard_after_forward": False, "cpu_ram_efficient_loading": False}
@@ -102,10 +93,13 @@ def direct():
     return {"cut": prune(model), "whole": prune(make())}
 
 
-torch.set_num_threads(1)
-root, engine = Path(sys.argv[1]), sys.argv[2]
-for name, keywords in json.loads(sys.argv[3]).items():
-    told = direct() if name == "direct" else run(root / name, engine, **keywords)
-    (root / name).mkdir(exist_ok=True)
-    (root / name / f"rank{torch.distributed.get_rank()}.json").write_text(json.dumps(told))
-leave_process_group()
+def main(root, engine, runs):
+    """Do every run: name -> PruningConfig's fields and the other arguments of `run`; "direct" is `direct`.
+
+    engine: "fsdp" or "ddp".
+    """
+    for name, keywords in runs.items():
+        told = direct() if name == "direct" else run(root / name, engine, **keywords)
+        (root / name).mkdir(exist_ok=True)
+        (root / name / f"rank{torch.distributed.get_rank()}.json").write_text(json.dumps(told))
+    leave_process_group()

@@ -265,7 +265,6 @@ CASES = (
 
 
 def main(rank, folder):
-    torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", store, timedelta(seconds=60), rank=rank, world_size=RANKS)
     pair = dist.new_group([0, 1])

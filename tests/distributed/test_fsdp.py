@@ -2,20 +2,18 @@
 does."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from fsdp_ranks import main
+from launched import launch_ranks
 from tiny import weights_of
 from transformers import AutoModelForSequenceClassification
 
 from hf_maskselect import PruningState
 from hf_maskselect.storage.verify import verify
 
-SCRIPT, RANKS = Path(__file__).with_name("fsdp_ranks.py"), 3
+RANKS = 3
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}  # leaves parameters gathered, which must not matter
 SAVED = {"save_strategy": "steps", "save_steps": 3}
 CUT = {"refit_rows": 0}
@@ -41,11 +39,7 @@ RUNS = {
 def launch(folder, engine, runs):
     """What every rank of every run ended with: run -> list by rank."""
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    arguments = [str(SCRIPT), str(folder), engine, json.dumps(runs)]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stderr[-5000:]
+    launch_ranks(main, folder, RANKS, folder, engine, runs)
     return {run: [json.loads((folder / run / f"rank{r}.json").read_text()) for r in range(RANKS)] for run in runs}
 
 

@@ -1,21 +1,18 @@
 """Two gloo processes on the CPU: one run, one search, one model, and no rank left waiting."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from forked import finish
+from launched import launch_ranks, start_ranks
 from tiny import make, make_config
+from two_ranks import main
 
 from hf_maskselect import PruningState, prunable_weights
 from hf_maskselect.training.search_cost import Workload, search_cost
 
-SCRIPT = Path(__file__).with_name("two_ranks.py")
 SEARCH = {"method": "random", "num_candidates": 4, "trial_steps": 2, "refit_rows": 0}
 METHODS = {
     "random": {**SEARCH, "level_eval_steps": 2},
@@ -33,52 +30,47 @@ METHODS["fitted_elsewhere"] = METHODS["fitted"] | {  # rank 1 tries the winner o
     "num_candidates": 2,
     "proposals": ["magnitude:layer", "magnitude:global"],
 }
-APART = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+SAVED = {name: {**changes, "save_strategy": "steps", "save_steps": 3} for name, changes in METHODS.items()}
+RESUMED = ("random", "pdp", "gumbel", "survivors", "refit", "structured", "fitted_elsewhere")
+STOPPED = ("random", "pdp")
 
 
 def launch(folder, ranks, runs):
     """What every rank of every run ended with: run -> list by rank."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run(
-        [*command, str(SCRIPT), str(folder), json.dumps(runs)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **APART},
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch_ranks(main, folder, ranks, folder, runs)
     return {run: [json.loads((folder / run / f"rank{r}.json").read_text()) for r in range(ranks)] for run in runs}
 
 
 def launch_unwatched(folder, runs, limit):
-    """Two ranks that no launcher stops when the other is gone: (exit code, stderr) of each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **APART}
-    command = [sys.executable, str(SCRIPT), str(folder), json.dumps(runs)]
-    ranks = []
-    for rank in ("0", "1"):
-        environment = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
-        ranks.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        )
-    told = []
-    for process in ranks:
-        _, text = process.communicate(timeout=limit)
-        told.append((process.returncode, text))
-    return told
+    """Two ranks of which none is stopped when the other is gone: (exit code, what it printed) of each."""
+    logs, processes = start_ranks(main, folder, 2, folder, runs)
+    codes = finish(processes, limit, alone=True)
+    return [(code, log.read_text()) for code, log in zip(codes, logs, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of runs that two ranks have ended, and what they ended with. Each has saved its third step.
+
+    The runs of `METHODS`; "apart": survivors in folders that the ranks do not share; "crooked": one rank refits
+    otherwise; "stopped random" and "stopped pdp" have got a SIGTERM. Do not change.
+    """
+    folder = tmp_path_factory.mktemp("two")
+    stops = {f"stopped {name}": {**SAVED[name], "enable_jit_checkpoint": True, "terminate": 4} for name in STOPPED}
+    apart = {"apart": {**METHODS["survivors"], "apart": True}}
+    crooked = {"crooked": {"method": "taylor", "refit_rows": 32, "fault": "refit"}}
+    return folder, launch(folder, 2, SAVED | stops | apart | crooked)
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one_run(tmp_path):
+def test_two_ranks_are_one_run(tmp_path, whole):
     """2 x 8 rows a step are 1 x 8 accumulated twice, and 1 x 16: the search to the bit, where the micro-batches are
     the same, the training but for the order of one sum."""
-    apart = {"survivors": {**METHODS["survivors"], "apart": True}}
-    crooked = {"crooked": {"method": "taylor", "refit_rows": 32, "fault": "refit"}}
-    two = launch(tmp_path / "two", 2, METHODS | apart | crooked)
-    first, second = two.pop("crooked")  # a rank that fits a little otherwise gets what the first has fitted
+    folder, runs = whole
+    first, second = runs["crooked"]  # a rank that fits a little otherwise gets what the first has fitted
     assert first["weights"] == second["weights"]
+    two = {method: runs[method] for method in METHODS}
+    two["survivors"] = runs["apart"]
     accumulated = {name: {**changes, "gradient_accumulation_steps": 2} for name, changes in METHODS.items()}
     large = {"large": {**METHODS["random"], "per_device_train_batch_size": 16}}
     one = launch(tmp_path / "one", 1, accumulated | large)
@@ -90,7 +82,7 @@ def test_two_ranks_are_one_run(tmp_path):
         assert alone["before"] == pytest.approx(first["before"], rel=1e-5)  # P1: not multiplied by the ranks
         assert alone["losses"] == pytest.approx(first["losses"], rel=1e-4)
         assert alone["masks"] == first["masks"] and alone["chosen"] == first["chosen"], method
-        assert not list((tmp_path / "two" / method).glob("out*/_*"))
+        assert not list((folder / ("apart" if method == "survivors" else method)).glob("out*/_*"))
     for method in ("survivors", "random"):
         first, (alone,) = two[method][0], one[method]
         assert alone["scores"] == first["scores"] and alone["digests"] == first["digests"]
@@ -117,47 +109,44 @@ def test_two_ranks_are_one_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_resume_to_the_bit(tmp_path):
+def test_two_ranks_resume_to_the_bit(tmp_path, whole):
     """From the checkpoint of a run that was killed in its fifth step; the second level's search is made again. And
     from the one that all ranks write when one of them gets a SIGTERM."""
-    runs = {name: {**changes, "save_strategy": "steps", "save_steps": 3} for name, changes in METHODS.items()}
-    stops = {f"stopped {name}": {**runs[name], "enable_jit_checkpoint": True} for name in ("random", "pdp")}
-    whole = launch(tmp_path / "whole", 2, runs | {name: {**stop, "terminate": 4} for name, stop in stops.items()})
-    for method in runs:
-        out = tmp_path / "killed" / method / "out"
-        shutil.copytree(tmp_path / "whole" / method / "out" / "checkpoint-3", out / "checkpoint-3")
+    folder, runs = whole
+    again = {method: SAVED[method] for method in RESUMED}
+    for method in again:
+        out = tmp_path / method / "out"
+        shutil.copytree(folder / method / "out" / "checkpoint-3", out / "checkpoint-3")
         (out / "_saving" / "checkpoint-6").mkdir(parents=True)  # half-written
+    stops = {f"stopped {name}": {**SAVED[name], "enable_jit_checkpoint": True} for name in STOPPED}
     for stop in stops:
-        assert whole[stop][0]["steps"] == whole[stop][1]["steps"] in (5, 6)
-        shutil.copytree(tmp_path / "whole" / stop, tmp_path / "killed" / stop)
-    resumed = {name: {**changes, "resume": True} for name, changes in (runs | stops).items()}
-    killed = launch(tmp_path / "killed", 2, resumed)
-    for stop in stops:
-        whole[stop] = whole[stop.split()[1]]
-    for method in resumed:
-        for first, second in zip(whole[method], killed[method], strict=True):
+        assert runs[stop][0]["steps"] == runs[stop][1]["steps"] in (5, 6)
+        shutil.copytree(folder / stop, tmp_path / stop)
+    resumed = {name: {**changes, "resume": True} for name, changes in (again | stops).items()}
+    for run, ranks in launch(tmp_path, 2, resumed).items():
+        method = run.split()[-1]
+        for first, second in zip(runs[method], ranks, strict=True):
             for key in ("steps", "masks", "losses", "after", "weights", "chosen"):
-                assert first[key] == second[key], (method, key)
-        out = tmp_path / "whole" / method.split()[-1] / "out"
-        assert PruningState.load(out).weights == PruningState.load(tmp_path / "killed" / method / "out").weights
-        assert not list((tmp_path / "killed" / method / "out").glob("_*"))
+                assert first[key] == second[key], (run, key)
+        found = PruningState.load(tmp_path / run / "out")
+        assert PruningState.load(folder / method / "out").weights == found.weights
+        assert not list((tmp_path / run / "out").glob("_*"))
 
 
 @pytest.mark.slow
-def test_another_number_of_ranks_goes_on(tmp_path):
+def test_another_number_of_ranks_goes_on(tmp_path, whole):
     """From two ranks to one that accumulates, between the levels: the same search and masks, and a run that is valid
     to its end; from one rank to two as well."""
-    saving = {**SEARCH, "save_strategy": "steps", "save_steps": 3}
-    one, two = {**saving, "gradient_accumulation_steps": 2}, saving
-    whole = launch(tmp_path, 2, {"whole": two})["whole"][0]
-    shutil.copytree(tmp_path / "whole" / "out" / "checkpoint-3", tmp_path / "fewer" / "out" / "checkpoint-3")
+    folder, (expected, _) = whole[0], whole[1]["random"]
+    one, two = {**SAVED["random"], "gradient_accumulation_steps": 2}, SAVED["random"]
+    shutil.copytree(folder / "random" / "out" / "checkpoint-3", tmp_path / "fewer" / "out" / "checkpoint-3")
     found = launch(tmp_path, 1, {"fewer": {**one, "resume": True}, "alone": one})
     shutil.copytree(tmp_path / "alone" / "out" / "checkpoint-3", tmp_path / "more" / "out" / "checkpoint-3")
     found |= launch(tmp_path, 2, {"more": {**two, "resume": True}})
     for ranks in found.values():
         for rank in ranks:
-            assert rank["losses"] == pytest.approx(whole["losses"], rel=1e-4)
-            assert rank["masks"] == whole["masks"] and rank["chosen"] == whole["chosen"]
+            assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+            assert rank["masks"] == expected["masks"] and rank["chosen"] == expected["chosen"]
 
 
 @pytest.mark.slow
@@ -207,14 +196,13 @@ def test_a_rank_that_goes_wrong_stops_the_other(tmp_path, fault, there, elsewher
 
 
 @pytest.mark.slow
-def test_survivors_of_a_failed_run_go_on_where_they_are(tmp_path):
+def test_survivors_of_a_failed_run_go_on_where_they_are(tmp_path, whole):
     """Each rank has a folder of its own; one fails in the second rung, and started again they end as if none had."""
     changes = {**METHODS["survivors"], "apart": True}
-    whole = launch(tmp_path / "whole", 2, {"run": changes})["run"]
-    first, second = launch_unwatched(tmp_path / "failed", {"run": {**changes, "fault": "raise"}}, limit=120)
+    first, second = launch_unwatched(tmp_path, {"run": {**changes, "fault": "raise"}}, limit=120)
     assert "rank 1 failed: ArithmeticError: a trial went wrong" in first[1] and second[0] != 0
-    kept = [path for rank in (0, 1) for path in (tmp_path / "failed" / "run" / f"out{rank}").glob("_survivors/*")]
+    kept = [path for rank in (0, 1) for path in (tmp_path / "run" / f"out{rank}").glob("_survivors/*")]
     assert len(kept) == 4
-    again = launch(tmp_path / "failed", 2, {"run": changes})["run"]
+    again = launch(tmp_path, 2, {"run": changes})["run"]
     for key in ("masks", "chosen", "scores", "digests", "losses", "weights", "after"):
-        assert [rank[key] for rank in again] == [rank[key] for rank in whole], key
+        assert [rank[key] for rank in again] == [rank[key] for rank in whole[1]["apart"]], key

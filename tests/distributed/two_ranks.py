@@ -1,29 +1,19 @@
-"""One rank of some runs, one after the other: each evaluates, trains with a search, and writes what it ended with.
-
-    python two_ranks.py FOLDER RUNS
-
-RUNS: JSON, name -> PruningConfig's fields, and beside them "rows" of the train split, "resume" and "fault" (see
-`break_something`).
-"""
+"""One rank of some runs, one after the other: each evaluates, trains with a search, and writes what it ended with."""
 
 import json
 import os
 import signal
-import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed.distributed_c10d as c10d
+from tiny import losses, make, make_rows, make_trainer
+from torch.nn.functional import cross_entropy
+from transformers import TrainerCallback
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "glue_scripts")]
-from tiny import losses, make, make_rows, make_trainer  # noqa: E402
-from torch.nn.functional import cross_entropy  # noqa: E402
-from transformers import TrainerCallback  # noqa: E402
-
-from hf_maskselect.masking.scores import GradientStats  # noqa: E402
-from hf_maskselect.search.weight_files import BestRefit  # noqa: E402
-from run_glue import leave_process_group  # noqa: E402
+from hf_maskselect.masking.scores import GradientStats
+from hf_maskselect.search.weight_files import BestRefit
+from run_glue import leave_process_group
 
 
 def break_something(trainer, fault):
@@ -37,7 +27,7 @@ def break_something(trainer, fault):
         if len(tried) == 3 and fault == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if len(tried) == 3 and fault == "hang":
-            time.sleep(30)
+            time.sleep(15)
         return trial(*args)
 
     take = GradientStats._take
@@ -165,7 +155,11 @@ def run(folder, rows=96, resume=None, fault=None, terminate=None, apart=False, o
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
 
 
-torch.set_num_threads(1)
-for name, keywords in json.loads(sys.argv[2]).items():
-    run(Path(sys.argv[1]) / name, **keywords)
-leave_process_group()
+def main(folder, runs):
+    """Do every run: name -> PruningConfig's fields, and beside them the other arguments of `run`.
+
+    "fault" is one of `break_something`.
+    """
+    for name, keywords in runs.items():
+        run(folder / name, **keywords)
+    leave_process_group()
