@@ -1,14 +1,12 @@
-"""Run as a script: kill a writer of folders at every file event, over an earlier good output, and look at the rest.
+"""Kill a writer of folders at every file event, over an earlier good output, and look at the rest.
 
 Every write runs in a fork of this process. Its file events (opened for writing, renamed, linked, deleted, made,
 exchanged) are counted, and the process ends at the n-th: before it, or with the opened file cut to nothing, as a write
 that was interrupted leaves it. Then the folder must hold the old output or the new one, file by file to the byte, and
 the same write must succeed and leave nothing else.
 
-    python killable_writers.py FOLDER STEP WRITER:MODE...
-
-MODE is "exchange", or "moves" where the system cannot exchange two folders. With MODE "full" the disk is full from the
-n-th event on. STEP is the distance of the events that are tried.
+The mode is "exchange", or "moves" where the system cannot exchange two folders. With the mode "full" the disk is full
+from the n-th event on.
 """
 
 import errno
@@ -337,15 +335,17 @@ def differing(found, expected):
     return sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
 
 
-def main(root, step, *jobs):
-    torch.set_num_threads(1)
+def kill_all(root, step, *jobs):
+    """Do `kill_everywhere` for every job, "WRITER:MODE", and return what each returns."""
     transformers.logging.disable_progress_bar()
-    told = {job: kill_everywhere(Path(root) / job.replace(":", "-"), int(step), *job.split(":")) for job in jobs}
-    print(json.dumps(told))
+    return {job: kill_everywhere(root / job.replace(":", "-"), step, *job.split(":")) for job in jobs}
 
 
 def kill_everywhere(root, step, writer, mode):
-    """Kill a write at every `step`-th event; return the number of events, and of folders that were old and new."""
+    """Kill a write at every `step`-th event; return the numbers of events, of kills, and of old and of new folders.
+
+    Without an exchange of folders a write does the same as with one until it would exchange them: fewer kills there.
+    """
     place = Place(root, mode)
     prepare, write, read = WRITERS[writer](place)
     place.fork(prepare)
@@ -356,8 +356,11 @@ def kill_everywhere(root, step, writer, mode):
     new, after = place.content(), place.fork(read)[2]
     if place.left() or bool(differing(old, new)) == (writer == "push"):
         sys.exit(f"a write leaves {place.left()} and changes {differing(old, new)}")
-    outcomes = {"old": 0, "new": 0}
-    for number in range(1, len(events) + 1, step):
+    outcomes, numbers = {"old": 0, "new": 0}, range(1, len(events) + 1, step)
+    if mode == "moves":
+        exchange = 1 + events.index("exchange ")
+        numbers = [*range(1, exchange, 8 * step), *range(exchange, len(events) + 1, step)]
+    for number in numbers:
         place.restore()
         code = place.fork(write, number)[0]
         event = f"event {number} of {len(events)} ({events[number - 1]}, code {code})"
@@ -377,7 +380,7 @@ def kill_everywhere(root, step, writer, mode):
         place.fork(write)
         if place.content() != new or place.left():
             sys.exit(f"{event}: the next write leaves {place.left()} and {differing(place.content(), new)}")
-    return {"events": len(events), **outcomes}
+    return {"events": len(events), "kills": len(numbers), **outcomes}
 
 
 def finish_all(out):
@@ -390,7 +393,3 @@ def plainly(read):
         return read()
     except OSError:
         return "refused"
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

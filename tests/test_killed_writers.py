@@ -1,13 +1,14 @@
 """Whatever writes a folder leaves the old output or the new one, whole, where it is killed or the disk is full."""
 
 import pytest
-from told import told_by
+from forked import returned
+from killable_writers import kill_all
 
 WRITERS = ["save_model", "checkpoint", "pack", "pack_beside", "unpack", "export", "onnx", "push"]
 
 
 def kill(folder, step, *jobs):
-    told = told_by("killable_writers.py", folder, step, *jobs, timeout=900)
+    told = returned(kill_all, folder, step, *jobs, folder=folder, limit=900)
     assert told.keys() == set(jobs) and all(each["old"] for each in told.values())
     return told
 
@@ -21,5 +22,7 @@ def test_some_kills_leave_a_whole_folder(tmp_path):
 def test_every_kill_leaves_a_whole_folder(tmp_path, writer):
     kill(tmp_path, 4, f"{writer}:full")
     modes = ("exchange",) if writer == "push" else ("exchange", "moves")
-    for each in kill(tmp_path, 1, *(f"{writer}:{mode}" for mode in modes)).values():
-        assert each["old"] + each["new"] == each["events"] and bool(each["new"]) == (writer != "push")
+    done = kill(tmp_path, 1, *(f"{writer}:{mode}" for mode in modes))
+    assert done[f"{writer}:exchange"]["kills"] == done[f"{writer}:exchange"]["events"]
+    for each in done.values():
+        assert each["old"] + each["new"] == each["kills"] and bool(each["new"]) == (writer != "push")

@@ -1,12 +1,9 @@
-"""Run as a script: train once to the end, then again and again with a kill -9 at a chosen event, and resume.
+"""Train once to the end, then again and again with a kill -9 at a chosen event, and resume.
 
-The imports are paid once: every run is a fork of this process, which itself never computes a gradient. Events are
-counted, not timed, so that a kill falls at the same place on any machine: each optimizer step of the run ("train"),
-each of a trial and each of its scores ("trial"), and each operation on files ("save"), half of these with the file cut
-in two, as a write that was interrupted leaves it. (A checkpoint is written by two threads, so that a kill among its
-files may fall at a neighbour.)
-
-    python killable.py FOLDER METHOD COUNT SEED
+Every run is a fork of this process, which itself never computes a gradient. Events are counted, not timed, so that a
+kill falls at the same place on any machine: each optimizer step of the run ("train"), each of a trial and each of its
+scores ("trial"), and each operation on files ("save"), half of these with the file cut in two, as a write that was
+interrupted leaves it. (Two threads write a checkpoint, so that a kill among its files may fall at a neighbour.)
 """
 
 import json
@@ -166,17 +163,17 @@ def result(folder):
     return found, (folder / "weights.safetensors").read_bytes()
 
 
-def main(root, method, count, seed):
-    torch.set_num_threads(1)
-    root, whole = Path(root), Path(root) / "whole"
+def kill_anywhere(root, method, count, seed):
+    """Kill `count` runs of a method; return how many at which kind of event, and the events of a whole run."""
+    whole = root / "whole"
     fork(whole, method, Events())
     expected = result(whole)
     told = json.loads((whole / "found.json").read_text())
     counts, finished = told["counts"], told["finished"]
-    draw = random.Random(int(seed))
+    draw = random.Random(seed)
     kinds = [kind for kind in ("train", "trial", "save") if counts.get(kind)]
     killed = Counter()
-    for index in range(int(count)):
+    for index in range(count):
         kind = kinds[index % len(kinds)]
         number = draw.randint(1, counts[kind])
         folder = root / f"{index}-{kind}-{number}"
@@ -197,8 +194,4 @@ def main(root, method, count, seed):
                 sys.exit(f"{folder}: after a resume {name} is {found[0][name]} and not {value}")
         if found[1] != expected[1]:
             sys.exit(f"{folder}: after a resume the weights differ")
-    print(json.dumps({"killed": killed, "counts": counts}))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return {"killed": killed, "counts": counts}
