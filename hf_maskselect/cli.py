@@ -121,6 +121,8 @@ def _add_shrink(parser: argparse.ArgumentParser) -> None:
     rows = ".jsonl or .parquet file of rows of the train split, 2,000 of which are used; labels are not needed"
     parser.add_argument("--rows", required=True, help=rows)
     add = parser.add_argument
+    shapes = "uniform: plain transformers loads the model (default); free: heads too, and sizes layer by layer"
+    add("--keep-shape", choices=["uniform", "free"], default="uniform", help=shapes)
     add("--candidates", type=positive, default=16, help="number of shapes to try (default: 16)")
     add("--batch-size", type=positive, default=8, help="batch size to time (default: 8)")
     add("--seq-len", type=positive, default=128, help="length to time, in tokens (default: 128)")
@@ -287,6 +289,7 @@ def _shrink(options: argparse.Namespace) -> str:
         rows,
         speedup=options.speedup,
         sparsity=options.sparsity,
+        keep_shape=options.keep_shape,
         num_candidates=options.candidates,
         latency_shape=(options.batch_size, options.seq_len),
         latency_dtype=TIMED_DTYPES.get(options.dtype),

@@ -10,14 +10,17 @@ from transformers import PreTrainedModel
 from ...utils.judge import Judge
 from ...utils.wrappers import own_copy
 from .batches import Batch, batches_of
+from .budget import Budget
 from .cut import Cutter
 from .families import Family
 from .fit import Calls, fit
+from .layer_shapes import LayerShapes
 from .moments import consumer_grams
 from .notes import Notes
 from .order import removal_order
-from .search import Candidate, ShapeSearch, WidthOf
+from .search import Candidate, ShapeSearch
 from .shapes import Shape, head_size
+from .switches import SwitchSearch
 
 TRIAL_POSITIONS = 8192  # that neurons are ordered by, and candidates fitted and scored on
 HELD_OUT = 512  # rows
@@ -32,6 +35,7 @@ class ShapeJob:
         family: its family.
         rows: to fit on, from `rows_of`. The first ones are used, up to 32,768 positions.
         held_out: rows to score on: the first 512 for the chosen shape, and of these 8,192 positions for candidates.
+        free: each layer may get heads and neurons of its own.
         notes: the divergence of every shape that was scored, by its text. What it holds already is not scored again.
     """
 
@@ -42,7 +46,10 @@ class ShapeJob:
         rows: Sequence[Batch],
         held_out: Sequence[Batch],
         notes: Notes,
+        free: bool = False,
     ) -> None:
+        _check_free(model, family, free)
+        self.free, self.cuts_heads = free, family.plain_heads or free
         dense: Any = own_copy(model)
         self.dense, self.family, self._dtype, self._notes = dense.float().eval(), family, model.dtype, notes
         self.rows = _few(rows, model.main_input_name, POSITIONS)
@@ -50,7 +57,7 @@ class ShapeJob:
         few_held_out = _few(held_out, model.main_input_name, TRIAL_POSITIONS)
         self._judge = Judge(self.dense, batches_of(few_held_out[:HELD_OUT], model))
         self._held_out = batches_of(held_out[:HELD_OUT], model)
-        grams = consumer_grams(self.dense, family, self._few, family.plain_heads)
+        grams = consumer_grams(self.dense, family, self._few, self.cuts_heads)
         orders = []
         for layer, (head_gram, gram) in zip(family.layers(self.dense), grams, strict=True):
             attention, ffn = family.consumers(layer)
@@ -60,10 +67,10 @@ class ShapeJob:
         self.cutter = Cutter(self.dense, family, orders, grams)
         self.encoder = self.cutter.encoder
 
-    def search(self, width_of: WidthOf, count: int, seed: int) -> list[Candidate]:
-        """Return the shapes that were tried, the best first."""
+    def search(self, budget: Budget, count: int, seed: int) -> list[Candidate]:
+        """Return the shapes that were tried, the best first: `count` uniform ones, and as many free ones, if any."""
         calls = self._calls(self._few, keeps=True)
-        with tqdm(total=count, desc="shapes", leave=False) as bar:
+        with tqdm(total=count * (1 + self.free), desc="shapes", leave=False) as bar:
 
             def evaluate(shape: Shape) -> float:
                 bar.update()
@@ -74,13 +81,16 @@ class ShapeJob:
             search = ShapeSearch(
                 self.encoder,
                 first_stays=self.family.first_stays,
-                cuts_heads=self.family.plain_heads,
-                width_of=width_of,
+                cuts_heads=self.cuts_heads,
+                width_of=budget.width_of,
                 evaluate=evaluate,
                 count=count,
                 seed=seed,
             )
-            return search.run()
+            found = search.run()
+            if found and self.free:
+                found += SwitchSearch(budget, evaluate, count, seed).run(found[0])
+            return sorted(found, key=lambda candidate: candidate.divergence)
 
     def fitted(self, shape: Shape) -> tuple[PreTrainedModel, float]:
         """Return the model of a shape, fitted on all rows, in the dtype of the model given, and its divergence."""
@@ -96,6 +106,16 @@ class ShapeJob:
         if calls is not None:
             fit(small, self.family, shape.layers, calls)
         return small
+
+
+def _check_free(model: PreTrainedModel, family: Family, free: bool) -> None:
+    kind = model.config.model_type
+    if free and family.shared:
+        raise ValueError(
+            f"the layers of a {kind!r} model share their weights, so they have one shape: use keep_shape='uniform'"
+        )
+    if not free and LayerShapes.of(model.config) is not None:
+        raise ValueError(f"the layers of this {kind!r} model have shapes of their own already: use keep_shape='free'")
 
 
 def _few(rows: Sequence[Batch], name: str, positions: int) -> list[Batch]:

@@ -28,9 +28,19 @@ class Latency:
         dtype: what is timed, such as `torch.bfloat16`.
         device: what is timed.
         notes: the times of the table and the measured speed-ups. What they hold already is not timed again.
+        cuts_heads: models with fewer heads are timed, too.
     """
 
-    def __init__(self, cutter: Cutter, batch: Batch, dtype: torch.dtype, device: torch.device, notes: Notes) -> None:
+    def __init__(
+        self,
+        cutter: Cutter,
+        batch: Batch,
+        dtype: torch.dtype,
+        device: torch.device,
+        notes: Notes,
+        cuts_heads: bool = False,
+    ) -> None:
+        self._cuts_heads = cuts_heads
         self._dtype, self._device, self._notes = dtype, device, notes
         self._batch = {name: _moved(value, dtype, device) for name, value in batch.items()}
         self._dense = self._placed(cutter.model)
@@ -60,7 +70,7 @@ class Latency:
             f"width {width}": encoder.uniform(full.layers, width, encoder.heads)
             for width in self._tabled(encoder.width, STEP)
         }
-        if family.plain_heads:
+        if self._cuts_heads:
             shapes |= {
                 f"heads {heads}": encoder.uniform(full.layers, encoder.width, heads)
                 for heads in self._tabled(encoder.heads, 1)
@@ -104,12 +114,6 @@ class Latency:
         """Return the seconds of one layer, by the table."""
         head = _between(self._heads, heads) - self._heads[self.encoder.heads]
         return max(0.0, _between(self._widths, width) + head)
-
-    def width_of_time(self, seconds: float, layers: tuple[int, ...], heads: int) -> int:
-        """Return the largest allowed width that the table gives at most so many seconds; below 1 if there is none."""
-        encoder = self.encoder
-        fitting = [w for w in encoder.allowed_widths() if self.predicted(encoder.uniform(layers, w, heads)) <= seconds]
-        return max(fitting, default=0)
 
     def speedup(self, shape: Shape) -> float:
         """Return how many times as fast as the dense model one of this shape is, measured."""

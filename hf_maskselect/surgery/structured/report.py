@@ -9,7 +9,7 @@ from ...utils.tables import text_table
 from .job import ShapeJob
 from .latency import Latency
 from .search import Candidate
-from .shapes import Shape
+from .shapes import Shape, told
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ class ShrinkReport:
         }
 
     def __str__(self) -> str:
-        gone = {
-            c.shape: [layer for layer in self.dense.layers if layer not in c.shape.layers] for c in self.candidates
-        }
+        gone = [
+            tuple(layer for layer in self.dense.layers if layer not in each.shape.layers) for each in self.candidates
+        ]
         rows = [
-            [", ".join(map(str, gone[c.shape])) or "none", c.shape.width, c.shape.most_heads, f"{c.divergence:.4f}"]
-            for c in self.candidates
+            [told(layers) or "none", told(each.shape.widths), told(each.shape.heads), f"{each.divergence:.4f}"]
+            for layers, each in zip(gone, self.candidates, strict=True)
         ]
         before, after = self.parameters
         lines = [

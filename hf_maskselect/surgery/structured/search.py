@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from .shapes import STEP, Encoder, Shape
 
 WidthOf = Callable[[tuple[int, ...], int], int]
+_ROOM = 5  # layers are compared with at least a fifth of their width, if that takes no more than fewer heads
 _PATIENCE = 2  # depths in a row that are worse than the best, after which the sets do not grow on
 _DRAWS = 500  # exchanges in a row that were all tried before
 
@@ -58,14 +59,13 @@ class ShapeSearch:
             return []
         ranking = self._ranked(depths)
         worse = 0
-        for gone in (depth for depth in depths if depth != 1):
+        for gone in depths:
             before = min(self.tried.values(), default=float("inf"))
-            score = self._try(ranking[:gone], self._encoder.heads)
-            worse = worse + 1 if score is not None and score > before else 0
+            tries = [self._try(ranking[:gone], heads) for heads in self._shares()]
+            scores = [score for score in tries if score is not None]
+            worse = worse + 1 if scores and min(scores) > before else 0
             if worse == _PATIENCE:
                 break
-        for share in (2 / 3, 1 / 2) if self._cuts_heads else ():
-            self._try(self._gone(self._best()), max(1, round(self._encoder.heads * share)))
         idle = 0
         while len(self.tried) < self._count and idle < _DRAWS:
             idle = idle + 1 if self._try(*self._changed(self._parent(), ranking, depths)) is None else 0
@@ -85,6 +85,11 @@ class ShapeSearch:
     def _head_counts(self) -> list[int]:
         return list(range(1, self._encoder.heads + 1)) if self._cuts_heads else [self._encoder.heads]
 
+    def _shares(self) -> list[int]:
+        """Return the numbers of heads to begin with."""
+        shares = (1, 2 / 3, 1 / 2, 5 / 12) if self._cuts_heads else (1,)
+        return [max(1, round(self._encoder.heads * share)) for share in shares]
+
     def _ranked(self, depths: list[int]) -> list[int]:
         """Return the layers that may go, that which is missed least first: each is removed alone."""
         encoder = self._encoder
@@ -92,12 +97,14 @@ class ShapeSearch:
         if depths == [0]:
             return []
         scores = {}
+        widths = {heads: self._width_of(tuple(range(encoder.depth - 1)), heads) for heads in self._shares()}
+        heads = next((heads for heads in widths if widths[heads] * _ROOM >= encoder.width), encoder.heads)
         for layer in layers:
-            score = self._try([layer], encoder.heads) if 1 in depths else None
+            score = self._try([layer], heads) if 1 in depths else None
             if score is None:  # it takes more than one layer: this shape only tells how much the layer is missed
                 others = tuple(index for index in range(encoder.depth) if index != layer)
-                width = max(self._width_of(tuple(range(encoder.depth - depths[-1])), encoder.heads), STEP)
-                score = self._evaluate(encoder.uniform(others, width, encoder.heads))
+                width = max(self._width_of(tuple(range(encoder.depth - depths[-1])), heads), STEP)
+                score = self._evaluate(encoder.uniform(others, width, heads))
             scores[layer] = score
         return sorted(layers, key=scores.__getitem__)
 
@@ -110,9 +117,6 @@ class ShapeSearch:
             return None
         self.tried[shape] = self._evaluate(shape)
         return self.tried[shape]
-
-    def _best(self) -> Shape:
-        return min(self.tried, key=self.tried.__getitem__)
 
     def _parent(self) -> Shape:
         """Draw a shape to change: each is half as likely as the next better one."""

@@ -136,18 +136,9 @@ class Encoder:
         fixed = sum(self.fixed[layer] for layer in shape.layers)
         return fixed + self.neuron * sum(shape.widths) + self.head * sum(shape.heads)
 
-    def width_of_size(self, parameters: int, layers: tuple[int, ...], heads: int) -> int:
-        """Return the largest allowed width at which layers have no more parameters; below 1 if there is none."""
-        fitting = [w for w in self.allowed_widths() if self.parameters(self.uniform(layers, w, heads)) <= parameters]
-        return max(fitting, default=0)
-
     def allowed_widths(self) -> list[int]:
         """Return the widths that a layer may get: multiples of 8, and the full width."""
         return [*range(STEP, self.width, STEP), self.width]
-
-    def rounded(self, width: float) -> int:
-        """Round a width down to an allowed one."""
-        return self.width if width >= self.width else int(width // STEP) * STEP
 
 
 def head_size(config: Any) -> int:

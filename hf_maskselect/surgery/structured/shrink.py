@@ -24,6 +24,7 @@ def shrink_model(
     *,
     speedup: float | None = None,
     sparsity: float | None = None,
+    keep_shape: str = "uniform",
     num_candidates: int = 16,
     latency_shape: Sequence[int] = (8, 128),
     latency_dtype: torch.dtype | None = None,
@@ -33,9 +34,10 @@ def shrink_model(
     """Make a smaller model of the same class: some layers removed, and narrower feed-forward parts in the others.
 
     The result is an ordinary model whose configuration says its shape, so that `save_pretrained` and plain
-    `from_pretrained` work. Heads go too where the configuration can say it (NomicBERT, ViT). The neurons that go are
-    chosen as in ZipLM (arXiv 2302.04089, section 3). The layers that go are searched: each candidate is fitted by
-    least squares, and scored by the divergence of its outputs on held-out rows.
+    `from_pretrained` work. Heads go too where the configuration can say it (NomicBERT, ViT), or with
+    `keep_shape="free"`. The neurons that go are chosen as in ZipLM (arXiv 2302.04089, section 3). The layers that go
+    are searched: each candidate is fitted by least squares, and scored by the divergence of its outputs on held-out
+    rows.
 
     Args:
         model: a dense model of BERT, RoBERTa, XLM-R, CamemBERT, DistilBERT, ELECTRA, ALBERT (width only), MPNet,
@@ -44,8 +46,11 @@ def shrink_model(
             held out, up to 512. Of the others as many are used as have 32,768 positions.
         speedup: how many times as fast the model shall be, such as 2.0.
         sparsity: share of the layers' parameters that shall go, such as 0.5. Pass one of the two.
-        num_candidates: number of shapes to try. Where more than one layer must go, or where there are more layers than
-            candidates, each layer is removed alone besides.
+        keep_shape: `"uniform"` keeps to shapes that the configuration can say. `"free"` takes any number of heads and
+            neurons in each layer; the model then loads after `import hf_maskselect`.
+        num_candidates: number of shapes to try; with `"free"` as many more, in which heads and neurons are moved
+            between layers. Where more than one layer must go, or where there are more layers than candidates, each
+            layer is removed alone besides.
         latency_shape: batch size, and length in tokens, that are timed.
         latency_dtype: dtype that is timed; by default that of the model.
         latency_device: device that is timed; by default that of the model.
@@ -61,6 +66,8 @@ def shrink_model(
     begin = time.perf_counter()
     target = Target(speedup, sparsity)
     target.check()
+    if keep_shape not in ("uniform", "free"):
+        raise ValueError(f"keep_shape={keep_shape!r} must be 'uniform' or 'free'")
     if num_candidates < 1:
         raise ValueError(f"num_candidates={num_candidates} must be at least 1")
     model = plain_model(model)
@@ -68,9 +75,11 @@ def shrink_model(
     given = rows_of(rows, model)
     timed = timed_batch(given[0], model, latency_shape)
     notes: Notes = {}
-    job = ShapeJob(model, family, [row for number, row in enumerate(given) if number % 4], given[::4], notes)
+    job = ShapeJob(
+        model, family, [row for number, row in enumerate(given) if number % 4], given[::4], notes, keep_shape == "free"
+    )
     device = torch.device(latency_device or model.device)
-    latency = Latency(job.cutter, timed, latency_dtype or model.dtype, device, notes)
+    latency = Latency(job.cutter, timed, latency_dtype or model.dtype, device, notes, job.cuts_heads)
     shape, candidates = choose_shape(job, latency, target, num_candidates, seed)
     small, divergence = job.fitted(shape)
     small.train(model.training)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from .budget import Budget
 from .job import ShapeJob
 from .latency import Latency
 from .search import Candidate
@@ -43,14 +44,12 @@ def choose_shape(
         ValueError: no shape meets the target.
     """
     encoder = job.encoder
-
-    def width_of(layers: tuple[int, ...], heads: int) -> int:
-        if target.speedup is not None:
-            return latency.width_of_time(latency.dense / target.speedup, layers, heads)
+    if target.speedup is not None:
+        budget = Budget(encoder, latency.predicted, latency.dense / target.speedup)
+    else:
         kept = (1 - (target.sparsity or 0)) * encoder.parameters(encoder.full())
-        return encoder.width_of_size(int(kept), layers, heads)
-
-    candidates = job.search(width_of, num_candidates, seed)
+        budget = Budget(encoder, encoder.parameters, kept)
+    candidates = job.search(budget, num_candidates, seed)
     if not candidates:
         raise ValueError(_unreachable(job, latency, target))
     shape = candidates[0].shape
@@ -58,10 +57,12 @@ def choose_shape(
 
 
 def narrowed(latency: Latency, shape: Shape, speedup: float) -> Shape:
-    """Change the width until the measured time of the whole model meets the target, by at most 5 % too much."""
+    """Change the widths until the measured time of the whole model meets the target, by at most 5 % too much."""
     met: list[Shape] = []
     tried: set[Shape] = set()
-    while len(tried) < _NARROWED and shape.width >= STEP and shape not in tried:
+    following: Shape | None = shape
+    while len(tried) < _NARROWED and following is not None and following not in tried:
+        shape = following
         tried.add(shape)
         reached = latency.speedup(shape)
         if reached >= speedup:
@@ -69,14 +70,13 @@ def narrowed(latency: Latency, shape: Shape, speedup: float) -> Shape:
         if speedup <= reached <= speedup * _ROOM:
             break
         aim = latency.predicted(shape) * reached / (speedup * (1 + _ROOM) / 2)
-        width = latency.width_of_time(aim, shape.layers, shape.most_heads)
-        shape = latency.encoder.uniform(shape.layers, width, shape.most_heads)
-    return max(met or tried, key=lambda each: each.width if met else -each.width)
+        following = Budget(latency.encoder, latency.predicted, aim).scaled(shape)
+    return max(met or tried, key=lambda each: sum(each.widths) if met else -sum(each.widths))
 
 
 def _unreachable(job: ShapeJob, latency: Latency, target: Target) -> str:
     """Name the most that a shape reaches."""
-    encoder, heads = job.encoder, 1 if job.family.plain_heads else job.encoder.heads
+    encoder, heads = job.encoder, 1 if job.cuts_heads else job.encoder.heads
     layers = tuple(range(encoder.depth if encoder.shared else 1))
     least = encoder.uniform(layers, STEP, heads)
     if target.speedup is not None:
@@ -84,4 +84,5 @@ def _unreachable(job: ShapeJob, latency: Latency, target: Target) -> str:
     else:
         share = 1 - encoder.parameters(least) / encoder.parameters(encoder.full())
         best = f"without {share:.1%} of the layers' parameters"
-    return f"{target} is reached by no shape: the smallest, {least}, is {best}; ask for less"
+    remedy = "ask for less" if job.cuts_heads or encoder.shared else "ask for less, or for keep_shape='free'"
+    return f"{target} is reached by no shape: the smallest, {least}, is {best}; {remedy}"

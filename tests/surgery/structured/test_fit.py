@@ -10,6 +10,7 @@ from tiny import same, weights_of
 
 from hf_maskselect.surgery.structured import fit as fit_module
 from hf_maskselect.surgery.structured.batches import batches_of, real_positions, rows_of
+from hf_maskselect.surgery.structured.budget import Budget
 from hf_maskselect.surgery.structured.cut import Cutter
 from hf_maskselect.surgery.structured.families import family_of
 from hf_maskselect.surgery.structured.fit import Calls, fit
@@ -145,8 +146,8 @@ def test_parameters_are_counted_as_they_are():
         small = Cutter(model, kind).cut(shape)
         counted = sum(p.numel() for layer in kind.layers(small) for p in layer.parameters())
         assert encoder.parameters(shape) == counted
-        assert encoder.width_of_size(counted, shape.layers, heads) == 40
-        assert encoder.width_of_size(counted - 1, shape.layers, heads) == 32
+        for limit, width in ((counted, 40), (counted - 1, 32)):
+            assert Budget(encoder, encoder.parameters, limit).width_of(shape.layers, heads) == width
 
 
 def test_the_remaining_columns_take_over():
@@ -169,7 +170,7 @@ class Machine:
         self.target, self.asked = target, []
 
     def width_of(self, layers, heads):
-        return self.encoder.rounded(max(self.target / len(layers) - 100, 0))
+        return min(640, int(max(self.target / len(layers) - 100, 0) // 8 * 8))
 
     def evaluate(self, shape):
         self.asked.append(shape)
