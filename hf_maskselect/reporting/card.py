@@ -13,6 +13,7 @@ from ..fields.rules import STRUCTURED
 from ..storage.models import model_class, of_transformers, pruned_modules
 from ..storage.pack import PackReport, pack
 from ..storage.packed_file import PACKED_FILE
+from ..surgery.structured.layer_shapes import LayerShapes
 from ..utils.files import replacing
 from ..utils.tables import code, escaped, markdown_table, visible
 from .plots import DENSITY, HISTORY, search_pictures
@@ -199,7 +200,8 @@ def _loading(folder: Path, name: str, sparse: bool) -> str:
     cls, config = model_class(folder)
     kind = cls.__name__
     loaded = json.dumps(visible(name), ensure_ascii=False)
-    plain = f"```python\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained({loaded})\n```\n\n"
+    first = "" if LayerShapes.of(config) is None else "import hf_maskselect  # gives each layer its own shape\n"
+    plain = f"```python\n{first}from transformers import {kind}\n\nmodel = {kind}.from_pretrained({loaded})\n```\n\n"
     if not sparse:
         return f"{plain}Train it, prune it or export it like any other model."
     fields = ["sparsity=masks.sparsity()", *(f"{field}={value!r}" for field, value in pruned_modules(config).items())]

@@ -8,7 +8,9 @@ from transformers import AutoModelForSequenceClassification, BertTokenizerFast
 
 from hf_maskselect.cli import main
 from hf_maskselect.storage.reload import save_reloadable
+from hf_maskselect.storage.verify import check_smaller
 from hf_maskselect.surgery.structured.batches import batches_of, rows_of
+from hf_maskselect.surgery.structured.layer_shapes import LayerShapes
 
 
 @pytest.fixture
@@ -38,6 +40,18 @@ def test_the_command_writes_a_model_that_reloads(folder, capsys):
     assert (folder / "small" / "tokenizer.json").is_file()
     assert shrink(folder, "--sparsity", "0.4") == 1  # the folder holds a model now
     assert "already holds the weights of a model" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_free_shapes_reload_after_the_import(folder, capsys):
+    assert shrink(folder, "--sparsity", "0.6", "--keep-shape", "free") == 0
+    assert "which transformers after `import hf_maskselect` loads" in capsys.readouterr().out
+    small = AutoModelForSequenceClassification.from_pretrained(folder / "small")
+    assert LayerShapes.of(small.config) is not None and not hasattr(small.config, "quantization_config")
+    assert "import hf_maskselect  # gives" in (folder / "small" / "README.md").read_text()
+    assert main(["report", str(folder / "small")]) == 0
+    assert "heads" in capsys.readouterr().out
+    check_smaller(folder / "small")
 
 
 def test_bad_usage(folder, capsys):
