@@ -35,6 +35,7 @@ from .training.checks import (
     check_arguments,
     check_engine,
     check_fsdp,
+    check_later_levels,
     check_model,
     check_planned,
     check_proposals,
@@ -155,6 +156,7 @@ class PruningTrainer(StructuredTraining, AtomicCheckpoints, WholePushes, Trainer
             return
         check_model(args, self.model, self.find_weights(self.model))
         check_fsdp(args, self, self._score_fn)
+        check_later_levels(args)
         check_proposals(args, self._criteria)
         self.run.made_from = {}  # until a new run is made: what follows may raise
         if changed:
@@ -313,10 +315,10 @@ class PruningTrainer(StructuredTraining, AtomicCheckpoints, WholePushes, Trainer
             run.write_to(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        self._take_shape_of(resume_from_checkpoint)
-        self.run.check_resumes(resume_from_checkpoint, self.model, self.find_weights(self.model))
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.run.resume(resume_from_checkpoint, self.model)
+        with self._shape_of(resume_from_checkpoint):
+            self.run.check_resumes(resume_from_checkpoint, self.model, self.find_weights(self.model))
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self.run.resume(resume_from_checkpoint, self.model)
 
     def _load_best_model(self) -> None:
         folder = self.state.best_model_checkpoint or ""
@@ -350,7 +352,7 @@ class PruningTrainer(StructuredTraining, AtomicCheckpoints, WholePushes, Trainer
             scores: metric -> value, or a list with one value per seed. Default: the last evaluation.
             dense_scores: the same of the model before pruning.
         """
-        tags = with_tags(tags, self.args.method)
+        tags = with_tags(tags, self.args)
         super().create_model_card(language, license, tags, model_name, *args, **kwargs)
         complete_card(self, self.args.output_dir, self.teacher, model_name, scores, dense_scores)
 
@@ -362,7 +364,7 @@ class PruningTrainer(StructuredTraining, AtomicCheckpoints, WholePushes, Trainer
             return
         self._finish_current_push()  # an upload in flight still reads the copy
         with self._pushing(checkpoint_folder) as copy:
-            super().create_model_card(tags=with_tags(None, self.args.method))
+            super().create_model_card(tags=with_tags(None, self.args))
             complete_card(self, copy, self.teacher)
             super()._push_from_checkpoint(copy)
 

@@ -65,7 +65,7 @@ class Distiller:
         Raises:
             ValueError: the teacher does not fit its new shape.
         """
-        self._layers = check_fit(self.teacher, student, self.weights)
+        self._layers, self._config = check_fit(self.teacher, student, self.weights), student.config
 
     def release(self) -> None:
         """Give the teacher its own attention implementation back; it stays frozen."""

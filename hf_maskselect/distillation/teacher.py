@@ -145,8 +145,9 @@ def check_fit(teacher: PreTrainedModel, student: PreTrainedModel, weights: Disti
         )
     theirs, ours = t.num_hidden_layers, s.num_hidden_layers
     shrunk = StructureRecord.find(s)
-    if shrunk is not None and (len(shrunk.dense.layers), len(shrunk.shape.layers)) == (theirs, ours):
-        return shrunk.shape.layers
+    if shrunk is not None and len(shrunk.shape.layers) == ours and theirs % len(shrunk.dense.layers) == 0:
+        ratio = theirs // len(shrunk.dense.layers)
+        return tuple(ratio * (layer + 1) - 1 for layer in shrunk.shape.layers)
     if theirs % ours:
         raise ValueError(
             f"the teacher has {theirs} layers, which is no multiple of the student's {ours}: set "

@@ -122,7 +122,7 @@ class SearchFields:
         if self.selection_greater_is_better and settings.selection_metric in (None, *SELECTION_LOSSES):
             beside, why = f"selection_metric={self.selection_metric!r}", "which is a loss: leave it unset"
             raise no_meaning("selection_greater_is_better", True, beside, why)
-        if self.criterion_batches == 0 and settings.criterion != "magnitude":
+        if self.criterion_batches == 0 and settings.structure is None and settings.criterion != "magnitude":
             remedy = "leave criterion unset with proposals='paper'" if method == "random" else "use method='magnitude'"
             raise ValueError(
                 f"criterion_batches=0 gives criterion={settings.criterion!r} no gradients: set it to 64 or more, or "

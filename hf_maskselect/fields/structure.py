@@ -16,6 +16,7 @@ KEPT_SHAPES = ("uniform", "free")
 DTYPES = ("float32", "bfloat16", "float16")
 _CANDIDATES = 16
 _ROWS = 2048
+_FEWEST = 8  # rows to fit on
 # Fields of masks, which a smaller shape does not have.
 _OF_MASKS = "scope criterion proposals selection trial_steps trial_batch_size trial_learning_rate sampling_ratios"
 _OF_MASKS += " target_modules exclude_modules keep_zeros layer_floor"
@@ -57,15 +58,18 @@ class StructureFields:
             raise ValueError(
                 f"latency_shape={self.latency_shape} must be a batch size and a length above 0, such as [8, 128]"
             )
+        rows = vars(self).get("refit_rows")
+        if vars(self).get("pattern") == STRUCTURED and rows is not None and rows < _FEWEST:
+            raise ValueError(f"refit_rows={rows} are too few rows to fit a smaller model: give at least {_FEWEST}")
         if self.latency_dtype is not None:
             check_choice("latency_dtype", self.latency_dtype, DTYPES)
         if self.latency_device is not None:
             try:
-                torch.device(self.latency_device)
-            except RuntimeError as error:
-                raise ValueError(
-                    f"latency_device={self.latency_device!r} is no device of torch: use 'cpu' or 'cuda'"
-                ) from error
+                there = torch.empty(1, device=self.latency_device).device.type != "meta"
+            except (RuntimeError, AssertionError):  # what torch says where it has no such device
+                there = False
+            if not there:
+                raise ValueError(f"latency_device={self.latency_device!r} is no device of this machine: use 'cpu'")
 
     def _check_structure_rules(self, settings: ResolvedConfig) -> None:
         """Check these fields against each other and against those of other groups."""

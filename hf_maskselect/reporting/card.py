@@ -141,7 +141,7 @@ def _summary(record: RunRecord) -> str:
     if of_transformers(record.folder):
         kind = model_class(record.folder)[0].__name__
         model = f"{(task_of(kind) or '').replace('-', ' ')} model (`{kind}`)".strip()
-    if record.structure is not None and not record.sparse:
+    if not record.sparse:
         return smaller_summary(record.structure, model)
     made = f" with {code(f'method={state.method!r}')}, {code(f'pattern={state.pattern!r}')}" if state else ""
     return (

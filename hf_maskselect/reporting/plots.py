@@ -34,7 +34,9 @@ def plot(record: RunRecord, output: str | os.PathLike) -> list[Path]:
         ValueError: matplotlib is not installed.
     """
     output = Path(output)
-    drawings: dict[str, Callable[[Figure], None]] = {DENSITY: partial(draw_density, record)}
+    drawings: dict[str, Callable[[Figure], None]] = {}
+    if record.sparse:
+        drawings[DENSITY] = partial(draw_density, record)
     for number, searches in enumerate(search_pages(record), start=1):
         name = SEARCH if number == 1 else SEARCH.replace(".png", f"_{number}.png")
         drawings[name] = partial(draw_search, searches)

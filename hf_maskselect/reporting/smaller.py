@@ -2,15 +2,17 @@
 
 from ..surgery.structured.record import StructureRecord
 from ..surgery.structured.shapes import told
-from ..utils.tables import markdown_table
+from ..utils.tables import escaped, markdown_table
 
 
-def smaller_summary(record: StructureRecord, kind: str) -> str:
+def smaller_summary(record: StructureRecord | None, kind: str) -> str:
     """Return the first sentences of the card of a smaller model. `kind`: its task and class."""
+    if record is None:
+        return f"A dense {kind}: the run of `hf_maskselect` had not made it smaller yet."
     return (
         f"A smaller {kind}: {record.removed:.1%} of the parameters of the layers are gone, and one call is "
-        f"**{record.speedup:.2f} times as fast** as that of the dense model ({record.timed}). It is an ordinary "
-        "model without zeros. Made by `hf_maskselect`."
+        f"**{record.speedup:.2f} times as fast** as that of the dense model ({escaped(record.timed)}). It is an "
+        "ordinary model without zeros. Made by `hf_maskselect`."
     )
 
 
@@ -27,5 +29,5 @@ def shape_table(record: StructureRecord) -> str:
     ]
     removed = f"Removed layers, counted from 0: {', '.join(gone)}." if gone else "No layer was removed."
     table = markdown_table(["", "dense", "small"], rows)
-    timed = f"Timed at {record.timed}. Of several levels, the milliseconds are those of the last."
+    timed = f"Timed at {escaped(record.timed)}. Of several levels, the milliseconds are those of the last."
     return f"{table}\n\n{removed} {timed}"

@@ -71,6 +71,8 @@ def describe(model: nn.Module, state: PruningState, settings: ResolvedConfig) ->
         "achieved": state.masks.sparsity(),
         "version": FORMAT_VERSION,
     }
+    if settings.structure is not None:
+        summary = {"pattern": state.pattern, "version": FORMAT_VERSION}
     modules = {"target_modules": settings.target_modules, "exclude_modules": settings.exclude_modules}
     # A regex is not written: whoever loads the model must not run a pattern from a file.
     summary |= {name: without_regexes(model, value) for name, value in modules.items() if value is not None}

@@ -43,8 +43,14 @@ def check_arguments(args: PruningConfig, model, score_fn: ScoreFn | None, comput
 def check_model(args: PruningConfig, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Check the arguments against a model and its prunable weights."""
     check_adapter(model)
-    if args.resolved().structure is not None:
-        checked_family(model)
+    structure = args.resolved().structure
+    if structure is not None:
+        family = checked_family(model)
+        if args.distill_attention and (structure.free or family.plain_heads):
+            raise ValueError(
+                f"distill_attention={args.distill_attention} compares the maps of all heads, and pattern="
+                f"{args.pattern!r} removes heads of this model: set it to 0"
+            )
     check_modules(args, model)
     check_parameters(weights)
     check_shapes(args, weights, transposed_weights(model))
@@ -83,6 +89,10 @@ def check_batches(args: PruningConfig) -> None:
 
 def check_score_fn(args: PruningConfig, score_fn: ScoreFn | None) -> None:
     """Check that the method uses a `score_fn`."""
+    if score_fn is not None and args.resolved().structure is not None:
+        raise ValueError(
+            f"score_fn has no meaning with pattern={args.pattern!r}, which scores no weights: leave it out"
+        )
     if score_fn is not None and args.method != "random":
         raise ValueError(
             f"score_fn has no meaning with method={args.method!r}: use method='random' (num_candidates=1 for one mask)"

@@ -9,19 +9,21 @@ from huggingface_hub import EvalResult, ModelCard
 from transformers import PreTrainedModel, Trainer
 
 from ..config import PruningConfig
+from ..fields.rules import STRUCTURED
 from ..reporting.card import Scores, card_text, mean, shown_scores, task_of, write_card
 from ..reporting.plots import plot
 from ..reporting.record import RunRecord, metrics_of
 from ..search.results import SEARCH_FILE, read_searches
 from ..storage.state import STATE_FILE
 
-TAGS = ("pruned", "sparse", "hf_maskselect")
+TAGS = ("pruned", "hf_maskselect")
 
 
-def with_tags(tags: str | Sequence[str] | None, method: str) -> list[str]:
+def with_tags(tags: str | Sequence[str] | None, config: PruningConfig) -> list[str]:
     """The user's tags of a repository, followed by ours."""
+    kinds = (STRUCTURED,) if config.pattern == STRUCTURED else ("sparse", config.method)
     own = [tags] if isinstance(tags, str) else list(tags or [])
-    return [*own, *(tag for tag in (*TAGS, method) if tag not in own)]
+    return [*own, *(tag for tag in (*TAGS, *kinds) if tag not in own)]
 
 
 def complete_card(
@@ -75,7 +77,7 @@ def _eval_results(record: RunRecord, scores: Scores | None, task: str | None) ->
             metric_type=name,
             metric_value=round(value, 6),
         )
-        for name, value in {**shown, "sparsity": record.report.sparsity}.items()
+        for name, value in {**shown, **({"sparsity": record.report.sparsity} if record.sparse else {})}.items()
     ]
 
 

@@ -1,5 +1,6 @@
 """The levels of a run with `pattern="structured"`: choose a smaller shape on the trainer's rows, and take it."""
 
+import dataclasses
 import time
 
 import torch
@@ -10,7 +11,7 @@ from ..fields.resolved import StructureOptions
 from ..search.bench import TrialBench
 from ..search.journal import Journal
 from ..surgery.structured.adopt import adopt, reshape
-from ..surgery.structured.batches import Batch, rows_of, timed_batch
+from ..surgery.structured.batches import FEWEST, Batch, rows_of, timed_batch
 from ..surgery.structured.families import checked_family
 from ..surgery.structured.job import ShapeJob
 from ..surgery.structured.latency import Latency
@@ -58,6 +59,8 @@ class Structure:
         before, processes = StructureRecord.find(model.config), self._processes
         remaining = remaining_target(self.target(level), before)
         if remaining is None:
+            if before is not None:  # so that a checkpoint tells of the level that it belongs to
+                dataclasses.replace(before, target=str(self.target(level))).write(model.config)
             return None
         processes.open(_WAIT * self._config.ddp_timeout)
         made: list[PreTrainedModel] = []
@@ -80,6 +83,8 @@ class Structure:
             model.load_state_dict(dict(weights))
         StructureRecord.of(report, str(self.target(level)), before).write(model.config)
         self.seconds += report.seconds
+        if processes.rank == 0:
+            report.warn_if_missed(remaining.speedup)
         return report
 
     def _made(self, model: PreTrainedModel, level: int, target: Target) -> tuple[PreTrainedModel, ShrinkReport]:
@@ -104,6 +109,11 @@ class Structure:
     def _rows(self, model: PreTrainedModel, level: int) -> tuple[list[Batch], list[Batch]]:
         """Return random rows of train to fit on, and the held-out rows."""
         batches, train = self._bench.batches, self._bench.trainer.train_dataset
+        if (count := len(batches.held_out)) < FEWEST:
+            raise ValueError(
+                f"{count} held-out rows are too few to choose a shape on: raise selection_fraction, or pass a "
+                "selection_dataset"
+            )
         generator = torch.Generator().manual_seed(key_seed(self._config.seed, "structure rows", level))
         order = torch.randperm(len(train), generator=generator)[: self._options.rows].tolist()
         fit = batches.load(train, 1, order)  # one at a time, so that a row has no padding

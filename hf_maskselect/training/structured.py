@@ -1,9 +1,14 @@
 """A trainer whose model becomes smaller at the levels of its run."""
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 from ..storage.configs import load_config
 from ..storage.state import PruningState
-from ..surgery.structured.adopt import reshape
+from ..surgery.structured.adopt import reshape, undone_on_error
 from ..surgery.structured.record import StructureRecord
+from .checks import check_rows
 from .distilled import Distilled
 from .optimizers import plain
 from .run_optimizers import RunOptimizers
@@ -15,10 +20,13 @@ class StructuredTraining(Distilled, RunOptimizers):
     With any other pattern than `"structured"` it changes nothing.
     """
 
+    selection_dataset: Any  # the held-out rows
+
     def _prepare_for_training(self, max_steps: int, *args, **kwargs):
         run = self.run
         if run.structure is not None:
             self._check_own_optimizer()
+            check_rows(self.args, self.train_dataset, self.selection_dataset, draws=not run.resumed)
             run.make_plan(self.model, max_steps)
             if not run.resumed and run.plan.starts[0] == 0 and run.method.level < 0:
                 self._start_level(0, 0)
@@ -31,8 +39,19 @@ class StructuredTraining(Distilled, RunOptimizers):
         elif self.run.start_shape(level, self.model):
             self._follow_shape()
 
-    def _take_shape_of(self, checkpoint: str) -> None:
-        """Give the model the shape that it had in a checkpoint, whose weights are loaded next.
+    @contextlib.contextmanager
+    def _shape_of(self, checkpoint: str) -> Iterator[None]:
+        """Give the model the shape that it had in a checkpoint, whose weights are loaded inside, or undo it all."""
+        if self.run.structure is None:
+            yield
+            return
+        with undone_on_error(self.model):
+            if self._take_shape_of(checkpoint):
+                self._follow_shape()
+            yield
+
+    def _take_shape_of(self, checkpoint: str) -> bool:
+        """Give the model the shape of a checkpoint; return whether it had another one.
 
         Raises:
             ValueError: the checkpoint was written with other levels.
@@ -40,7 +59,7 @@ class StructuredTraining(Distilled, RunOptimizers):
         structure = self.run.structure
         then = None if structure is None else StructureRecord.find(load_config(checkpoint))
         if structure is None or then is None:
-            return
+            return False
         level = PruningState.load(checkpoint).level
         targets = [str(structure.target(number)) for number in range(len(self.run.settings.levels))]
         if level >= 0 and targets[level : level + 1] != [then.target]:
@@ -49,10 +68,11 @@ class StructuredTraining(Distilled, RunOptimizers):
                 f"{', '.join(targets)}: resume with the same target and levels, or start a new run from its model"
             )
         now = StructureRecord.find(self.model.config)
-        if now is None or now.shape != then.shape:
-            reshape(self.model, then.shape if now is None else then.shape.inside(now.shape))
-            then.write(self.model.config)
-            self._follow_shape()
+        if now is not None and now.shape == then.shape:
+            return False
+        reshape(self.model, then.shape if now is None else then.shape.inside(now.shape))
+        then.write(self.model.config)
+        return True
 
     def _follow_shape(self) -> None:
         """Let the teacher and the optimizer follow a model that has become smaller. The moments begin anew."""

@@ -1,9 +1,12 @@
 """How far the outputs of one model are from those of another."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_MOST = 1 << 24  # numbers that are compared
 
 
 class Judge:
@@ -28,10 +31,20 @@ class Judge:
 
     @torch.no_grad()
     def _outputs(self, model: nn.Module) -> list[Tensor]:
-        outputs = [model(**batch) for batch in self._batches]
-        self._classes = "logits" in outputs[0] and outputs[0].logits.shape[-1] > 1
-        values = [output.logits.double().log_softmax(-1) if self._classes else output[0] for output in outputs]
-        return [_real(value, batch.get("attention_mask")) for value, batch in zip(values, self._batches, strict=True)]
+        return [self._compared(model(**batch), batch.get("attention_mask")) for batch in self._batches]
+
+    def _compared(self, output: Any, mask: Tensor | None) -> Tensor:
+        """Return what is compared of one batch: log-probabilities, or else the first output.
+
+        A language model has a choice among all tokens at each position. Of so many numbers only those of some evenly
+        spread positions are kept.
+        """
+        self._classes = "logits" in output and output.logits.shape[-1] > 1
+        if not self._classes:
+            return _real(output[0], mask)
+        logits = _real(output.logits, mask).flatten(0, -2)
+        stride = -(-logits.numel() * len(self._batches) // _MOST)
+        return logits[:: max(1, stride)].double().log_softmax(-1)
 
 
 def _real(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -227,6 +227,102 @@ def test_mixed_precision_and_level_evaluation(tmp_path):
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
+def test_a_refused_resume_leaves_the_model_as_it_was(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 5}
+    trainer_of(tmp_path, **options).train()
+    model = deep()
+    before, layers = weights_of(model), model.config.num_hidden_layers
+    trainer = trainer_of(tmp_path, model, keywords={"teacher": deep(seed=1)}, **options)
+    with pytest.raises(ValueError, match="was written with another teacher, or with none"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert same(before, weights_of(model)) and model.config.num_hidden_layers == layers
+    assert StructureRecord.find(model.config) is None
+
+
+def test_a_run_from_a_small_enough_model_resumes(tmp_path):
+    first = trainer_of(tmp_path / "first")
+    first.train()
+    options = {"sparsity": 0.45, "save_strategy": "steps", "save_steps": 5}
+    trainer_of(tmp_path / "second", copy.deepcopy(first.model), **options).train()
+    again = trainer_of(tmp_path / "second", copy.deepcopy(first.model), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "second" / "checkpoint-5"))
+    assert again.state.global_step == 12
+
+
+def test_a_speedup_is_recorded_and_a_missed_one_is_told(tmp_path, monkeypatch):
+    def told(jobs, *_):
+        return {name: {"dense": 1.0, "small": 0.99}.get(name, 0.5) for name in jobs}
+
+    monkeypatch.setattr("hf_maskselect.surgery.structured.latency.least_seconds", told)
+    model = deep()
+    with pytest.warns(UserWarning, match=r"speedup=1.5 was not reached: measured 1\.01"):
+        trainer_of(tmp_path, model, sparsity=None, target_speedup=1.5).train()
+    record = StructureRecord.find(model.config)
+    assert record.speedup == pytest.approx(1 / 0.99) and record.target == "speedup=1.5"
+
+
+def test_a_deeper_teacher_teaches_the_layers_that_stay(tmp_path):
+    model, teacher = deep(), make(num_hidden_layers=8, seed=1)
+    trainer = trainer_of(tmp_path, model, keywords={"teacher": teacher})
+    trainer.train()
+    kept = StructureRecord.find(model.config).shape.layers
+    assert trainer.distiller._layers == tuple(2 * layer + 1 for layer in kept)
+
+
+@pytest.mark.parametrize("family", ["DistilBert", "Electra", "ModernBert", "Albert"])
+def test_other_families_train(tmp_path, family):
+    model = make(family, **({"n_layers": 4} if family == "DistilBert" else {"num_hidden_layers": 4}))
+    trainer = trainer_of(tmp_path, model, sparsity=0.3)
+    trainer.train()
+    trainer.save_model()
+    loaded = type(model).from_pretrained(tmp_path)
+    assert same(weights_of(loaded), weights_of(model)) and StructureRecord.find(loaded.config).removed >= 0.3
+
+
+def test_a_tied_head_and_frozen_embeddings_stay(tmp_path):
+    model = make(head="ForMaskedLM", num_hidden_layers=4)
+    embeddings = model.get_input_embeddings()
+    embeddings.weight.requires_grad_(False)
+    rows = [{**row, "labels": row["input_ids"]} for row in make_rows()]
+    trainer = trainer_of(tmp_path, model, rows=rows)
+    trainer.train()
+    assert model.get_input_embeddings() is embeddings and not embeddings.weight.requires_grad
+    assert model.cls.predictions.decoder.weight is embeddings.weight
+
+
+def test_noise_on_embeddings_ends_with_the_training(tmp_path):
+    trainer = trainer_of(tmp_path, neftune_noise_alpha=5.0)
+    trainer.train()
+    trainer.model.train()
+    ids = make_rows(8)[0]["input_ids"][None]
+    assert torch.equal(trainer.model(ids).logits, trainer.model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("speedup", 0.0),
+        ("removed", 1.0),
+        ("milliseconds", [1.0, float("nan")]),
+        ("timed_shape", [1 << 40]),
+        ("shape", {"layers": [0, 9], "widths": [8, 8], "heads": [1, 1]}),
+        ("shape", {"layers": [1, 0], "widths": [8, 8], "heads": [1, 1]}),
+        ("shape", {"layers": [1], "widths": [8], "heads": [1]}),
+    ],
+)
+def test_a_record_that_cannot_be_is_refused(name, value):
+    config = copy.deepcopy(make(num_hidden_layers=2).config)
+    shape = {"layers": [0, 1], "widths": [64, 64], "heads": [2, 2]}
+    record = {"dense": shape, "shape": shape, "target": "speedup=2.0", "speedup": 2.0, "removed": 0.5}
+    record |= {"divergence": 0.1, "milliseconds": [2.0, 1.0], "timed": "8 x 128", "timed_shape": [8, 128]}
+    record |= {"seconds": 1.0}
+    config.pruning = {"structure": record}
+    assert StructureRecord.find(config).speedup == 2.0
+    config.pruning = {"structure": record | {name: value}}
+    with pytest.raises(ValueError, match="config.pruning: structure"):
+        StructureRecord.find(config)
+
+
 def test_an_optimizer_of_the_dense_model_is_refused(tmp_path):
     model = deep()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

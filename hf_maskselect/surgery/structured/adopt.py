@@ -1,5 +1,7 @@
 """Give a model the shape of a smaller one in place, so that whoever holds the model has the smaller one."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -10,21 +12,33 @@ from .shapes import Shape
 
 
 def adopt(model: PreTrainedModel, small: PreTrainedModel) -> None:
-    """Make `model` the smaller model: it takes over its modules and its configuration.
+    """Make `model` the smaller model: it takes over its modules and its configuration, which is a new object.
 
-    What lies on the model itself stays: hooks, and what accelerate has wrapped around its forward pass.
+    What lies on the model itself stays: hooks, and what accelerate has wrapped around its forward pass. Its embeddings
+    stay too, since they have no other shape, and hooks may lie on them.
     """
+    embeddings = model.get_input_embeddings()
     for name, module in small.named_children():
         model.add_module(name, module)
-    config: Any = model.config
-    vars(config).clear()
-    vars(config).update(vars(small.config))
-    config.__class__ = type(small.config)  # which says shapes by layer, or does not
-    for module in model.modules():
-        if vars(module).get("config") is small.config:
-            module.config = config
+    any_config: Any = small.config
+    model.config = any_config
+    model.set_input_embeddings(embeddings)
+    model.tie_weights()
 
 
 def reshape(model: PreTrainedModel, shape: Shape) -> None:
     """Give a model a smaller shape in place, with any of its weights: others are loaded afterwards."""
     adopt(model, Cutter(model, family_of(model)).cut(shape))
+
+
+@contextlib.contextmanager
+def undone_on_error(model: PreTrainedModel) -> Iterator[None]:
+    """Give the model its present modules and configuration back if an error leaves the block."""
+    modules, config = dict(model.named_children()), model.config
+    try:
+        yield
+    except BaseException:
+        for name, module in modules.items():
+            model.add_module(name, module)
+        model.config = config
+        raise

@@ -14,7 +14,7 @@ from ...utils.token_limits import TokenLimits, longest_row
 Batch = dict[str, Tensor]
 ROWS = 32  # of one batch
 _KEYS = ("attention_mask", "token_type_ids")
-_FEWEST = 8
+FEWEST = 8
 
 
 def rows_of(rows: Iterable[Mapping[str, Any]], model: PreTrainedModel) -> list[Batch]:
@@ -35,14 +35,24 @@ def rows_of(rows: Iterable[Mapping[str, Any]], model: PreTrainedModel) -> list[B
             limits.check(tensors[name], "a row")
             tensors.setdefault("attention_mask", torch.ones_like(tensors[name]))
         if tensors[name].dim() == axes:
-            kept.append(tensors)
+            kept.append(_without_padding(tensors))
         else:
-            kept += [{key: value[index] for key, value in tensors.items()} for index in range(len(tensors[name]))]
-    if len(kept) < _FEWEST:
+            single = ({key: value[index] for key, value in tensors.items()} for index in range(len(tensors[name])))
+            kept += map(_without_padding, single)
+    if len(kept) < FEWEST:
         raise ValueError(
             f"{len(kept)} rows are too few to fit a model: give tokenized rows of the train split, such as 2,000"
         )
     return kept
+
+
+def _without_padding(row: Batch) -> Batch:
+    """Cut what lies behind the last real position: padding is no row to fit on, and counts in no limit."""
+    if "attention_mask" not in row:
+        return row
+    real = row["attention_mask"].reshape(-1, row["attention_mask"].shape[-1]).any(0).nonzero()
+    end = int(real.max()) + 1 if len(real) else row["attention_mask"].shape[-1]
+    return {key: value[..., :end] for key, value in row.items()}
 
 
 def batches_of(rows: Sequence[Batch], model: PreTrainedModel) -> list[Batch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from .shapes import Shape
 KEY = "structure"  # in config.pruning
 _WHERE = "config.pruning: structure"
 _REMEDY = "remove it from config.json"
+_MOST_TIMED = 1 << 24  # numbers in the inputs that are timed
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,9 @@ class StructureRecord:
     """The shape of a smaller model beside that of the dense one, after one or more levels.
 
     dense, shape: sizes at the start, and now; the layers that stay are numbered as in the dense model. target: as it
-    was asked for. speedup: how many times as fast as the dense model one call is, as
-    measured; of several levels the product. removed: share of the layers' parameters that is gone. divergence: from
-    the model before the last level, as fitted. milliseconds: of one call, before and after the last level. timed,
+    was asked for. speedup: how many times as fast as the dense model one call is, as measured; of several levels the
+    product. removed: share of the layers' parameters that is gone. divergence: from the model before the last level,
+    as fitted. milliseconds: of one call, before and after the last level. timed,
     timed_shape: what was timed, and the shape of its inputs. seconds: of all searches and fits.
     """
 
@@ -72,7 +74,25 @@ class StructureRecord:
         values = dict(typed(content, dict[str, Any], _WHERE, _REMEDY))
         for name in ("dense", "shape"):
             values[name] = build(Shape, values.get(name), f"{_WHERE}: {name}", _REMEDY)
-        return build(cls, values, _WHERE, _REMEDY)
+        record = build(cls, values, _WHERE, _REMEDY)
+        record.check(config)
+        return record
+
+    def check(self, config: PretrainedConfig) -> None:
+        """Raise a ValueError if the numbers cannot be, or the shape is not that of the configuration."""
+        dense, small, most = self.dense, self.shape, math.prod(self.timed_shape)
+        depth = getattr(config, "num_hidden_layers", None)
+        wrong = [
+            (not all(0 < number < math.inf for number in (self.speedup, *self.milliseconds)), "a time is none"),
+            (not 0 <= self.removed < 1, f"removed={self.removed} is no share"),
+            (not (dense.is_whole() and small.is_whole()), "a shape is none"),
+            (not set(small.layers) <= set(dense.layers), "its layers are not those of the dense model"),
+            (len(small.layers) != depth, f"it tells of {len(small.layers)} layers and the configuration of {depth}"),
+            (not 0 < most <= _MOST_TIMED or min(self.timed_shape) < 1, f"timed_shape={self.timed_shape} is too large"),
+        ]
+        for is_wrong, reason in wrong:
+            if is_wrong:
+                raise ValueError(f"{_WHERE}: {reason}: {_REMEDY}")
 
     def write(self, config: PretrainedConfig) -> None:
         """Write the record into a configuration."""

@@ -1,5 +1,6 @@
 """What a shrunken model became, and what was tried on the way."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from .job import ShapeJob
 from .latency import Latency
 from .search import Candidate
 from .shapes import Shape, told
+
+_CLOSE = 1.02  # times are not exact
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,15 @@ class ShrinkReport:
     def speedup(self) -> float:
         """How many times as fast as before the model is."""
         return self.milliseconds[0] / self.milliseconds[1]
+
+    def warn_if_missed(self, speedup: float | None) -> None:
+        """Warn if a speed-up was asked for that was not measured in the end."""
+        if speedup is not None and self.speedup < speedup / _CLOSE:
+            warnings.warn(
+                f"speedup={speedup:g} was not reached: measured {self.speedup:.2f} ({self.timed}); time it on a quiet "
+                "machine, or ask for more",
+                stacklevel=3,
+            )
 
     def metrics(self) -> dict[str, float]:
         """Return the `structure_*` values that a run logs."""

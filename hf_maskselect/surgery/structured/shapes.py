@@ -29,6 +29,12 @@ class Shape:
         """Heads of the layer that has most."""
         return max(self.heads)
 
+    def is_whole(self) -> bool:
+        """Whether layers rise from 0 or above, and each has neurons and heads."""
+        rising = all(a < b for a, b in zip((-1, *self.layers), self.layers, strict=False))
+        counts = len(self.layers) == len(self.widths) == len(self.heads) > 0
+        return rising and counts and min(*self.widths, *self.heads) > 0
+
     def within(self, before: "Shape") -> "Shape":
         """Return this shape with its layers numbered as in the model from which `before` was made."""
         return replace(self, layers=tuple(before.layers[layer] for layer in self.layers))
@@ -37,14 +43,21 @@ class Shape:
         """Return this shape with its layers numbered as in a model of the shape `before`: the inverse of `within`.
 
         Raises:
-            ValueError: `before` lacks one of the layers.
+            ValueError: `before` lacks one of the layers, or has one that is smaller.
         """
         if missing := sorted(set(self.layers) - set(before.layers)):
             raise ValueError(
                 f"layer {missing[0]} is gone from a model of {before}, so it cannot become {self}: start from the "
                 "dense model"
             )
-        return replace(self, layers=tuple(before.layers.index(layer) for layer in self.layers))
+        places = [before.layers.index(layer) for layer in self.layers]
+        for place, width, heads in zip(places, self.widths, self.heads, strict=True):
+            if before.widths[place] < width or before.heads[place] < heads:
+                raise ValueError(
+                    f"layer {before.layers[place]} of a model of {before} is too small to become {self}: start from "
+                    "the dense model"
+                )
+        return replace(self, layers=tuple(places))
 
     def __str__(self) -> str:
         count = "1 layer" if len(self.layers) == 1 else f"{len(self.layers)} layers"

@@ -84,5 +84,6 @@ def shrink_model(
     small, divergence = job.fitted(shape)
     small.train(model.training)
     report = ShrinkReport.of(job, latency, small, shape, candidates, divergence, time.perf_counter() - begin)
+    report.warn_if_missed(target.speedup)
     StructureRecord.of(report, str(target), before).write(small.config)
     return small, report

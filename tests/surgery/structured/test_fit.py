@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from small_models import BY_LAYER, make_model, rows_for
-from tiny import same, weights_of
+from tiny import make, same, weights_of
 
 from hf_maskselect.surgery.structured import fit as fit_module
 from hf_maskselect.surgery.structured.batches import batches_of, real_positions, rows_of
@@ -243,3 +243,27 @@ def test_each_layer_is_fitted_on_what_the_fitted_layers_before_it_give(name, mon
     with torch.no_grad():
         for (layer, index, number, states), (*_, later) in zip(seen, seen[count:], strict=False):
             assert torch.allclose(calls.run(layer, index, number, states), later, atol=1e-4), (index, number)
+
+
+def test_padding_behind_a_row_is_cut():
+    model = make_model()
+    rows = rows_for(model, 12)
+    padded = []
+    for row in rows:
+        filled = {"input_ids": torch.zeros(40, dtype=torch.long), "attention_mask": torch.zeros(40, dtype=torch.long)}
+        count = len(row["input_ids"])
+        filled["input_ids"][:count], filled["attention_mask"][:count] = row["input_ids"], 1
+        padded.append(filled)
+    for one, other in zip(rows_of(rows, model), rows_of(padded, model), strict=True):
+        assert torch.equal(one["input_ids"], other["input_ids"]) and bool(other["attention_mask"].all())
+
+
+def test_of_a_language_model_some_positions_are_compared(monkeypatch):
+    model = make("Bert", "ForMaskedLM").eval()
+    batches = batches_of(rows_of(rows_for(model, 40), model), model)
+    everything = Judge(model, batches)
+    monkeypatch.setattr("hf_maskselect.utils.judge._MOST", 1000)
+    some = Judge(model, batches)
+    kept = sum(part.numel() for part in some._reference)
+    assert 0 < kept <= 1000 + 64 * len(batches) < sum(part.numel() for part in everything._reference)
+    assert some(model) == 0
