@@ -17,7 +17,7 @@ from ..surgery.structured.job import ShapeJob
 from ..surgery.structured.latency import Latency
 from ..surgery.structured.record import StructureRecord
 from ..surgery.structured.report import ShrinkReport
-from ..surgery.structured.target import Target, choose_shape
+from ..surgery.structured.target import Target, check_reachable, choose_shape
 from ..utils.processes import Processes
 from ..utils.seeds import key_seed
 
@@ -96,6 +96,9 @@ class Structure:
         job = ShapeJob(model, family, rows, held_out, notes, options.free)
         device = torch.device(options.latency_device or model.device)
         latency = Latency(job.cutter, timed, options.latency_dtype or model.dtype, device, notes, job.cuts_heads)
+        last = remaining_target(self.target(-1), StructureRecord.find(model.config))
+        if last is not None and level + 1 < len(self._levels):  # a later level that cannot be reached must fail now
+            check_reachable(job, latency, last)
         seed = key_seed(self._config.seed, "structure", level)
         shape, candidates = choose_shape(job, latency, target, options.num_candidates, seed)
         small, divergence = job.fitted(shape)

@@ -193,6 +193,7 @@ def test_a_second_run_goes_on_from_the_shape(tmp_path):
         ({"pattern": "unstructured", "target_speedup": 2.0}, "target_speedup=2.0 has no meaning with"),
         ({"levels": [0.5, 0.4]}, "must be strictly increasing"),
         ({"sparsity": 0.9999}, "sparsity=0.9999 is reached by no shape"),
+        ({"sparsity": 0.9999, "levels": [0.3, 0.9999]}, "sparsity=0.9999 is reached by no shape"),
         ({"latency_shape": [1, 1000]}, "latency_shape has length 1000, but the model has 64 positions"),
     ],
 )

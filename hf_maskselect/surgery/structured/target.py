@@ -51,7 +51,8 @@ def choose_shape(
         budget = Budget(encoder, encoder.parameters, kept)
     candidates = job.search(budget, num_candidates, seed)
     if not candidates:
-        raise ValueError(_unreachable(job, latency, target))
+        check_reachable(job, latency, target)
+        raise ValueError(f"{target} is met by no shape of at least {STEP} neurons a layer: ask for less")
     shape = candidates[0].shape
     return shape if target.speedup is None else narrowed(latency, shape, target.speedup), candidates
 
@@ -74,15 +75,17 @@ def narrowed(latency: Latency, shape: Shape, speedup: float) -> Shape:
     return max(met or tried, key=lambda each: sum(each.widths) if met else -sum(each.widths))
 
 
-def _unreachable(job: ShapeJob, latency: Latency, target: Target) -> str:
-    """Name the most that a shape reaches."""
+def check_reachable(job: ShapeJob, latency: Latency, target: Target) -> None:
+    """Raise a ValueError that names the most that a shape reaches, if the smallest one misses a target."""
     encoder, heads = job.encoder, 1 if job.cuts_heads else job.encoder.heads
     layers = tuple(range(encoder.depth if encoder.shared else 1))
     least = encoder.uniform(layers, STEP, heads)
     if target.speedup is not None:
-        best = f"{latency.dense / latency.predicted(least):.1f} times as fast"
+        reached = latency.dense / latency.predicted(least)
+        missed, best = reached < target.speedup, f"{reached:.1f} times as fast"
     else:
         share = 1 - encoder.parameters(least) / encoder.parameters(encoder.full())
-        best = f"without {share:.1%} of the layers' parameters"
-    remedy = "ask for less" if job.cuts_heads or encoder.shared else "ask for less, or for keep_shape='free'"
-    return f"{target} is reached by no shape: the smallest, {least}, is {best}; {remedy}"
+        missed, best = share < (target.sparsity or 0), f"without {share:.1%} of the layers' parameters"
+    if missed:
+        remedy = "ask for less" if job.cuts_heads or encoder.shared else "ask for less, or for keep_shape='free'"
+        raise ValueError(f"{target} is reached by no shape: the smallest, {least}, is {best}; {remedy}")
