@@ -48,7 +48,7 @@ from hf_maskselect.utils.clock import least_seconds
 from hf_maskselect.utils.tables import text_table
 from job import prepare
 
-SECONDS = 5.0  # spent on timing each model
+SECONDS = 20.0  # spent on timing each model
 
 
 class Task:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_maskselect import shrink_model
 from hf_maskselect.surgery.structured.batches import Batch, batches_of, real_positions, rows_of, timed_batch
+from hf_maskselect.surgery.structured.budget import Budget
 from hf_maskselect.surgery.structured.cut import Cutter
 from hf_maskselect.surgery.structured.families import family_of
 from hf_maskselect.surgery.structured.latency import Latency
@@ -72,16 +73,14 @@ class Start:
 
     def width(self, layers: tuple[int, ...]) -> int:
         """Return the width at which a model of these layers has the speed-up, by the table; 0 if there is none."""
-        return self.latency.width_of_time(self.latency.dense / self.speedup, layers, self.encoder.heads)
+        budget = Budget(self.encoder, self.latency.predicted, self.latency.dense / self.speedup)
+        return budget.width_of(layers, self.encoder.heads)
 
     def shape(self, layers: tuple[int, ...]) -> Shape | None:
         """Return the shape of these layers whose measured time meets the speed-up; None if there is none."""
         width = self.width(layers)
-        return (
-            None
-            if width < STEP
-            else narrowed(self.latency, self.encoder.uniform(layers, width, self.encoder.heads), self.speedup)
-        )
+        shape = self.encoder.uniform(layers, max(width, STEP), self.encoder.heads)
+        return None if width < STEP else narrowed(self.latency, shape, self.speedup)
 
     @cached_property
     def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
