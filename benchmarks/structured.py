@@ -2,7 +2,7 @@
 
 The dense models are cells of `glue_scripts/compare.py`. Every method makes a plain BERT shape from 2,000 rows of
 train. Its width is found with the package's own table of times, and then measured and changed until it meets the
-speed-up.
+speed-up. Layer drop and the methods below it share the table of all tasks, whose dense models must have one shape.
 
 * ours: `shrink_model`. With `--keep_shape free` heads go too, and each layer has its own width.
 * layers: whole layers go, the last ones or every second one, whichever diverges less on held-out rows. As many go as
@@ -72,7 +72,9 @@ class Task:
         self.dense_score = 100 * made["results"][f"eval_{job.task.main_metric}"]
         rows = job.train.shuffle(seed=seed).select(range(min(args.rows, len(job.train))))
         dense = load(folder)
-        self.start = Start(dense, rows, job.selection, job.collator, args.speedup, args.keep_shape, seed)
+        self.times = args.work / "times.json"
+        times = json.loads(self.times.read_text()) if self.times.is_file() else {}
+        self.start = Start(dense, rows, job.selection, job.collator, args.speedup, args.keep_shape, seed, times)
 
     def score(self, model: PreTrainedModel) -> float:
         """Return the main metric on dev, in points."""
@@ -107,6 +109,8 @@ def measure(task: Task, method: str, folder: Path, args: argparse.Namespace) -> 
     shared = 0.0 if method == "ours" else start.preparation
     begin = time.process_time()
     made = METHODS[method](start)
+    task.times.parent.mkdir(parents=True, exist_ok=True)
+    task.times.write_text(json.dumps(start.times))
     if made is None:
         return cell
     small, shape = made

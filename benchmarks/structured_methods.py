@@ -43,6 +43,7 @@ class Start:
         speedup: how many times as fast the smaller model shall be.
         keep_shape: argument of `shrink_model`.
         seed: argument of `shrink_model`.
+        times: what was timed before, for dense models of one shape.
     """
 
     def __init__(
@@ -54,9 +55,10 @@ class Start:
         speedup: float,
         keep_shape: str,
         seed: int,
+        times: dict[str, float],
     ) -> None:
         self.dense, self.rows, self.collator = dense, rows, collator
-        self.speedup, self.keep_shape, self.seed = speedup, keep_shape, seed
+        self.speedup, self.keep_shape, self.seed, self.times = speedup, keep_shape, seed, times
         self.family = family_of(dense)
         self.encoder = Cutter(dense, self.family).encoder
         self.divergence = Judge(dense, batches_of(rows_of(held_out, dense), dense))
@@ -69,7 +71,7 @@ class Start:
     @cached_property
     def latency(self) -> Latency:
         """The times of this machine."""
-        return Latency(Cutter(self.dense, self.family), self.timed, torch.float32, self.dense.device, {})
+        return Latency(Cutter(self.dense, self.family), self.timed, torch.float32, self.dense.device, self.times)
 
     def width(self, layers: tuple[int, ...]) -> int:
         """Return the width at which a model of these layers has the speed-up, by the table; 0 if there is none."""

@@ -67,7 +67,7 @@ def start(script):
     rows = Dataset.from_list(
         [{"input_ids": r["input_ids"].tolist(), "label": int(r["labels"])} for r in make_rows(64)]
     )
-    return script.Start(dense, rows, rows, DataCollatorWithPadding(demo_tokenizer()), 2.0, "uniform", 0)
+    return script.Start(dense, rows, rows, DataCollatorWithPadding(demo_tokenizer()), 2.0, "uniform", 0, {})
 
 
 @pytest.mark.parametrize("method", METHODS)
