@@ -13,6 +13,7 @@ from transformers.utils.generic import find_labels
 
 from ..storage.configs import find_config
 from ..storage.models import architecture_of, load_strictly, named_class
+from ..surgery.structured.layer_shapes import LayerShapes
 from ..surgery.structured.record import StructureRecord
 from ..utils.wrappers import plain_model
 from .losses import FIELDS, DistillWeights, Outputs
@@ -136,6 +137,10 @@ def check_fit(teacher: PreTrainedModel, student: PreTrainedModel, weights: Disti
         differ("hidden_size", "set distill_hidden=0 or use a teacher of the student's width")
     if attention > 0:
         differ("num_attention_heads", "set distill_attention=0 or use a teacher with as many heads as the student")
+        if LayerShapes.of(t) != LayerShapes.of(s):
+            raise ValueError(
+                "layers of the student have other heads than those of the teacher: set distill_attention=0"
+            )
     if hidden == 0 and attention == 0:
         return None
     if type(student).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():

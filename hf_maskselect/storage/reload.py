@@ -1,5 +1,6 @@
 """Save a model so that a fresh process loads it again, with the same outputs to the bit."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -116,9 +117,7 @@ def _random_batch(model: PreTrainedModel, shape: Sequence[int]) -> dict[str, Ten
 @torch.no_grad()
 def _difference(model: PreTrainedModel, folder: Path, batch: Mapping[str, Tensor]) -> str:
     """Return why a fresh process does not get the same output from a folder; empty if it does."""
-    training = model.training
-    expected = model.eval()(**batch)[0]
-    model.train(training)
+    expected = copy.deepcopy(model).eval()(**batch)[0]  # a copy here too, since the weights may be mapped
     with tempfile.TemporaryDirectory() as temporary:
         file = os.path.join(temporary, "batch.safetensors")
         save_file({"": expected.contiguous(), **{name: value.contiguous() for name, value in batch.items()}}, file)

@@ -15,6 +15,7 @@ from ..surgery.structured.batches import FEWEST, Batch, rows_of, timed_batch
 from ..surgery.structured.families import checked_family
 from ..surgery.structured.job import ShapeJob
 from ..surgery.structured.latency import Latency
+from ..surgery.structured.layer_shapes import LayerShapes
 from ..surgery.structured.record import StructureRecord
 from ..surgery.structured.report import ShrinkReport
 from ..surgery.structured.target import Target, check_reachable, choose_shape
@@ -65,19 +66,20 @@ class Structure:
         processes.open(_WAIT * self._config.ddp_timeout)
         made: list[PreTrainedModel] = []
 
-        def make() -> ShrinkReport | None:
+        def make() -> tuple[ShrinkReport, LayerShapes | None] | None:
             if processes.rank:
                 return None
             small, report = self._made(model, level, remaining)
             made.append(small)
-            return report
+            return report, LayerShapes.of(small.config)
 
-        report = processes.together(make)[0]
-        assert report is not None
+        found = processes.together(make)[0]
+        assert found is not None
+        report, layer_shapes = found
         if made:
             adopt(model, made[0])
         else:
-            reshape(model, report.shape)
+            reshape(model, report.shape, layer_shapes)
         if processes.count > 1:
             weights = processes.share(model.state_dict() if made else None, 0)
             model.load_state_dict(dict(weights))

@@ -7,6 +7,7 @@ from typing import Any
 from ..storage.configs import load_config
 from ..storage.state import PruningState
 from ..surgery.structured.adopt import reshape, undone_on_error
+from ..surgery.structured.layer_shapes import LayerShapes
 from ..surgery.structured.record import StructureRecord
 from .checks import check_rows
 from .distilled import Distilled
@@ -70,7 +71,8 @@ class StructuredTraining(Distilled, RunOptimizers):
         now = StructureRecord.find(self.model.config)
         if now is not None and now.shape == then.shape:
             return False
-        reshape(self.model, then.shape if now is None else then.shape.inside(now.shape))
+        shape = then.shape if now is None else then.shape.inside(now.shape)
+        reshape(self.model, shape, LayerShapes.of(load_config(checkpoint)))
         then.write(self.model.config)
         return True
 

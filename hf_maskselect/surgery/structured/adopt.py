@@ -6,8 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .cut import Cutter
+from .cut import Cutter, read_biases
 from .families import family_of
+from .layer_shapes import LayerShapes
 from .shapes import Shape
 
 
@@ -26,9 +27,15 @@ def adopt(model: PreTrainedModel, small: PreTrainedModel) -> None:
     model.tie_weights()
 
 
-def reshape(model: PreTrainedModel, shape: Shape) -> None:
-    """Give a model a smaller shape in place, with any of its weights: others are loaded afterwards."""
-    adopt(model, Cutter(model, family_of(model)).cut(shape))
+def reshape(model: PreTrainedModel, shape: Shape, layer_shapes: LayerShapes | None) -> None:
+    """Give a model a smaller shape in place, with any of its weights: others are loaded afterwards.
+
+    layer_shapes: those of the configuration of the model whose weights are loaded.
+    """
+    small = Cutter(model, family_of(model)).cut(shape)
+    if layer_shapes is not None:
+        read_biases(small, layer_shapes)
+    adopt(model, small)
 
 
 @contextlib.contextmanager

@@ -137,8 +137,16 @@ def give_shapes(model: PreTrainedModel) -> None:
             )
         keep_neurons(layer, family, torch.arange(width, device="cpu"))  # the model may be on the meta device
         keep_heads(layer, family, torch.arange(heads, device="cpu"), size)
-        if family.biased:
-            read_columns(layer.get_submodule(family.biased), list(shapes.biases[index]))
+    read_biases(model, shapes)
+
+
+def read_biases(model: PreTrainedModel, shapes: LayerShapes) -> None:
+    """Make each layer read the columns of the shared table of position biases that some shapes say."""
+    family = family_of(model)
+    if family.biased:
+        for layer, columns in zip(family.layers(model), shapes.biases, strict=True):
+            read_columns(layer.get_submodule(family.biased), list(columns))
+        shapes.say(model.config)
 
 
 def _keep_rows(linear: Any, kept: Tensor, parts: int = 1) -> None:
