@@ -136,6 +136,7 @@ def fork(folder, method, events):
     pid = os.fork()
     if pid == 0:
         code = 1
+        torch.set_num_threads(1)  # torch's threads are gone after a fork: make them again, once
         try:
             log = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
