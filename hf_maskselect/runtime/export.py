@@ -26,17 +26,17 @@ from ..utils.judge import Judge
 from ..utils.token_limits import longest_row
 from ..utils.wrappers import plain_model
 from .choose import Timer, fastest, usable, zeros_of
+from .embeddings import Int8Table, int8_tables, storage_of
 from .files import Runtime, ShapeTime, cpu_name, dense_bytes, record_of, write_weights
 from .kernels import EXACT_KINDS, INT8_KINDS, missing, quantized_rows
 from .linears import Choice, Int8Plan, Step
-from .model import Attention, ExactPlan, install, layers_of, linear_names
+from .model import Attention, ExactPlan, LinearPlan, Plans, install, layers_of, linear_names
 from .quantize import RANGES, Batch, Observed, batches_of, observe
 from .report import CpuReport
 from .timing import BF16, DENSE, OURS, Job, Shape, bf16_is_fast, bf16_job, check_onnx, onnx_jobs, time_jobs
 
 logger = logging.get_logger(__name__)
 Evaluate = Callable[[PreTrainedModel], float]
-_Plans = dict[str, ExactPlan | Int8Plan]
 _SECONDS = 2.0  # time spent on a whole model at one shape
 
 
@@ -64,10 +64,12 @@ def export_cpu(
         output: a folder, created if needed. Configuration and tokenizer are copied there.
         calibration: tokenized rows or batches of the *train* split, such as 128 rows; needed for `int8`. Every fourth
             is held out, to judge the outputs.
-        int8: allow 8-bit weights and activations, and attention in bf16. Outputs then differ a little.
+        int8: allow 8-bit weights, activations and token embeddings, and attention in bf16. Outputs then differ a
+            little.
         bf16: allow bf16 in linear layers that are not in 8 bits.
-        max_kl: largest divergence of the outputs (see `Judge`) on held-out rows; layers stay exact until it holds.
-        max_drop: largest loss of `evaluate`'s value; layers stay exact until it holds.
+        max_kl: largest divergence of the outputs (see `Judge`) on held-out rows; layers and embeddings stay exact
+            until it holds.
+        max_drop: largest loss of `evaluate`'s value; layers and embeddings stay exact until it holds.
         evaluate: maps a model to a number that is better when larger, such as the accuracy on held-out rows. The
             report then has the scores of the float32 and of the CPU model.
         batch_sizes: batch sizes to be fast at.
@@ -132,7 +134,7 @@ def export_cpu(
             scores[OURS] = _checked(evaluate, fast, OURS)
         times = _times(model, fast, shapes, bf16, rivals)
         count = torch.get_num_threads()
-    source, layers = check_weights(folder, {}), {name: record_of(plan) for name, plan in plans.items()}
+    source = check_weights(folder, {})
     with beside_model(folder, output, lambda: source) as new:
         write_weights(new / CPU_FILE, model, plans, {"config": config_digest(folder), ORIGIN: source})
         packed = PackedFile(new / CPU_FILE)
@@ -147,9 +149,10 @@ def export_cpu(
             divergence=divergence,
             ranges=ranges,
             zero_blocks=search.zero_blocks(),
-            layers=layers,
+            layers={name: record_of(plan) for name, plan in plans.items() if not isinstance(plan, Int8Table)},
             times=times,
             scores=scores,
+            embeddings=storage_of(model, plans) if batches else {},
         )
         runtime.save(new)
         report = CpuReport(output / CPU_FILE, runtime, dense_bytes(packed), (new / CPU_FILE).stat().st_size)
@@ -194,7 +197,7 @@ class _Search:
             linear: Any = model.get_submodule(name)
             self._exact[name] = ExactPlan(self._choice(linear.weight, exact), linear.weight, linear.bias)
 
-    def best(self, batches: Sequence[Batch]) -> tuple[_Plans, Attention, str, float | None]:
+    def best(self, batches: Sequence[Batch]) -> tuple[Plans, Attention, str, float | None]:
         """Return the plans, how whole layers run, the kind of ranges, and the divergence on held-out rows."""
         if not batches:
             return dict(self._exact), Attention(False), "", None
@@ -203,9 +206,13 @@ class _Search:
         seen = observe(self._model, self._names, [batch for i, batch in enumerate(batches) if i % 4])
         choices = {name: self._choice(plan.weight, INT8_KINDS) for name, plan in self._exact.items()}
         attention = self._fastest_attention(self._int8_plans(seen, "minmax", choices))
-        if attention is None:
-            return dict(self._exact), Attention(False), "", None
-        by_ranges = {how: self._int8_plans(seen, how, choices) for how in RANGES}
+        tables = int8_tables(self._model)
+        by_ranges: dict[str, Plans] = {}
+        if attention is None:  # only the embeddings get 8 bits, which makes the model smaller
+            attention = Attention(False)
+            by_ranges[""] = {**self._exact, **tables}
+        else:
+            by_ranges = {how: {**self._int8_plans(seen, how, choices), **tables} for how in RANGES}
         divergences = {how: judge(self._installed(plans, attention)) for how, plans in by_ranges.items()}
         ranges = min(divergences, key=divergences.__getitem__)
         plans = self._within_bounds(by_ranges[ranges], attention, judge)
@@ -219,14 +226,14 @@ class _Search:
         names = usable(weight, kinds)
         return fastest(self._timer.times(weight, names), weight)
 
-    def _installed(self, plans: Mapping[str, ExactPlan | Int8Plan], attention: Attention) -> PreTrainedModel:
+    def _installed(self, plans: Plans, attention: Attention) -> PreTrainedModel:
         return install(copy.deepcopy(self._model), plans, attention)
 
     def _int8_plans(
         self, seen: Mapping[str, tuple[Observed, Observed]], how: str, choices: Mapping[str, Choice]
-    ) -> _Plans:
+    ) -> dict[str, LinearPlan]:
         task_of = {linear: task for six in layers_of(self._model).values() for task, linear in six.items()}
-        plans: _Plans = {}
+        plans: dict[str, LinearPlan] = {}
         for name, choice in choices.items():
             linear: Any = self._model.get_submodule(name)
             inputs, outputs = seen[name]
@@ -237,7 +244,7 @@ class _Search:
             plans[name] = Int8Plan(choice, values, scales, linear.bias, inputs.step(how), output)
         return plans
 
-    def _fastest_attention(self, plans: _Plans) -> Attention | None:
+    def _fastest_attention(self, plans: Plans) -> Attention | None:
         """Time whole layers as they are, in 8 bits, and in 8 bits with attention in bf16; None if exact was faster."""
         lengths = sorted({length for _, length in self._shapes})
         kinds: list[Attention | None] = [None, Attention(False)]
@@ -254,22 +261,25 @@ class _Search:
         }
         return kinds[int(min(loss, key=loss.__getitem__))]
 
-    def _within_bounds(self, plans: _Plans, attention: Attention, judge: Judge) -> _Plans:
-        """Leave those layers exact whose 8 bits hurt most, until the bounds hold."""
+    def _within_bounds(self, plans: Plans, attention: Attention, judge: Judge) -> Plans:
+        """Leave those layers and embeddings exact whose 8 bits hurt most, until the bounds hold."""
         if self._holds(plans, attention, judge):
             return plans
         hurt = {}
-        for name in plans:
-            only = {each: plan if each == name else self._exact[each] for each, plan in plans.items()}
-            hurt[name] = judge(self._installed(only, Attention(False)))
+        for name, plan in plans.items():
+            if plan is not self._exact.get(name):
+                hurt[name] = judge(self._installed({**self._exact, name: plan}, Attention(False)))
         plans = dict(plans)
         for name in sorted(hurt, key=hurt.__getitem__, reverse=True):
-            plans[name] = self._exact[name]
+            if name in self._exact:
+                plans[name] = self._exact[name]
+            else:
+                del plans[name]
             if self._holds(plans, attention, judge):
                 break
         return plans
 
-    def _holds(self, plans: _Plans, attention: Attention, judge: Judge) -> bool:
+    def _holds(self, plans: Plans, attention: Attention, judge: Judge) -> bool:
         model = self._installed(plans, attention)
         if self._max_kl is not None and judge(model) > self._max_kl:
             return False

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from ..storage.derived import CPU_JSON
 from ..storage.packed_file import PackedFile, PackedWriter, PackItem
 from ..utils.files import read_json, write_json
 from ..utils.reading import build, typed
+from .embeddings import FLOAT32, INT8, TIED, Int8Table
 from .kernels import KINDS
 from .linears import Choice, Int8Plan, Step
-from .model import Attention, ExactPlan, Plans
+from .model import Attention, ExactPlan, LinearPlan, Plans
 
 _SCALES, _UNITS = ".scales", ".units"
 _REMEDY = "export the model again"
@@ -73,7 +74,8 @@ class Runtime:
     the file of weights. fused, bf16: see `Attention`. divergence: of the outputs from those in float32, on calibration
     rows that were held out (see `Judge`), None without such rows. ranges: how the ranges of 8-bit numbers were found.
     zero_blocks: share of the 1x4 blocks of its matrices that are zero. layers: by name. scores: of the float32 model
-    and of this one by the names of `timing`, if the export had `evaluate`.
+    and of this one by the names of `timing`, if the export had `evaluate`. embeddings: how the token embeddings are
+    stored, by the name of their module; empty for exact models and in earlier files, which have float32.
     """
 
     cpu: str
@@ -89,6 +91,7 @@ class Runtime:
     layers: dict[str, LayerRecord]
     times: list[ShapeTime] = field(default_factory=list)
     scores: dict[str, float] = field(default_factory=dict)
+    embeddings: dict[str, str] = field(default_factory=dict)
 
     @property
     def attention(self) -> Attention:
@@ -117,10 +120,14 @@ class Runtime:
         stored["times"] = [build(ShapeTime, each, f"{path}: times", _REMEDY) for each in times]
         for time in stored["times"]:
             time.check(path)
-        return build(cls, stored, path, _REMEDY)
+        runtime = build(cls, stored, path, _REMEDY)
+        for name, kind in runtime.embeddings.items():
+            if kind not in (INT8, FLOAT32, TIED):
+                raise ValueError(f"{path}: {name} is stored as {kind!r:.60}, which is unknown: {_REMEDY}")
+        return runtime
 
 
-def record_of(plan: ExactPlan | Int8Plan) -> LayerRecord:
+def record_of(plan: LinearPlan) -> LayerRecord:
     """Return what is written of a plan beside its weights."""
     kinds = [list(pair) for pair in plan.choice.kinds]
     if isinstance(plan, ExactPlan):
@@ -130,7 +137,7 @@ def record_of(plan: ExactPlan | Int8Plan) -> LayerRecord:
 
 
 def write_weights(path: Path, model: PreTrainedModel, plans: Plans, metadata: Mapping[str, str]) -> PackedWriter:
-    """Write the weights of a float32 model, with int8 for the layers that run in 8 bits."""
+    """Write the weights of a float32 model, with int8 for what is in 8 bits."""
 
     def items() -> Iterator[PackItem]:
         written: set[tuple[int, torch.Size]] = set()
@@ -145,6 +152,9 @@ def write_weights(path: Path, model: PreTrainedModel, plans: Plans, metadata: Ma
                 yield PackItem(name + _SCALES, plan.scales, "raw")
                 if isinstance(plan.output, Tensor):
                     yield PackItem(name + _UNITS, plan.output, "raw")
+            elif isinstance(plan, Int8Table):
+                yield PackItem(name, plan.values, "raw")
+                yield PackItem(name + _SCALES, plan.scales, "raw")
             else:
                 yield PackItem(name, tensor, "raw" if plan is None else "sparse")
 
@@ -153,8 +163,10 @@ def write_weights(path: Path, model: PreTrainedModel, plans: Plans, metadata: Ma
     return writer
 
 
-class StoredPlans(Mapping[str, ExactPlan | Int8Plan]):
-    """The plans of the linear layers in a file, by name. Each is decoded when it is asked for, so few take memory.
+class StoredPlans(Mapping[str, LinearPlan | Int8Table]):
+    """The plans of the linear layers and token embeddings in a file, by name.
+
+    Each is decoded when it is asked for, so few take memory.
 
     Raises:
         ValueError: the JSON and the weights do not belong together; when a plan is asked for also if it is damaged.
@@ -164,30 +176,39 @@ class StoredPlans(Mapping[str, ExactPlan | Int8Plan]):
         self,
         packed: PackedFile,
         runtime: Runtime,
-        adapt: Callable[[ExactPlan | Int8Plan], ExactPlan | Int8Plan] = lambda plan: plan,
+        adapt: Callable[[LinearPlan], LinearPlan] = lambda plan: plan,
     ) -> None:
         runtime.check_weights(packed)
-        for name in runtime.layers:
+        self.tables = [name for name, kind in runtime.embeddings.items() if kind == INT8]
+        self._names = dict.fromkeys([*runtime.layers, *self.tables])
+        for name in self._names:
             if f"{name}.weight" not in packed.entries:
                 raise ValueError(f"{packed.path}: {name} has no weight: {_REMEDY}")
+        for name in packed.entries:
+            if name + _SCALES in packed.entries and not _belongs(name, self._names):
+                raise ValueError(f"{packed.path}: {name} has 8 bits, of which {CPU_JSON} says nothing: {_REMEDY}")
         self._packed, self._layers, self._adapt = packed, runtime.layers, adapt
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._layers)
+        return len(self._names)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the weights."""
-        return {name: self._packed.entries[f"{name}.weight"].shape for name in self._layers}
+        return {name: self._packed.entries[f"{name}.weight"].shape for name in self}
 
     def others(self) -> dict[str, Tensor]:
         """Return the tensors of the rest of the model, by name."""
-        packed, layers = self._packed, self._layers
-        return {name: packed.tensor(name) for name in packed.entries if not _belongs(name, layers)}
+        packed, names = self._packed, self._names
+        return {name: packed.tensor(name) for name in packed.entries if not _belongs(name, names)}
 
-    def __getitem__(self, name: str) -> ExactPlan | Int8Plan:
+    def __getitem__(self, name: str) -> LinearPlan | Int8Table:
+        return self.linear(name) if name in self._layers else self._table(name)
+
+    def linear(self, name: str) -> LinearPlan:
+        """Return the plan of a linear layer."""
         packed, record, where = self._packed, self._layers[name], f"{self._packed.path}: {name}"
         weight, choice = packed.tensor(f"{name}.weight"), record.choice(where)
         bias = packed.tensor(f"{name}.bias") if f"{name}.bias" in packed.entries else None
@@ -197,6 +218,11 @@ class StoredPlans(Mapping[str, ExactPlan | Int8Plan]):
         units = _of_rows(packed, f"{name}.weight{_UNITS}", len(weight)) if output is None else _step(output, where)
         input = _step(record.input, where)
         return self._adapt(Int8Plan(choice, _checked(weight, torch.int8, where), scales, bias, input, units))
+
+    def _table(self, name: str) -> Int8Table:
+        packed = self._packed
+        values = _checked(packed.tensor(f"{name}.weight"), torch.int8, f"{packed.path}: {name}")
+        return Int8Table(values, _of_rows(packed, f"{name}.weight{_SCALES}", len(values), zero=True))
 
 
 def dense_bytes(packed: PackedFile) -> int:
@@ -212,19 +238,23 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _belongs(name: str, layers: Mapping[str, LayerRecord]) -> bool:
+def _belongs(name: str, names: Collection[str]) -> bool:
     weight = name.removesuffix(_SCALES).removesuffix(_UNITS)
-    return weight.endswith(".weight") and weight.removesuffix(".weight") in layers
+    return weight.endswith(".weight") and weight.removesuffix(".weight") in names
 
 
-def _of_rows(packed: PackedFile, name: str, rows: int) -> Tensor:
-    """Read a positive number for each row of a matrix."""
+def _of_rows(packed: PackedFile, name: str, rows: int, zero: bool = False) -> Tensor:
+    """Read a positive number for each row of a matrix. zero: rows of zeros may have 0."""
     if name not in packed.entries:
         raise ValueError(f"{packed.path} has no {name}: {_REMEDY}")
     numbers = packed.tensor(name)
-    if numbers.shape != (rows,) or numbers.dtype != torch.float32 or not bool((numbers > 0).all()):
+    if numbers.shape != (rows,) or numbers.dtype != torch.float32 or not _fit(numbers, zero):
         raise ValueError(f"{packed.path}: {name} is no positive number for each of {rows} rows: {_REMEDY}")
     return numbers
+
+
+def _fit(numbers: Tensor, zero: bool) -> bool:
+    return bool(((numbers >= 0 if zero else numbers > 0) & numbers.isfinite()).all())
 
 
 def _checked(weight: Tensor, dtype: torch.dtype, where: str) -> Tensor:

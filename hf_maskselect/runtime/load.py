@@ -14,10 +14,11 @@ from ..storage.folders import find_folder
 from ..storage.models import load_strictly, model_class
 from ..storage.pack import open_packed
 from .choose import Timer, fastest, usable
+from .embeddings import shared
 from .files import Runtime, StoredPlans, cpu_name, record_of
 from .kernels import EXACT_KINDS, INT8_KINDS, missing
 from .linears import Choice, Int8Plan
-from .model import ExactPlan, install
+from .model import ExactPlan, LinearPlan, install
 
 
 def load_cpu(path_or_repo: str | os.PathLike, retime: bool | None = None) -> PreTrainedModel:
@@ -48,17 +49,18 @@ def load_cpu(path_or_repo: str | os.PathLike, retime: bool | None = None) -> Pre
     tensors = {**plans.others(), **places}
     model = load_strictly(cls, folder, config=config, state_dict=tensors, dtype=torch.float32)
     for name, shape in plans.shapes().items():
-        linear = model.get_submodule(name)
-        if not isinstance(linear, nn.Linear) or linear.weight.shape != shape:
-            raise ValueError(
-                f"{folder}: {name} of {CPU_JSON} is no linear layer of that shape: export the model again"
-            )
+        module, table = model.get_submodule(name), name in plans.tables
+        if not isinstance(module, nn.Embedding if table else nn.Linear) or module.weight.shape != shape:
+            what = "embedding" if table else "linear layer"
+            raise ValueError(f"{folder}: {name} of {CPU_JSON} is no {what} of that shape: export the model again")
+        if table and shared(model, name):
+            raise ValueError(f"{folder}: {name} of {CPU_JSON} is shared with other modules: export the model again")
     model = install(model, StoredPlans(packed, runtime, runnable), runtime.attention)
     _give_back()
     return model
 
 
-def runnable(plan: ExactPlan | Int8Plan) -> ExactPlan | Int8Plan:
+def runnable(plan: LinearPlan) -> LinearPlan:
     """Return a plan without the kinds that this machine lacks. Dense float32 is always there."""
     kept = tuple(pair for pair in plan.choice.kinds if not missing(pair[1]))
     if len(kept) == len(plan.choice.kinds):
@@ -80,7 +82,8 @@ def _retimed(runtime: Runtime, plans: StoredPlans) -> Runtime:
     """Choose again for the rows of the shapes that were timed: among exact kinds, or among those in 8 bits."""
     timer = Timer([each.batch * each.length for each in runtime.times] or [128])
     layers = {}
-    for name, plan in plans.items():
+    for name in runtime.layers:
+        plan = plans.linear(name)
         weight = plan.values * plan.scales[:, None] if isinstance(plan, Int8Plan) else plan.weight
         kinds = INT8_KINDS if isinstance(plan, Int8Plan) else (*EXACT_KINDS, *plan.choice.names() & {"bf16"})
         if names := usable(weight, kinds):

@@ -1,12 +1,13 @@
-"""Put faster layers into a model, in place of its linear layers or of its whole layers."""
+"""Put faster layers into a model, in place of its linear layers or of its whole layers, and smaller embeddings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from ..masking.targets import prunable_weights
+from .embeddings import Int8Embedding, Int8Table
 from .layers import LINEARS, fuse, names_of
 from .linears import Choice, Int8Linear, Int8Plan, exact_linear
 
@@ -22,7 +23,8 @@ class ExactPlan:
     bias: Tensor | None
 
 
-Plans = Mapping[str, ExactPlan | Int8Plan]
+LinearPlan = ExactPlan | Int8Plan
+Plans = Mapping[str, LinearPlan | Int8Table]  # token embeddings without a plan stay as they are
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,13 @@ def install(model: M, plans: Plans, attention: Attention) -> M:
                 del left[linear]
     for name in left:
         plan = plans[name]
-        built = Int8Linear(plan) if isinstance(plan, Int8Plan) else exact_linear(plan.choice, plan.weight, plan.bias)
-        model.set_submodule(name, built)
+        old: Any = model.get_submodule(name)
+        model.set_submodule(name, _built(plan, old))
     return model.eval().requires_grad_(False)
+
+
+def _built(plan: LinearPlan | Int8Table, old: Any) -> nn.Module:
+    """Build what takes the place of the module `old`."""
+    if isinstance(plan, Int8Table):
+        return Int8Embedding(plan, old.padding_idx)
+    return Int8Linear(plan) if isinstance(plan, Int8Plan) else exact_linear(plan.choice, plan.weight, plan.bias)

@@ -11,6 +11,7 @@ from ..storage.folders import find_folder
 from ..storage.pack import open_packed
 from ..utils.layer_names import layer_of
 from ..utils.tables import escaped, markdown_table, text_table, visible
+from .embeddings import INT8, TIED
 from .files import LayerRecord, Runtime, dense_bytes
 from .timing import DENSE, ONNX_INT8, OURS
 
@@ -70,6 +71,7 @@ class CpuReport:
             yield f"Divergence of the outputs from float32 on held-out rows: {runtime.divergence:.2g}"
         for matrices, kinds in layer_kinds(runtime.layers).items():
             yield f"{', '.join(matrices)}: {kinds}"
+        yield f"Token embeddings: {self._embeddings}"
         if runtime.fused:
             lengths = f"in bf16 from {runtime.bf16} tokens on" if runtime.bf16 else "in float32"
             yield f"Layers whose matrices all have 8 bits are computed as a whole, with attention {lengths}"
@@ -79,6 +81,13 @@ class CpuReport:
                 "be the fastest: prune with pattern='1x4' for more"
             )
         yield f"{self.machine}, torch {runtime.torch}"
+
+    @property
+    def _embeddings(self) -> str:
+        kinds = self.runtime.embeddings.values()
+        if INT8 in kinds:
+            return "8 bits, and one scale a token"
+        return "float32, since an output head shares them" if TIED in kinds else "float32"
 
     @property
     def machine(self) -> str:
