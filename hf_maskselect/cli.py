@@ -15,7 +15,6 @@ from .config import PruningConfig
 from .export.onnx import export_onnx
 from .export.semi_structured import EXPORT_DTYPES, export_semi_structured
 from .export.timing import time_export
-from .fields.rules import STRUCTURED
 from .masking.targets import check_module_names
 from .reporting.card import card_text, write_card
 from .reporting.latency import plot_cpu_models
@@ -37,7 +36,7 @@ from .storage.trim import trim_folder
 from .storage.verify import check_smaller, parse_checkable, verify
 from .storage.weights import has_weights
 from .surgery.structured.batches import batches_of, rows_of
-from .surgery.structured.record import StructureRecord
+from .surgery.structured.record import STRUCTURED, StructureRecord
 from .surgery.structured.shrink import shrink_model
 from .training.search_cost import check_run, cost_text, workload
 from .utils.tables import visible

@@ -15,7 +15,6 @@ from ..masking.scores import CRITERIA
 
 SOFT_METHODS = ("pdp", "gumbel")
 METHODS = ("random", *CRITERIA, *SOFT_METHODS)
-STRUCTURED = "structured"  # the pattern that has no masks
 SELECTIONS = ("halving", "survivors", "early")
 SELECTION_LOSSES = ("loss", "teacher")
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from ..masking.schedule import check_levels, cubic_levels
+from ..surgery.structured.record import STRUCTURED
 from .resolved import ResolvedConfig, StructureOptions
-from .rules import STRUCTURED, check_choice, check_types, no_meaning, option
+from .rules import check_choice, check_types, no_meaning, option
 
 KEPT_SHAPES = ("uniform", "free")
 DTYPES = ("float32", "bfloat16", "float16")

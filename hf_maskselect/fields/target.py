@@ -6,10 +6,10 @@ from ..masking.base import Pattern
 from ..masking.patterns import SCOPES, parse_pattern
 from ..masking.schedule import check_levels
 from ..masking.targets import check_module_names
+from ..surgery.structured.record import STRUCTURED
 from .resolved import ResolvedConfig
 from .rules import (
     METHODS,
-    STRUCTURED,
     check_choice,
     check_least,
     check_positive,

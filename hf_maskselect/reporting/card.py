@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from ..fields.rules import STRUCTURED
 from ..storage.models import model_class, of_transformers, pruned_modules
 from ..storage.pack import PackReport, pack
 from ..storage.packed_file import PACKED_FILE
 from ..surgery.structured.layer_shapes import LayerShapes
+from ..surgery.structured.record import STRUCTURED
 from ..utils.files import replacing
 from ..utils.tables import code, escaped, markdown_table, visible
 from .plots import DENSITY, HISTORY, search_pictures

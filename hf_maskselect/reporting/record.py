@@ -10,13 +10,12 @@ from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..fields.rules import STRUCTURED
 from ..search.results import SEARCH_FILE, Candidate, LevelSearch, read_searches
 from ..storage.configs import load_config
 from ..storage.models import of_transformers
 from ..storage.runs import last_checkpoint, read_trainer_state
 from ..storage.state import PruningState
-from ..surgery.structured.record import StructureRecord
+from ..surgery.structured.record import STRUCTURED, StructureRecord
 from ..utils.layer_names import layer_of
 from ..utils.reading import is_number, read_object
 from .sparsity import SparsityReport, sparsity_report

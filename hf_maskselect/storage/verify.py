@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..fields.rules import STRUCTURED
 from ..masking.patterns import NM, Blocks, parse_pattern
 from ..masking.targets import transposed_weights
 from ..surgery.structured.families import family_of
-from ..surgery.structured.record import StructureRecord
+from ..surgery.structured.record import STRUCTURED, StructureRecord
 from ..surgery.structured.shapes import Encoder
 from .derived import check_derived
 from .models import load_strictly, model_class, skeleton

@@ -9,12 +9,12 @@ from huggingface_hub import EvalResult, ModelCard
 from transformers import PreTrainedModel, Trainer
 
 from ..config import PruningConfig
-from ..fields.rules import STRUCTURED
 from ..reporting.card import Scores, card_text, mean, shown_scores, task_of, write_card
 from ..reporting.plots import plot
 from ..reporting.record import RunRecord, metrics_of
 from ..search.results import SEARCH_FILE, read_searches
 from ..storage.state import STATE_FILE
+from ..surgery.structured.record import STRUCTURED
 
 TAGS = ("pruned", "hf_maskselect")
 

@@ -12,6 +12,7 @@ from ...utils.reading import build, typed
 from .report import ShrinkReport
 from .shapes import Shape
 
+STRUCTURED = "structured"  # the pattern that has no masks
 KEY = "structure"  # in config.pruning
 _WHERE = "config.pruning: structure"
 _REMEDY = "remove it from config.json"
