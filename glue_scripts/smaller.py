@@ -10,6 +10,7 @@ from arguments import ModelArguments
 from cpu_model import calibration_rows
 from hf_maskselect import PruningConfig, shrink_model
 from hf_maskselect.surgery.structured.record import StructureRecord
+from hf_maskselect.utils.folders import replacing_folder
 from job import Job, load_config, load_model
 
 ROWS = 2048  # of train
@@ -33,8 +34,9 @@ def shrink_first(job: Job, model: ModelArguments, config: PruningConfig, start: 
                 dense, rows, speedup=model.shrink_speedup, latency_shape=timed, seed=config.seed
             )
             print(report)
-            job.tokenizer.save_pretrained(folder)
-            small.save_pretrained(folder)
+            with replacing_folder(folder, keeps=lambda _: False) as new:  # a kill leaves no half of it
+                job.tokenizer.save_pretrained(new)
+                small.save_pretrained(new)
         record = StructureRecord.find(load_config(str(folder), job.task, model))
         if record is None or record.target != f"speedup={model.shrink_speedup}":
             told = None if record is None else record.target

@@ -38,6 +38,7 @@ from .storage.weights import has_weights
 from .surgery.structured.batches import batches_of, rows_of
 from .surgery.structured.record import STRUCTURED, StructureRecord
 from .surgery.structured.shrink import shrink_model
+from .surgery.structured.target import KEPT_SHAPES
 from .training.search_cost import check_run, cost_text, workload
 from .utils.tables import visible
 
@@ -121,7 +122,7 @@ def _add_shrink(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", required=True, help=rows)
     add = parser.add_argument
     shapes = "uniform: plain transformers loads the model (default); free: heads too, and sizes layer by layer"
-    add("--keep-shape", choices=["uniform", "free"], default="uniform", help=shapes)
+    add("--keep-shape", choices=KEPT_SHAPES, default="uniform", help=shapes)
     add("--candidates", type=positive, default=16, help="number of shapes to try (default: 16)")
     add("--batch-size", type=positive, default=8, help="batch size to time (default: 8)")
     add("--seq-len", type=positive, default=128, help="length to time, in tokens (default: 128)")

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 from ..masking.schedule import check_levels, cubic_levels
+from ..surgery.structured.batches import FEWEST
 from ..surgery.structured.record import STRUCTURED
+from ..surgery.structured.target import KEPT_SHAPES
 from .resolved import ResolvedConfig, StructureOptions
 from .rules import check_choice, check_types, no_meaning, option
 
-KEPT_SHAPES = ("uniform", "free")
 DTYPES = ("float32", "bfloat16", "float16")
 _CANDIDATES = 16
 _ROWS = 2048
-_FEWEST = 8  # rows to fit on
 # Fields of masks, which a smaller shape does not have.
 _OF_MASKS = "scope criterion proposals selection trial_steps trial_batch_size trial_learning_rate sampling_ratios"
 _OF_MASKS += " target_modules exclude_modules keep_zeros layer_floor"
@@ -59,9 +59,6 @@ class StructureFields:
             raise ValueError(
                 f"latency_shape={self.latency_shape} must be a batch size and a length above 0, such as [8, 128]"
             )
-        rows = vars(self).get("refit_rows")
-        if vars(self).get("pattern") == STRUCTURED and rows is not None and rows < _FEWEST:
-            raise ValueError(f"refit_rows={rows} are too few rows to fit a smaller model: give at least {_FEWEST}")
         if self.latency_dtype is not None:
             check_choice("latency_dtype", self.latency_dtype, DTYPES)
         if self.latency_device is not None:
@@ -83,6 +80,10 @@ class StructureFields:
         if config.method != "random":
             why = "which removes layers, neurons and heads by its own order: leave method unset"
             raise no_meaning("method", config.method, shown, why)
+        if settings.structure.rows < FEWEST:
+            raise ValueError(
+                f"refit_rows={settings.structure.rows} are too few rows to fit a smaller model: give at least {FEWEST}"
+            )
         for name in self._changed(_OF_MASKS.split()):
             raise no_meaning(name, getattr(self, name), shown, f"which makes no masks: leave {name} unset")
 

@@ -1,7 +1,6 @@
 """The levels of a run with `pattern="structured"`: choose a smaller shape on the trainer's rows, and take it."""
 
 import dataclasses
-import time
 
 import torch
 from transformers import PreTrainedModel
@@ -11,14 +10,13 @@ from ..fields.resolved import StructureOptions
 from ..search.bench import TrialBench
 from ..search.journal import Journal
 from ..surgery.structured.adopt import adopt, reshape
-from ..surgery.structured.batches import FEWEST, Batch, rows_of, timed_batch
+from ..surgery.structured.batches import FEWEST, Batch, rows_of
 from ..surgery.structured.families import checked_family
-from ..surgery.structured.job import ShapeJob
-from ..surgery.structured.latency import Latency
 from ..surgery.structured.layer_shapes import LayerShapes
 from ..surgery.structured.record import StructureRecord
 from ..surgery.structured.report import ShrinkReport
-from ..surgery.structured.target import Target, check_reachable, choose_shape
+from ..surgery.structured.shrink import make_smaller
+from ..surgery.structured.target import Target
 from ..utils.processes import Processes
 from ..utils.seeds import key_seed
 
@@ -91,25 +89,26 @@ class Structure:
 
     def _made(self, model: PreTrainedModel, level: int, target: Target) -> tuple[PreTrainedModel, ShrinkReport]:
         """Choose a shape that meets a target relative to `model`, and fit it."""
-        begin, options = time.perf_counter(), self._options
-        family, notes = checked_family(model), JournalNotes(self._config.output_dir or "", self._identity(level))
+        config, options = self._config, self._options
+        family = checked_family(model)
         rows, held_out = self._rows(model, level)
-        timed = timed_batch(rows[0], model, options.latency_shape)
-        job = ShapeJob(model, family, rows, held_out, notes, options.free)
-        device = torch.device(options.latency_device or model.device)
-        latency = Latency(job.cutter, timed, options.latency_dtype or model.dtype, device, notes, job.cuts_heads)
-        last = remaining_target(self.target(-1), StructureRecord.find(model.config))
-        if last is not None and level + 1 < len(self._levels):  # a later level that cannot be reached must fail now
-            check_reachable(job, latency, last)
-        seed = key_seed(self._config.seed, "structure", level)
-        shape, candidates = choose_shape(job, latency, target, options.num_candidates, seed)
-        small, divergence = job.fitted(shape)
-        small.train(model.training)
-        seconds = time.perf_counter() - begin
-        return small, ShrinkReport.of(job, latency, small, shape, candidates, divergence, seconds)
-
-    def _identity(self, level: int) -> dict[str, str]:
-        return self._bench.identity.of_search(level, {})
+        later = level + 1 < len(self._levels)
+        return make_smaller(
+            model,
+            family,
+            rows,
+            held_out,
+            target,
+            free=options.free,
+            num_candidates=options.num_candidates,
+            latency_shape=options.latency_shape,
+            latency_dtype=options.latency_dtype,
+            latency_device=options.latency_device,
+            seed=key_seed(config.seed, "structure", level),
+            notes=JournalNotes(config.output_dir or "", self._bench.identity.of_search(level, {})),
+            last=remaining_target(self.target(-1), StructureRecord.find(model.config)) if later else None,
+            quiet=bool(config.disable_tqdm),
+        )
 
     def _rows(self, model: PreTrainedModel, level: int) -> tuple[list[Batch], list[Batch]]:
         """Return random rows of train to fit on, and the held-out rows."""

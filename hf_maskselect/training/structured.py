@@ -47,9 +47,10 @@ class StructuredTraining(Distilled, RunOptimizers):
             yield
             return
         with undone_on_error(self.model):
-            if self._take_shape_of(checkpoint):
-                self._follow_shape()
+            changed = self._take_shape_of(checkpoint)
             yield
+            if changed:
+                self._follow_shape()
 
     def _take_shape_of(self, checkpoint: str) -> bool:
         """Give the model the shape of a checkpoint; return whether it had another one.

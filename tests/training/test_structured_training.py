@@ -194,6 +194,8 @@ def test_a_second_run_goes_on_from_the_shape(tmp_path):
         ({"levels": [0.5, 0.4]}, "must be strictly increasing"),
         ({"sparsity": 0.9999}, "sparsity=0.9999 is reached by no shape"),
         ({"sparsity": 0.9999, "levels": [0.3, 0.9999]}, "sparsity=0.9999 is reached by no shape"),
+        ({"refit_rows": 4}, "refit_rows=4 are too few rows to fit a smaller model: give at least 8"),
+        ({"latency_device": "meta"}, "latency_device='meta' is no device of this machine"),
         ({"latency_shape": [1, 1000]}, "latency_shape has length 1000, but the model has 64 positions"),
     ],
 )
@@ -238,6 +240,8 @@ def test_a_refused_resume_leaves_the_model_as_it_was(tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert same(before, weights_of(model)) and model.config.num_hidden_layers == layers
     assert StructureRecord.find(model.config) is None
+    trainer.train()  # the layers that the teacher teaches are those of the new search
+    assert StructureRecord.find(model.config) is not None
 
 
 def test_a_run_from_a_small_enough_model_resumes(tmp_path):

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -21,8 +20,7 @@ def adopt(model: PreTrainedModel, small: PreTrainedModel) -> None:
     embeddings = model.get_input_embeddings()
     for name, module in small.named_children():
         model.add_module(name, module)
-    any_config: Any = small.config
-    model.config = any_config
+    model.config = small.config
     model.set_input_embeddings(embeddings)
     model.tie_weights()
 

@@ -14,7 +14,7 @@ from ...utils.token_limits import TokenLimits, longest_row
 Batch = dict[str, Tensor]
 ROWS = 32  # of one batch
 _KEYS = ("attention_mask", "token_type_ids")
-FEWEST = 8
+FEWEST = 8  # rows to fit or choose on
 
 
 def rows_of(rows: Iterable[Mapping[str, Any]], model: PreTrainedModel) -> list[Batch]:

@@ -35,8 +35,9 @@ class ShapeJob:
         family: its family.
         rows: to fit on, from `rows_of`. The first ones are used, up to 32,768 positions.
         held_out: rows to score on: the first 512 for the chosen shape, and of these 8,192 positions for candidates.
-        free: each layer may get heads and neurons of its own.
         notes: the divergence of every shape that was scored, by its text. What it holds already is not scored again.
+        free: each layer may get heads and neurons of its own.
+        quiet: whether to show no progress bar.
     """
 
     def __init__(
@@ -47,9 +48,10 @@ class ShapeJob:
         held_out: Sequence[Batch],
         notes: Notes,
         free: bool = False,
+        quiet: bool = False,
     ) -> None:
         _check_free(model, family, free)
-        self.free, self.cuts_heads = free, family.plain_heads or free
+        self.free, self.cuts_heads, self._quiet = free, family.plain_heads or free, quiet
         dense: Any = own_copy(model)
         self.dense, self.family, self._dtype, self._notes = dense.float().eval(), family, model.dtype, notes
         self.rows = _few(rows, model.main_input_name, POSITIONS)
@@ -70,7 +72,8 @@ class ShapeJob:
     def search(self, budget: Budget, count: int, seed: int) -> list[Candidate]:
         """Return the shapes that were tried, the best first: `count` uniform ones, and as many free ones, if any."""
         calls = self._calls(self._few, keeps=True)
-        with tqdm(total=count * (1 + self.free), desc="shapes", leave=False) as bar:
+        # Without a total: layers that are removed alone to rank them are no candidates.
+        with tqdm(desc="shapes", leave=False, disable=self._quiet) as bar:
 
             def evaluate(shape: Shape) -> float:
                 bar.update()

@@ -8,14 +8,14 @@ import torch
 from transformers import PreTrainedModel
 
 from ...utils.wrappers import plain_model
-from .batches import rows_of, timed_batch
-from .families import checked_family
+from .batches import Batch, rows_of, timed_batch
+from .families import Family, checked_family
 from .job import ShapeJob
 from .latency import Latency
 from .notes import Notes
 from .record import StructureRecord
 from .report import ShrinkReport
-from .target import Target, choose_shape
+from .target import KEPT_SHAPES, Target, check_reachable, choose_shape
 
 
 def shrink_model(
@@ -63,27 +63,81 @@ def shrink_model(
         ValueError: the target is none that a shape can reach, the family is not known, the rows are missing or of
             another tokenizer, or the model has zeros of a mask.
     """
-    begin = time.perf_counter()
     target = Target(speedup, sparsity)
     target.check()
-    if keep_shape not in ("uniform", "free"):
-        raise ValueError(f"keep_shape={keep_shape!r} must be 'uniform' or 'free'")
+    if keep_shape not in KEPT_SHAPES:
+        raise ValueError(f"keep_shape={keep_shape!r} must be {' or '.join(map(repr, KEPT_SHAPES))}")
     if num_candidates < 1:
         raise ValueError(f"num_candidates={num_candidates} must be at least 1")
     model = plain_model(model)
     family, before = checked_family(model), StructureRecord.find(model.config)
     given = rows_of(rows, model)
-    timed = timed_batch(given[0], model, latency_shape)
-    notes: Notes = {}
-    job = ShapeJob(
-        model, family, [row for number, row in enumerate(given) if number % 4], given[::4], notes, keep_shape == "free"
+    small, report = make_smaller(
+        model,
+        family,
+        [row for number, row in enumerate(given) if number % 4],
+        given[::4],
+        target,
+        free=keep_shape == "free",
+        num_candidates=num_candidates,
+        latency_shape=latency_shape,
+        latency_dtype=latency_dtype,
+        latency_device=latency_device,
+        seed=seed,
+        notes={},
     )
-    device = torch.device(latency_device or model.device)
-    latency = Latency(job.cutter, timed, latency_dtype or model.dtype, device, notes, job.cuts_heads)
-    shape, candidates = choose_shape(job, latency, target, num_candidates, seed)
-    small, divergence = job.fitted(shape)
-    small.train(model.training)
-    report = ShrinkReport.of(job, latency, small, shape, candidates, divergence, time.perf_counter() - begin)
     report.warn_if_missed(target.speedup)
     StructureRecord.of(report, str(target), before).write(small.config)
     return small, report
+
+
+def make_smaller(
+    model: PreTrainedModel,
+    family: Family,
+    rows: Sequence[Batch],
+    held_out: Sequence[Batch],
+    target: Target,
+    *,
+    free: bool,
+    num_candidates: int,
+    latency_shape: Sequence[int],
+    latency_dtype: torch.dtype | None,
+    latency_device: torch.device | str | None,
+    seed: int,
+    notes: Notes,
+    last: Target | None = None,
+    quiet: bool = False,
+) -> tuple[PreTrainedModel, ShrinkReport]:
+    """Choose a shape that meets a target, and fit it; `shrink_model` and each level of a run do this.
+
+    Args:
+        model: as it is now; it stays so.
+        family: from `checked_family`.
+        rows: to fit on, from `rows_of`.
+        held_out: rows to choose on.
+        target: relative to `model`.
+        free: each layer may get heads and neurons of its own.
+        num_candidates: as in `shrink_model`, like the next four.
+        latency_shape: what is timed.
+        latency_dtype: what is timed.
+        latency_device: what is timed.
+        seed: of the search.
+        notes: what was measured before, and is not measured again.
+        last: a target of a later level, which must be within reach too.
+        quiet: whether to show no progress bar.
+
+    Raises:
+        ValueError: no shape meets a target.
+    """
+    begin = time.perf_counter()
+    timed = timed_batch(rows[0], model, latency_shape)
+    job = ShapeJob(model, family, rows, held_out, notes, free, quiet)
+    device = torch.device(latency_device or model.device)
+    latency = Latency(job.cutter, timed, latency_dtype or model.dtype, device, notes, job.cuts_heads)
+    if last is not None:
+        check_reachable(job, latency, last)
+    shape, candidates = choose_shape(job, latency, target, num_candidates, seed)
+    small, divergence = job.fitted(shape)
+    small.train(model.training)
+    seconds = time.perf_counter() - begin
+    return small, ShrinkReport.of(job, latency, small, shape, candidates, divergence, seconds)

@@ -8,6 +8,7 @@ from .latency import Latency
 from .search import Candidate
 from .shapes import STEP, Shape
 
+KEPT_SHAPES = ("uniform", "free")
 _NARROWED = 6  # times that the chosen width is measured
 _ROOM = 1.05  # a measured speed-up may exceed the target by so much
 
