@@ -1,6 +1,7 @@
 """Fits and scores smaller models of one dense model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from transformers import PreTrainedModel
 from ...utils.judge import Judge
 from ...utils.wrappers import own_copy
 from .batches import Batch, batches_of
-from .budget import Budget
 from .cut import Cutter
 from .families import Family
 from .fit import Calls, fit
@@ -18,9 +18,7 @@ from .layer_shapes import LayerShapes
 from .moments import consumer_grams
 from .notes import Notes
 from .order import removal_order
-from .search import Candidate, ShapeSearch
 from .shapes import Shape, head_size
-from .switches import SwitchSearch
 
 TRIAL_POSITIONS = 8192  # that neurons are ordered by, and candidates fitted and scored on
 HELD_OUT = 512  # rows
@@ -69,8 +67,9 @@ class ShapeJob:
         self.cutter = Cutter(self.dense, family, orders, grams)
         self.encoder = self.cutter.encoder
 
-    def search(self, budget: Budget, count: int, seed: int) -> list[Candidate]:
-        """Return the shapes that were tried, the best first: `count` uniform ones, and as many free ones, if any."""
+    @contextmanager
+    def scored(self) -> Iterator[Callable[[Shape], float]]:
+        """Give a function that fits a shape and returns its divergence, from the notes if they have it."""
         calls = self._calls(self._few, keeps=True)
         # Without a total: layers that are removed alone to rank them are no candidates.
         with tqdm(desc="shapes", leave=False, disable=self._quiet) as bar:
@@ -81,19 +80,7 @@ class ShapeJob:
                     self._notes[str(shape)] = self._judge(self._fitted(shape, calls))
                 return self._notes[str(shape)]
 
-            search = ShapeSearch(
-                self.encoder,
-                first_stays=self.family.first_stays,
-                cuts_heads=self.cuts_heads,
-                width_of=budget.width_of,
-                evaluate=evaluate,
-                count=count,
-                seed=seed,
-            )
-            found = search.run()
-            if found and self.free:
-                found += SwitchSearch(budget, evaluate, count, seed).run(found[0])
-            return sorted(found, key=lambda candidate: candidate.divergence)
+            yield evaluate
 
     def fitted(self, shape: Shape) -> tuple[PreTrainedModel, float]:
         """Return the model of a shape, fitted on all rows, in the dtype of the model given, and its divergence."""

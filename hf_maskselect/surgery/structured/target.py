@@ -1,15 +1,18 @@
 """How much faster or smaller a model shall become, and the choice of the shape that meets it."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from .budget import Budget
 from .job import ShapeJob
 from .latency import Latency
-from .search import Candidate
+from .search import Candidate, ShapeSearch
 from .shapes import STEP, Shape
+from .switches import SwitchSearch
 
 KEPT_SHAPES = ("uniform", "free")
 _NARROWED = 6  # times that the chosen width is measured
+_SETTLED = 3  # shapes that are narrowed, the best first, until one meets the target
 _ROOM = 1.05  # a measured speed-up may exceed the target by so much
 
 
@@ -50,12 +53,40 @@ def choose_shape(
     else:
         kept = (1 - (target.sparsity or 0)) * encoder.parameters(encoder.full())
         budget = Budget(encoder, encoder.parameters, kept)
-    candidates = job.search(budget, num_candidates, seed)
-    if not candidates:
-        check_reachable(job, latency, target)
-        raise ValueError(f"{target} is met by no shape of at least {STEP} neurons a layer: ask for less")
-    shape = candidates[0].shape
-    return shape if target.speedup is None else narrowed(latency, shape, target.speedup), candidates
+
+    with job.scored() as evaluate:
+        candidates = ShapeSearch(
+            encoder,
+            first_stays=job.family.first_stays,
+            cuts_heads=job.cuts_heads,
+            width_of=budget.width_of,
+            evaluate=evaluate,
+            count=num_candidates,
+            seed=seed,
+        ).run()
+        if not candidates:
+            check_reachable(job, latency, target)
+            raise ValueError(f"{target} is met by no shape of at least {STEP} neurons a layer: ask for less")
+        shape = _settled(latency, target, candidates)
+        if job.free:
+            # The table errs where many heads go, but little about small changes of a shape that was measured itself.
+            budget, start = replace(budget, limit=budget.cost(shape)), Candidate(shape, evaluate(shape))
+            candidates += [start, *SwitchSearch(budget, evaluate, num_candidates, seed).run(start)]
+            candidates = sorted(set(candidates), key=lambda candidate: candidate.divergence)
+            shape = _settled(latency, target, [each for each in candidates if budget.cost(each.shape) <= budget.limit])
+    return shape, candidates
+
+
+def _settled(latency: Latency, target: Target, candidates: Sequence[Candidate]) -> Shape:
+    """Return the best shape that meets the target as measured; the best one if none of the first three does."""
+    if target.speedup is None:
+        return candidates[0].shape
+    shapes = []
+    for candidate in candidates[:_SETTLED]:
+        shapes.append(narrowed(latency, candidate.shape, target.speedup))
+        if latency.speedup(shapes[-1]) >= target.speedup:
+            return shapes[-1]
+    return shapes[0]
 
 
 def narrowed(latency: Latency, shape: Shape, speedup: float) -> Shape:

@@ -11,7 +11,9 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 from hf_maskselect import shrink_model
 from hf_maskselect.surgery.structured.batches import batches_of, rows_of
 from hf_maskselect.surgery.structured.families import family_of
+from hf_maskselect.surgery.structured.latency import Latency
 from hf_maskselect.surgery.structured.shapes import Encoder, Shape
+from hf_maskselect.surgery.structured.switches import SwitchSearch
 from hf_maskselect.surgery.structured.target import narrowed
 
 
@@ -169,3 +171,37 @@ class Clock:
 def test_the_width_follows_the_measured_time():
     shape = narrowed(Clock(), Clock.encoder.uniform((0,), 624, 4), 2.0)
     assert 1000 / 2.0 / 1.05 <= shape.width <= 500
+
+
+def test_free_shapes_are_sought_around_a_uniform_one_that_was_measured(monkeypatch):
+    begun = []
+
+    class Switches(SwitchSearch):
+        def __init__(self, budget, *others):
+            super().__init__(budget, *others)
+            begun.append(budget)
+
+        def run(self, start):
+            begun.append(start.shape)
+            return super().run(start)
+
+    def predicted(_, shape):
+        return 64 + 2 * sum(shape.widths) + 8 * sum(shape.heads)
+
+    def measured(self, shape):  # a fifth slower than by the table
+        return 0.8 * self.dense / predicted(self, shape)
+
+    def table(self):
+        self.dense = predicted(self, self.encoder.full())
+
+    for name, method in (("_time_table", table), ("predicted", predicted), ("speedup", measured)):
+        monkeypatch.setattr(Latency, name, method)
+    monkeypatch.setattr("hf_maskselect.surgery.structured.target.SwitchSearch", Switches)
+    model = make_model()
+    _, report = shrink(model, sparsity=None, speedup=1.3, keep_shape="free", num_candidates=6)
+    budget, start = begun
+    dense = predicted(None, budget.encoder.full())
+    assert len(set(start.widths)) == len(set(start.heads)) == 1
+    assert budget.limit == predicted(None, start) <= 0.8 * dense / 1.3
+    assert predicted(None, report.shape) <= 0.8 * dense / 1.3
+    assert start in [candidate.shape for candidate in report.candidates]
