@@ -37,7 +37,7 @@ def test_the_defaults_are_those_of_the_docstring(make):
         make(load_best_model_at_end=True, save_strategy="steps", eval_strategy="no")
 
 
-@pytest.mark.parametrize("method", ["magnitude", "fisher", "taylor"])
+@pytest.mark.parametrize("method", ["magnitude", "fisher", "taylor", "platon"])
 def test_a_deterministic_method_is_its_criterion_and_chooses_nothing(make, method):
     settings = make(method=method).resolved()
     assert (settings.criterion, settings.num_candidates) == (method, 1)
@@ -208,6 +208,7 @@ REFUSED = [
     ({"criterion_batches": -1}, "=-1", "at least 0"),
     ({"criterion_batches": 0}, "=0.*'taylor'", "64 or more.*proposals='paper'"),
     ({"criterion_batches": 0, "method": "fisher"}, "=0.*'fisher'", "64 or more.*method='magnitude'"),
+    ({"criterion_batches": 0, "method": "platon"}, "=0.*'platon'", "64 or more.*method='magnitude'"),
     ({"criterion_batch_size": 0}, "=0", "at least 1"),
     ({"trial_steps": -1}, "=-1", "at least 0"),
     ({"trial_steps": 0, "refit_rows": 0}, "trial_steps=0", "needs refit_rows, which is 0"),

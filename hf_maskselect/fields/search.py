@@ -28,9 +28,9 @@ class SearchFields:
             Defaults to 4 for `"random"` and to 1 for the others; of these, soft methods may have more.
         proposals (`list[str]`, defaults to `["mixed"]`): `"mixed"` varies criterion, scope and randomness; `"paper"`
             is votes around candidate 0; or a list of `criterion:scope[:votes]`, such as `"taylor:global"`.
-        criterion (`str`, *optional*): of candidate 0: `"magnitude"`, `"fisher"` or `"taylor"`. Defaults to `"taylor"`
-            for `"random"` (to `"magnitude"` with the paper's proposals).
-        criterion_batches (`int`, defaults to 64): gradient samples per level for fisher and taylor.
+        criterion (`str`, *optional*): of candidate 0: `"magnitude"`, `"fisher"`, `"taylor"` or `"platon"`. Defaults to
+            `"taylor"` for `"random"` (to `"magnitude"` with the paper's proposals).
+        criterion_batches (`int`, defaults to 64): gradient samples per level for every criterion but magnitude.
         criterion_batch_size (`int`, defaults to 8): rows of one gradient sample.
         selection (`str`, defaults to `"halving"`): `"halving"` drops the worse half after each rung and doubles the
             steps; every trial starts from the weights of the run. `"survivors"` lets every candidate continue from the
@@ -67,8 +67,8 @@ class SearchFields:
 
     num_candidates: int | None = option(None, "Masks tried at each level (4 for random).")
     proposals: list[str] = option(("mixed",), "mixed, paper, or a list of criterion:scope[:votes].")
-    criterion: str | None = option(None, "Of candidate 0: magnitude, fisher or taylor.")
-    criterion_batches: int = option(64, "Gradient samples per level for fisher and taylor.")
+    criterion: str | None = option(None, "Of candidate 0: magnitude, fisher, taylor or platon.")
+    criterion_batches: int = option(64, "Gradient samples per level (magnitude takes none).")
     criterion_batch_size: int = option(8, "Rows of one gradient sample.")
     selection: str = option("halving", "halving, survivors or early.", SELECTIONS)
     trial_steps: int | None = option(None, "Steps of the first rung (0 where matrices are refitted, else a third).")

@@ -18,13 +18,19 @@ from .dtensors import local_rows
 class WeightStats:
     """Gradient statistics of one weight over `samples` small batches; float32, shaped like the weight.
 
-    square: sum of g^2 (diagonal empirical Fisher, up to a factor). product: sum of |g * w|. None when not collected.
+    square: sum of g^2 (diagonal empirical Fisher, up to a factor). product: sum of |g * w|. sensitivity: moving
+    average of |g * w|, from 0. uncertainty: moving average of the distance of |g * w| from `sensitivity`. None when
+    not collected; a `score_fn` gets the first two.
     """
 
     square: Tensor | None
     product: Tensor | None
     samples: int
+    sensitivity: Tensor | None = None
+    uncertainty: Tensor | None = None
 
+
+PLATON_BETAS = (0.85, 0.95)  # of the moving averages of sensitivity and uncertainty, as in the paper
 
 ScoreFn = Callable[[str, Tensor, WeightStats], Tensor]
 
@@ -46,6 +52,15 @@ def taylor(name: str, weight: Tensor, stats: WeightStats) -> Tensor:
     return stats.product
 
 
+def platon(name: str, weight: Tensor, stats: WeightStats) -> Tensor:
+    """Smoothed sensitivity times smoothed uncertainty (Zhang et al., ICML 2022, arXiv 2206.12562).
+
+    A weight counts if pruning it changes the loss, and also if batches disagree about that.
+    """
+    assert stats.sensitivity is not None and stats.uncertainty is not None
+    return stats.sensitivity * stats.uncertainty
+
+
 @dataclass(frozen=True)
 class Criterion:
     """A score function, the `WeightStats` fields that it needs, and the exponent of its votes.
@@ -63,6 +78,7 @@ CRITERIA: dict[str, Criterion] = {
     "magnitude": Criterion(magnitude, (), 5.0),
     "fisher": Criterion(fisher, ("square",), 2.5),
     "taylor": Criterion(taylor, ("product",), 5.0),
+    "platon": Criterion(platon, ("sensitivity", "uncertainty"), 2.5),
 }
 
 
@@ -103,13 +119,15 @@ class GradientStats:
     complete, and no other parameter gets a gradient, so the memory peak is the statistics plus one matrix. On leaving,
     `requires_grad` and `.grad` are as they were.
 
-    needs: which of "square" and "product" to collect; float32 each.
+    needs: which fields of `WeightStats` to collect; float32 each.
     """
 
     def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter], needs: set[str]) -> None:
         self._model, self._weights = model, dict(weights)
-        self._square = {n: torch.zeros_like(w, dtype=torch.float32) for n, w in weights.items() if "square" in needs}
-        self._product = {n: torch.zeros_like(w, dtype=torch.float32) for n, w in weights.items() if "product" in needs}
+        self._sums = {
+            kind: {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+            for kind in sorted(needs)
+        }
         self._samples = 0
 
     def __enter__(self) -> GradientStats:
@@ -141,14 +159,11 @@ class GradientStats:
 
     def of(self, name: str) -> WeightStats:
         """The statistics of one weight so far; of a sharded weight those of the rows of this process."""
-        square, product = self._square.get(name), self._product.get(name)
-        square, product = (None if t is None else local_rows(t) for t in (square, product))
-        return WeightStats(square, product, self._samples)
+        return _weight_stats({kind: local_rows(sums[name]) for kind, sums in self._sums.items()}, self._samples)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the statistics to a file for `StoredStats`."""
-        kinds = {"square": self._square, "product": self._product}
-        tensors = {f"{kind}/{name}": t.contiguous() for kind, of in kinds.items() for name, t in of.items()}
+        tensors = {f"{kind}/{name}": t.contiguous() for kind, of in self._sums.items() for name, t in of.items()}
         save_file(tensors, path, metadata={"samples": str(self._samples)})
 
     @torch.no_grad()
@@ -157,11 +172,18 @@ class GradientStats:
         name, grad = self._names[id(weight)], weight.grad
         assert grad is not None
         weight.grad = None
-        grad = grad.float()
-        if name in self._square:
-            self._square[name].addcmul_(grad, grad)
-        if name in self._product:
-            self._product[name].add_(grad.mul_(weight).abs_())
+        grad, sums = grad.float(), {kind: of[name] for kind, of in self._sums.items()}
+        if "square" in sums:
+            sums["square"].addcmul_(grad, grad)
+        if sums.keys() - {"square"}:
+            product = grad.mul_(weight).abs_()
+            if "product" in sums:
+                sums["product"].add_(product)
+            if "sensitivity" in sums:
+                by_sensitivity, by_uncertainty = PLATON_BETAS
+                sums["sensitivity"].mul_(by_sensitivity).add_(product, alpha=1 - by_sensitivity)
+                distance = product.sub_(sums["sensitivity"]).abs_()
+                sums["uncertainty"].mul_(by_uncertainty).add_(distance, alpha=1 - by_uncertainty)
 
 
 class StoredStats:
@@ -173,6 +195,11 @@ class StoredStats:
     def of(self, name: str) -> WeightStats:
         """The statistics of one weight."""
         with safe_open(self._path, framework="pt") as file:
-            keys = set(file.keys()) & {f"square/{name}", f"product/{name}"}
-            stats = {key.partition("/")[0]: file.get_tensor(key).to(self._device) for key in keys}
-            return WeightStats(stats.get("square"), stats.get("product"), int(file.metadata()["samples"]))
+            kinds = {kind: key for key in file.keys() for kind, _, of in (key.partition("/"),) if of == name}
+            stats = {kind: file.get_tensor(key).to(self._device) for kind, key in kinds.items()}
+            return _weight_stats(stats, int(file.metadata()["samples"]))
+
+
+def _weight_stats(stats: dict[str, Tensor], samples: int) -> WeightStats:
+    """The statistics of one weight; None for those that were not collected."""
+    return WeightStats(**{"square": None, "product": None, **stats}, samples=samples)

@@ -1,6 +1,6 @@
 """Hard masks, fixed between levels.
 
-They come from one criterion (magnitude, fisher, taylor, a user's `score_fn`), or are the chosen candidate of
+They come from one criterion (such as magnitude or taylor, or a user's `score_fn`), or are the chosen candidate of
 "Randomized Pruning Mask Generation and Selection" (Li, Gao, Lei, Xu; EMNLP Findings 2023; arXiv 2310.13183).
 """
 

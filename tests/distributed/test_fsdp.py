@@ -22,6 +22,7 @@ SOFT = {"pdp_tau": 1e-3, "frozen_steps": 3, "pruning_warmup_steps": 2, "gradient
 RUNS = {
     "magnitude": {**EVALUATED, **SAVED},
     "taylor": {**CUT, "method": "taylor", "scope": "global", "fsdp": {"reshard_after_forward": True}},
+    "platon": {**CUT, "method": "platon", "scope": "global"},
     "blocks": {"scope": "global", "pattern": "1x4"},
     "2:4": {
         **CUT,

@@ -8,9 +8,9 @@ from tiny import make, make_rows
 from torch.testing import assert_close
 
 from hf_maskselect import prunable_weights
-from hf_maskselect.masking.scores import CRITERIA, GradientStats, WeightStats, checked_score
+from hf_maskselect.masking.scores import CRITERIA, GradientStats, StoredStats, WeightStats, checked_score
 
-NEEDS = {"square", "product"}
+NEEDS = {"square", "product", "sensitivity", "uncertainty"}
 
 
 def batches(sizes=(1, 3, 2, 1)):
@@ -33,26 +33,45 @@ def test_statistics_are_those_of_float64_autograd(family):
     model = make(family, num_labels=2)
     exact = copy.deepcopy(model).double()
     weights, exact_weights = prunable_weights(model), prunable_weights(exact)
-    square = {name: torch.zeros_like(w) for name, w in exact_weights.items()}
-    product = {name: torch.zeros_like(w) for name, w in exact_weights.items()}
+    expected = {kind: {name: torch.zeros_like(w) for name, w in exact_weights.items()} for kind in NEEDS}
     for batch in batches():
         grads = torch.autograd.grad(exact(**batch).loss, list(exact_weights.values()))
         for (name, weight), grad in zip(exact_weights.items(), grads, strict=True):
-            square[name] += grad**2
-            product[name] += (grad * weight.detach()).abs()
+            of, product = {kind: expected[kind][name] for kind in NEEDS}, (grad * weight.detach()).abs()
+            of["square"] += grad**2
+            of["product"] += product
+            of["sensitivity"].copy_(0.85 * of["sensitivity"] + 0.15 * product)
+            of["uncertainty"].copy_(0.95 * of["uncertainty"] + 0.05 * (product - of["sensitivity"]).abs())
     stats = collect(model, weights)
     for name, weight in weights.items():
         found = stats.of(name)
         assert found.samples == 4 and found.square.shape == weight.shape
-        for ours, theirs in ((found.square, square[name]), (found.product, product[name])):
+        for kind in NEEDS:
+            ours, theirs = getattr(found, kind), expected[kind][name]
             assert theirs.max() > 0
             assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-5 * float(theirs.max()))
+
+
+def test_statistics_of_a_file_are_those_that_were_collected(tmp_path):
+    model = make()
+    weights = prunable_weights(model)
+    for needs in NEEDS, {"sensitivity", "uncertainty"}:
+        stats = collect(model, weights, needs)
+        stats.save(tmp_path / "statistics.safetensors")
+        stored = StoredStats(tmp_path / "statistics.safetensors", torch.device("cpu"))
+        for name in weights:
+            first, second = stats.of(name), stored.of(name)
+            assert first.samples == second.samples == 4
+            for kind in NEEDS:
+                one, other = getattr(first, kind), getattr(second, kind)
+                assert (one is None) == (other is None) == (kind not in needs)
+                assert one is None or torch.equal(one, other)
 
 
 def test_only_what_is_needed_is_collected():
     model = make()
     weights = prunable_weights(model)
-    for needs in ({"square"}, {"product"}):
+    for needs in ({"square"}, {"product"}, {"sensitivity", "uncertainty"}):
         for name in weights:
             stats = collect(model, weights, needs).of(name)
             assert {field for field in NEEDS if getattr(stats, field) is not None} == needs
@@ -95,9 +114,10 @@ def test_gradients_accumulated_before_do_not_enter():
 
 def test_criteria_are_their_formulas():
     g = torch.Generator().manual_seed(0)
-    weight, square, product = torch.randn(3, 5, generator=g), *torch.rand(2, 3, 5, generator=g)
-    stats = WeightStats(square, product, 4)
+    weight, square, product, average, spread = torch.randn(3, 5, generator=g), *torch.rand(4, 3, 5, generator=g)
+    stats = WeightStats(square, product, 4, average, spread)
     expected = {"magnitude": weight.abs(), "fisher": weight**2 * square, "taylor": product}
+    expected["platon"] = average * spread
     assert CRITERIA.keys() == expected.keys()
     for name, criterion in CRITERIA.items():
         assert_close(checked_score(criterion.score, "w", weight, stats), expected[name])

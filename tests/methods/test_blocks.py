@@ -17,6 +17,7 @@ OTHERS = [
     {"method": "taylor", "scope": "global"},
     {"method": "fisher", "scope": "layer"},
     {"method": "random", "num_candidates": 3},
+    {"method": "platon"},
 ]
 SAVED = {"save_strategy": "steps", "save_steps": 5}
 
