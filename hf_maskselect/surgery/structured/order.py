@@ -10,6 +10,7 @@ from torch import Tensor
 from .moments import Gram
 
 _DAMPING = 1e-2  # of the mean of the diagonal
+_DROPPED = 0.9  # the columns that are gone are left out where fewer than this share is left
 
 
 @torch.no_grad()
@@ -26,17 +27,22 @@ def removal_order(weight: Tensor, gram: Gram, size: int = 1, at_once: int = 8) -
     hessian = gram.matrix.double() * (2 / gram.count)
     hessian.diagonal().add_(_DAMPING * hessian.diagonal().mean().clamp(min=1e-12))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian)).float()
-    left, order = torch.arange(columns // size, device=weight.device), []
+    left, order = torch.arange(columns // size, device=weight.device), []  # of the columns that `w` still has
+    named = left
     while len(left):
         costs = _costs(w, inverse, left, size)
         gone = costs.argsort(stable=True)[:at_once]
-        order.append(left[gone])
+        order.append(named[left[gone]])
         columns_of = _columns(left[gone], size)
         left = left[_others(len(left), gone)]
         block = torch.linalg.inv(inverse[columns_of][:, columns_of].double()).float()
         take = block @ inverse[columns_of]
-        w -= w[:, columns_of] @ take
-        inverse -= inverse[:, columns_of] @ take
+        w.addmm_(w[:, columns_of], take, alpha=-1)
+        inverse.addmm_(inverse[:, columns_of], take, alpha=-1)
+        if len(left) * size < _DROPPED * w.shape[1]:
+            rest = _columns(left, size)
+            w, inverse = w[:, rest], inverse[rest][:, rest]
+            named, left = named[left], torch.arange(len(left), device=weight.device)
     return torch.cat(order)
 
 
