@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint docs format clean
+.PHONY: help demo test test-slow test-all lint docs format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -31,7 +31,10 @@ demo: $(STAMP)  ## train a small BERT on generated sentences and prune it
 test: $(STAMP)  ## run the fast tests (every module, some minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
-test-all: $(STAMP)  ## run all tests, the slow ones too
+test-slow: $(STAMP)  ## run the slow tests too, without those that try every place where a process may be killed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not exhaustive"
+
+test-all: $(STAMP)  ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 lint: $(STAMP)  ## check style and types

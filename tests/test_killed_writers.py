@@ -13,11 +13,15 @@ def kill(folder, step, *jobs):
     return told
 
 
-def test_some_kills_leave_a_whole_folder(tmp_path):
-    kill(tmp_path, 9, "save_model:exchange", "checkpoint:exchange")
+@pytest.mark.parametrize(
+    "writer", [WRITERS[0], *(pytest.param(writer, marks=pytest.mark.slow) for writer in WRITERS[1:])]
+)
+def test_some_kills_leave_a_whole_folder(tmp_path, writer):
+    kill(tmp_path, 9, f"{writer}:exchange")
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("writer", WRITERS)
 def test_every_kill_leaves_a_whole_folder(tmp_path, writer):
     kill(tmp_path, 4, f"{writer}:full")

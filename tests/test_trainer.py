@@ -38,7 +38,7 @@ def masks_of(trainer):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["magnitude", "random"])
+@pytest.mark.parametrize("method", ["magnitude", pytest.param("random", marks=pytest.mark.slow)])
 def test_every_family_ends_exactly_sparse_and_loads_plainly(tmp_path, family, method):
     model = make(family)
     trainer = make_trainer(tmp_path, model, method=method, sparsity=0.9375, max_steps=8, trial_steps=1)
@@ -109,7 +109,7 @@ def test_moments_of_newly_dead_weights_are_cleared(tmp_path):
     assert 0.75 in checked and 0.0 in checked
 
 
-@pytest.mark.parametrize("with_teacher", [False, True])
+@pytest.mark.parametrize("with_teacher", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("refit_rows", "close"), [(0, 1e-5), (64, 5e-4)])  # least squares magnify what rounding left
 def test_the_trajectory_does_not_depend_on_accumulation(tmp_path, with_teacher, refit_rows, close):
     runs = []
@@ -611,7 +611,7 @@ def test_a_collator_is_copied_only_where_something_is_drawn_beside_the_training(
         ({}, {"method": "random"}),
         ({}, {"method": "pdp", "num_levels": None}),
         ({"sparsity": None}, {"pattern": "2:4"}),
-        ({"method": "random"}, {"criterion": "fisher"}),
+        pytest.param({"method": "random"}, {"criterion": "fisher"}, marks=pytest.mark.slow),
         ({"method": "random"}, {"proposals": ["paper"]}),
         ({"method": "gumbel", "num_levels": None, "sparsity": None}, {"gumbel_untrained": True}),
     ],

@@ -55,7 +55,7 @@ def scores_of(trainer):
 
 
 @each_search
-@pytest.mark.parametrize("given", ["compute_loss_func", "loss_is_scaled_for_ga"])
+@pytest.mark.parametrize("given", ["compute_loss_func", pytest.param("loss_is_scaled_for_ga", marks=pytest.mark.slow)])
 def test_a_loss_that_counts_the_labels_of_a_step_is_that_of_the_model(tmp_path, search, given):
     # Plain gradient steps: neither Adam nor clipping would tell a loss from its double.
     steps = {"optim": "sgd", "learning_rate": 0.02, "max_grad_norm": 0.0}
@@ -118,7 +118,10 @@ def test_a_batch_may_hold_what_is_no_tensor(tmp_path, extra):
     assert trainer.pruning_state().masks.sparsity() == 0.75
 
 
-@pytest.mark.parametrize("holder", ["collator", "partial", "collator of another"])
+@pytest.mark.parametrize(
+    "holder",
+    ["collator", *(pytest.param(name, marks=pytest.mark.slow) for name in ("partial", "collator of another"))],
+)
 def test_the_model_that_a_collator_holds_is_never_copied(tmp_path, monkeypatch, holder):
     words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")

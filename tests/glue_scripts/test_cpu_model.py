@@ -56,6 +56,7 @@ def test_one_command_prunes_and_exports(tmp_path, start, call):
     assert verify(out, "1x4") and load_cpu(out / "cpu").config.pruning["pattern"] == "1x4"
 
 
+@pytest.mark.slow
 def test_one_command_shrinks_prunes_and_exports(tmp_path, start, call, monkeypatch):
     monkeypatch.setattr("hf_maskselect.surgery.structured.latency._SECONDS", 0.0)
     deep = AutoModel.from_pretrained(start).config

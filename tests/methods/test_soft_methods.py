@@ -53,7 +53,7 @@ def whole_run(tmp_path_factory):
 
 
 @each_method
-@pytest.mark.parametrize("step", [1, 4, 10])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 4, 10])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_a_run_resumes_to_the_bit(tmp_path, whole_run, method, step, pattern):
     """From the warm-up, the ramp and the frozen phase."""

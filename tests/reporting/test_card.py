@@ -141,6 +141,7 @@ def test_the_code_in_the_card_runs(run, tmp_path, monkeypatch):
     assert names["trainer"].args.sparsity == 0.75
 
 
+@pytest.mark.slow
 def test_a_card_of_another_method_cites_it(tmp_path):
     for method, cited in (("pdp", "2305.11203"), ("gumbel", "2202.12986"), ("magnitude", "classic")):
         own = {} if method == "magnitude" else {"num_levels": None, "frozen_steps": 2}

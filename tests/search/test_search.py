@@ -56,7 +56,7 @@ class DrawingCollator:
         return batch
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch_fused", "sgd"])
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_a_search_leaves_the_outer_run_untouched_to_the_bit(tmp_path, optim):
     """A run whose search always picks candidate 0 equals the run without a search: weights, losses, data, dropout,
     and what the collator draws with a generator of its own."""

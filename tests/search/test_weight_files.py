@@ -126,7 +126,7 @@ def test_a_search_that_was_killed_repeats_no_trial(tmp_path):
         assert scores == [[c.scores for c in s.candidates] for s in whole.run.search.history]
 
 
-@pytest.mark.parametrize("refit_rows", [0, 32])
+@pytest.mark.parametrize("refit_rows", [0, pytest.param(32, marks=pytest.mark.slow)])
 def test_weights_that_diverged_are_not_taken_over(tmp_path, refit_rows):
     """The run goes on from its own, cut and fitted as without trials."""
     keywords = {"selection_dataset": make_rows(16, seed=2)}
@@ -169,6 +169,7 @@ def test_a_level_never_ends_worse_than_the_weights_it_took_over(tmp_path):
     assert all(torch.equal(weight, taken[-1][name]) for name, weight in trainer.model.named_parameters())
 
 
+@pytest.mark.slow
 def test_a_killed_search_of_other_rungs_begins_anew(tmp_path):
     """The same run with longer trials: what shorter ones left is not taken for it."""
 

@@ -84,7 +84,8 @@ def test_it_is_written_under_its_own_names_and_read_plainly(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [(name, METHODS[1]) for name in SOME] + [("ViTForImageClassification", method) for method in METHODS[2:]],
+    [pytest.param(name, METHODS[1], marks=[pytest.mark.slow] * ("Swin" in name or "Nomic" in name)) for name in SOME]
+    + [("ViTForImageClassification", method) for method in METHODS[2:]],
     ids=lambda value: value.partition("For")[0] if isinstance(value, str) else value["method"],
 )
 def test_it_resumes_to_the_bit(tmp_path, name, method):

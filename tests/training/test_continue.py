@@ -130,7 +130,7 @@ def whole_run(tmp_path_factory):
 
 
 @each_method
-@pytest.mark.parametrize("step", [2, 7, 10])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 7, 10])
 def test_a_run_from_a_sparse_model_resumes_to_the_bit(tmp_path, whole_run, method, step):
     """The plan is that of the start, though the checkpoint is sparser."""
     whole = whole_run(method)

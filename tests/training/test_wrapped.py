@@ -89,6 +89,7 @@ def test_every_method_resumes_with_a_compiled_model(tmp_path, method):
         torch.testing.assert_close(weights_of(resumed.model)[name], tensor, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_teacher_may_be_wrapped(tmp_path):
     found = []
     for wrap in (lambda model: model, compiled):
@@ -101,6 +102,7 @@ def test_a_teacher_may_be_wrapped(tmp_path):
     assert Distiller(compiled(make(seed=1)), compiled(make())).teacher.classifier.weight.requires_grad is False
 
 
+@pytest.mark.slow
 def test_model_init_may_return_a_wrapped_model(tmp_path):
     rows = make_rows()
     trainer = PruningTrainer(None, make_config(tmp_path), train_dataset=rows, model_init=lambda: compiled(make()))
