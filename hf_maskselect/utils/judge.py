@@ -5,22 +5,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 _MOST = 1 << 24  # numbers that are compared
+_NEVER = -1e4  # the logit of a position of padding
 
 
 class Judge:
     """Says how far a model's outputs are from those of the model that it was made with, over some batches."""
 
-    def __init__(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> None:
         self._batches = batches
         self._reference = self._outputs(model)
 
-    def __call__(self, model: nn.Module) -> float:
+    def __call__(self, model: PreTrainedModel) -> float:
         """Return the mean KL divergence of the logits, in nats.
 
-        For a model without classes it is the squared error of its first output, as a share of its variance. Positions
-        of padding do not count where the output has one entry a position.
+        With several labels a row, each label is a choice of two. In question answering, the choice of the first
+        position and that of the last one count alike. For a model without classes it is the squared error of its first
+        output, as a share of its variance. Padding does not count where the output has one entry a position.
         """
         pairs = list(zip(self._outputs(model), self._reference, strict=True))
         if self._classes:
@@ -30,19 +33,28 @@ class Judge:
         return float(errors.mean() / torch.cat([b.flatten() for _, b in pairs]).var().clamp(min=1e-12))
 
     @torch.no_grad()
-    def _outputs(self, model: nn.Module) -> list[Tensor]:
-        return [self._compared(model(**batch), batch.get("attention_mask")) for batch in self._batches]
+    def _outputs(self, model: PreTrainedModel) -> list[Tensor]:
+        several = model.config.problem_type == "multi_label_classification"
+        return [self._compared(model(**batch), batch.get("attention_mask"), several) for batch in self._batches]
 
-    def _compared(self, output: Any, mask: Tensor | None) -> Tensor:
+    def _compared(self, output: Any, mask: Tensor | None, several: bool) -> Tensor:
         """Return what is compared of one batch: log-probabilities, or else the first output.
 
         A language model has a choice among all tokens at each position. Of so many numbers only those of some evenly
         spread positions are kept.
         """
-        self._classes = "logits" in output and output.logits.shape[-1] > 1
+        if "start_logits" in output:
+            self._classes = True
+            spans = torch.cat([output.start_logits, output.end_logits]).double()
+            if mask is not None:
+                spans = spans.masked_fill(~torch.cat([mask, mask]).bool(), _NEVER)
+            return spans.log_softmax(-1)
+        self._classes = "logits" in output and (several or output.logits.shape[-1] > 1)
         if not self._classes:
             return _real(output[0], mask)
         logits = _real(output.logits, mask).flatten(0, -2)
+        if several:
+            logits = torch.stack([logits, torch.zeros_like(logits)], -1).flatten(0, 1)
         stride = -(-logits.numel() * len(self._batches) // _MOST)
         return logits[:: max(1, stride)].double().log_softmax(-1)
 
