@@ -22,7 +22,7 @@ METHODS = {
     "refit": {**SEARCH, "refit_rows": 32},
     "fitted": {**SEARCH, "refit_rows": 32, "trial_steps": 0},
     "structured": {"pattern": "structured", "method": "random", "sparsity": 0.3, "num_levels": None, "refit_rows": 32}
-    | {"num_candidates": 2, "latency_shape": [1, 8]},
+    | {"num_candidates": 2, "latency_shape": [1, 8], "keep_shape": "free"},
     "own_loss": {**SEARCH, "own_loss": True},
     "own_loss_by_metric": {**SEARCH, "own_loss": True, "selection_metric": "accuracy"},
 }
