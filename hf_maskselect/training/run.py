@@ -199,11 +199,13 @@ class PruningRun:
         assert self.structure is not None
         if self.level_best and level > 0:
             self.restore_level_best(level - 1, model)
+        target = self.structure.target(level)
+        self._say(f"Level {level + 1}: a shape for {target} is sought (num_candidates={self.settings.num_candidates})")
         report = self.structure.shrink(model, level)
         self.method.attach(model)
         self.method.start_level(level, self.method.masks)
         if report is not None:
-            self._say(f"Level {level + 1}: {self.structure.target(level)}\n{report}")
+            self._say(f"Level {level + 1}: {target}\n{report}")
             self._log(report.metrics())
         return report is not None
 
