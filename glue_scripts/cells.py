@@ -15,13 +15,14 @@ METHODS = {
     "fisher": ["--method", "fisher", *ONE_MASK],
     "taylor": ["--method", "taylor", *ONE_MASK],
     "platon": ["--method", "platon", *ONE_MASK],
+    "obert": ["--method", "obert", *ONE_MASK],
     "pdp": ["--method", "pdp", *SOFT],
     "gumbel": ["--method", "gumbel", *SOFT],
     "random-paper": ["--method", "random", "--proposals", "paper"],
     "random": ["--method", "random"],
 }
 TOTAL = "-total"  # suffix of a method that pays for its search out of its training steps
-METHODS |= {name + TOTAL: METHODS[name] for name in ("fisher", "taylor", "platon", "random-paper", "random")}
+METHODS |= {name + TOTAL: METHODS[name] for name in ("fisher", "taylor", "platon", "obert", "random-paper", "random")}
 
 
 def names_of(method: str) -> list[str]:

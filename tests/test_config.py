@@ -37,7 +37,7 @@ def test_the_defaults_are_those_of_the_docstring(make):
         make(load_best_model_at_end=True, save_strategy="steps", eval_strategy="no")
 
 
-@pytest.mark.parametrize("method", ["magnitude", "fisher", "taylor", "platon"])
+@pytest.mark.parametrize("method", ["magnitude", "fisher", "taylor", "platon", "obert"])
 def test_a_deterministic_method_is_its_criterion_and_chooses_nothing(make, method):
     settings = make(method=method).resolved()
     assert (settings.criterion, settings.num_candidates) == (method, 1)
@@ -209,6 +209,11 @@ REFUSED = [
     ({"criterion_batches": 0}, "=0.*'taylor'", "64 or more.*proposals='paper'"),
     ({"criterion_batches": 0, "method": "fisher"}, "=0.*'fisher'", "64 or more.*method='magnitude'"),
     ({"criterion_batches": 0, "method": "platon"}, "=0.*'platon'", "64 or more.*method='magnitude'"),
+    ({"criterion_batches": 0, "method": "obert"}, "=0.*'obert'", "64 or more.*method='magnitude'"),
+    ({"obert_damping": 0, "method": "obert"}, "=0 ", "positive, such as 0.1"),
+    ({"obert_memory": 0, "method": "obert"}, "=0 ", "positive, such as 1"),
+    ({"obert_damping": 1.0}, "=1.0.*criterion='taylor'", "leave it unset"),
+    ({"obert_memory": 4.0, "method": "pdp"}, "=4.0", "leave it unset"),
     ({"criterion_batch_size": 0}, "=0", "at least 1"),
     ({"trial_steps": -1}, "=-1", "at least 0"),
     ({"trial_steps": 0, "refit_rows": 0}, "trial_steps=0", "needs refit_rows, which is 0"),
@@ -245,6 +250,8 @@ def test_bad_fields_are_refused_by_name_value_and_remedy(make, fields, value, re
         {"pruning_warmup_steps": 10},
         {"criterion_batches": 0, "method": "magnitude"},
         {"criterion_batches": 0, "proposals": "paper"},
+        {"obert_damping": 1e-3, "obert_memory": 0.5, "method": "obert"},
+        {"obert_damping": 1e-3, "proposals": ["fisher:layer", "obert:layer", "magnitude:layer:votes"]},
         {"num_candidates": 1},
         {"num_candidates": 1, "method": "magnitude"},
         {"criterion": "fisher", "method": "fisher"},

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..masking.fisher_blocks import DAMPING
 from ..masking.proposals import parse_proposal
 from ..masking.scores import CRITERIA
 from ..masking.votes import SAMPLING_RATIOS
@@ -28,10 +29,14 @@ class SearchFields:
             Defaults to 4 for `"random"` and to 1 for the others; of these, soft methods may have more.
         proposals (`list[str]`, defaults to `["mixed"]`): `"mixed"` varies criterion, scope and randomness; `"paper"`
             is votes around candidate 0; or a list of `criterion:scope[:votes]`, such as `"taylor:global"`.
-        criterion (`str`, *optional*): of candidate 0: `"magnitude"`, `"fisher"`, `"taylor"` or `"platon"`. Defaults to
-            `"taylor"` for `"random"` (to `"magnitude"` with the paper's proposals).
+        criterion (`str`, *optional*): of candidate 0: `"magnitude"`, `"fisher"`, `"taylor"`, `"platon"` or `"obert"`.
+            Defaults to `"taylor"` for `"random"` (to `"magnitude"` with the paper's proposals).
         criterion_batches (`int`, defaults to 64): gradient samples per level for every criterion but magnitude.
         criterion_batch_size (`int`, defaults to 8): rows of one gradient sample.
+        obert_damping (`float`, defaults to 0.1): what is added to the diagonal of the Fisher information of
+            `"obert"`, as a multiple of the mean squared gradient of the matrix (of one sample).
+        obert_memory (`float`, defaults to 1): GiB for the gradients that `"obert"` holds, two bytes a weight and
+            sample; at least those of one matrix. The samples pass once for every such share of all gradients.
         selection (`str`, defaults to `"halving"`): `"halving"` drops the worse half after each rung and doubles the
             steps; every trial starts from the weights of the run. `"survivors"` lets every candidate continue from the
             weights it has trained, and the run continues from the winner's. `"early"` gives every candidate one trial
@@ -67,9 +72,11 @@ class SearchFields:
 
     num_candidates: int | None = option(None, "Masks tried at each level (4 for random).")
     proposals: list[str] = option(("mixed",), "mixed, paper, or a list of criterion:scope[:votes].")
-    criterion: str | None = option(None, "Of candidate 0: magnitude, fisher, taylor or platon.")
+    criterion: str | None = option(None, "Of candidate 0: magnitude, fisher, taylor, platon or obert.")
     criterion_batches: int = option(64, "Gradient samples per level (magnitude takes none).")
     criterion_batch_size: int = option(8, "Rows of one gradient sample.")
+    obert_damping: float = option(DAMPING, "Added to the diagonal, in mean squared gradients.")
+    obert_memory: float = option(1.0, "GiB of gradients that obert holds.")
     selection: str = option("halving", "halving, survivors or early.", SELECTIONS)
     trial_steps: int | None = option(None, "Steps of the first rung (0 where matrices are refitted, else a third).")
     trial_batch_size: int | None = option(None, "Rows of one trial step (those of a training step over all devices).")
@@ -91,7 +98,7 @@ class SearchFields:
             check_choice("criterion", self.criterion, CRITERIA)
         check_least(self, num_candidates=1, criterion_batches=0, criterion_batch_size=1, trial_steps=0, refit_rows=0)
         check_least(self, max_selection_samples=1)
-        check_positive(self, trial_batch_size=8, trial_learning_rate=5e-5)
+        check_positive(self, trial_batch_size=8, trial_learning_rate=5e-5, obert_damping=DAMPING, obert_memory=1)
         if not self.proposals:
             raise ValueError("proposals is empty: use 'mixed', 'paper' or a list such as ['taylor:global']")
         if listed(self.proposals) not in (("mixed",), ("paper",)):
@@ -119,6 +126,11 @@ class SearchFields:
             if settings.searches:
                 why = "which has one deterministic mask: use method='random' to choose among several"
                 raise no_meaning("num_candidates", self.num_candidates, f"method={method!r}", why)
+        listed_criteria = {text.partition(":")[0] for text in settings.proposals}
+        for name, default in ("obert_damping", DAMPING), ("obert_memory", 1.0):
+            if getattr(self, name) != default and "obert" not in {settings.criterion, *listed_criteria}:
+                why = "since no proposal is by obert: leave it unset"
+                raise no_meaning(name, getattr(self, name), f"criterion={settings.criterion!r}", why)
         if self.selection_greater_is_better and settings.selection_metric in (None, *SELECTION_LOSSES):
             beside, why = f"selection_metric={self.selection_metric!r}", "which is a loss: leave it unset"
             raise no_meaning("selection_greater_is_better", True, beside, why)

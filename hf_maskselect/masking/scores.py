@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .dtensors import local_rows
+from .fisher_blocks import DAMPING, MEMORY, chunks_of, inverse_diagonal, shortened
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,9 @@ class WeightStats:
     """Gradient statistics of one weight over `samples` small batches; float32, shaped like the weight.
 
     square: sum of g^2 (diagonal empirical Fisher, up to a factor). product: sum of |g * w|. sensitivity: moving
-    average of |g * w|, from 0. uncertainty: moving average of the distance of |g * w| from `sensitivity`. None when
-    not collected; a `score_fn` gets the first two.
+    average of |g * w|, from 0. uncertainty: moving average of the distance of |g * w| from `sensitivity`. inverse:
+    diagonal of the inverse Fisher information in blocks (`fisher_blocks`). None when not collected; a `score_fn` gets
+    the first two.
     """
 
     square: Tensor | None
@@ -28,6 +30,7 @@ class WeightStats:
     samples: int
     sensitivity: Tensor | None = None
     uncertainty: Tensor | None = None
+    inverse: Tensor | None = None
 
 
 PLATON_BETAS = (0.85, 0.95)  # of the moving averages of sensitivity and uncertainty, as in the paper
@@ -61,6 +64,15 @@ def platon(name: str, weight: Tensor, stats: WeightStats) -> Tensor:
     return stats.sensitivity * stats.uncertainty
 
 
+def obert(name: str, weight: Tensor, stats: WeightStats) -> Tensor:
+    """w^2 / (2 [F^-1]): the loss increase when w is pruned and the rest of its block makes up for it.
+
+    Optimal Brain Surgeon with the Fisher information in blocks (Kurtic et al., EMNLP 2022, arXiv 2203.07259).
+    """
+    assert stats.inverse is not None
+    return weight.detach().float().square() / (2 * stats.inverse)
+
+
 @dataclass(frozen=True)
 class Criterion:
     """A score function, the `WeightStats` fields that it needs, and the exponent of its votes.
@@ -79,6 +91,7 @@ CRITERIA: dict[str, Criterion] = {
     "fisher": Criterion(fisher, ("square",), 2.5),
     "taylor": Criterion(taylor, ("product",), 5.0),
     "platon": Criterion(platon, ("sensitivity", "uncertainty"), 2.5),
+    "obert": Criterion(obert, ("inverse",), 2.5),
 }
 
 
@@ -115,20 +128,36 @@ def checked_score(score_fn: ScoreFn, name: str, weight: Tensor, stats: WeightSta
 class GradientStats:
     """Collects gradient statistics over many small batches, in place and without keeping a graph.
 
-    Use it as a context manager around `sample`. Inside, the gradient of a named weight is consumed as soon as it is
-    complete, and no other parameter gets a gradient, so the memory peak is the statistics plus one matrix. On leaving,
-    `requires_grad` and `.grad` are as they were.
+    Use it as a context manager around `passes` and `sample`. Inside, the gradient of a named weight is consumed as
+    soon as it is complete, and no other parameter gets a gradient, so the memory peak is the statistics plus one
+    matrix. For "inverse" the gradients of a chunk of matrices are held besides, in half precision, and the samples
+    pass once for every chunk. On leaving, `requires_grad` and `.grad` are as they were.
 
-    needs: which fields of `WeightStats` to collect; float32 each.
+    Args:
+        model: the model whose loss is sampled.
+        weights: the weights by name.
+        needs: which fields of `WeightStats` to collect; float32 each.
+        damping: for "inverse", see `inverse_diagonal`.
+        memory: for "inverse", bytes of gradients that are held at a time, but at least those of one matrix.
     """
 
-    def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter], needs: set[str]) -> None:
-        self._model, self._weights = model, dict(weights)
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, nn.Parameter],
+        needs: set[str],
+        damping: float = DAMPING,
+        memory: float = MEMORY,
+    ) -> None:
+        self._model, self._weights, self._damping, self._memory = model, dict(weights), damping, memory
         self._sums = {
             kind: {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-            for kind in sorted(needs)
+            for kind in sorted(needs - {"inverse"})
         }
+        self._inverse: dict[str, Tensor] | None = {} if "inverse" in needs else None
+        self._held: dict[str, list[Tensor]] = {}  # gradients of a chunk of matrices, for its inverse
         self._samples = 0
+        self.rounds = 0  # how often the samples have passed
 
     def __enter__(self) -> GradientStats:
         chosen = {id(w): n for n, w in self._weights.items()}
@@ -152,18 +181,39 @@ class GradientStats:
             weight.grad = self._kept[name]
         del self._kept
 
+    def passes(self, samples: int) -> Iterator[None]:
+        """Yield before every pass over the same `samples` batches. Their gradients are those of one pass, to the bit.
+
+        All processes that hold rows of the weights go through the passes together.
+        """
+        names, sizes = list(self._weights), [weight.numel() for weight in self._weights.values()]
+        for indices in [[]] if self._inverse is None else chunks_of(sizes, samples, self._memory):
+            chunk = [names[index] for index in indices]
+            self._held = {name: [] for name in chunk}
+            for name, weight in self._weights.items():  # the sums are complete after the first pass
+                weight.requires_grad_(name in self._held or (self.rounds == 0 and bool(self._sums)))
+            yield
+            self.rounds += 1
+            for name in chunk:
+                assert self._inverse is not None
+                held, whole = self._held.pop(name), self._weights[name].detach()
+                self._inverse[name] = inverse_diagonal(held, whole, self._samples, self._damping)
+
     def sample(self, loss: Tensor) -> None:
         """Add one small batch to the statistics: run the backward pass of its mean loss."""
         loss.backward()
-        self._samples += 1
+        self._samples += self.rounds == 0
 
     def of(self, name: str) -> WeightStats:
         """The statistics of one weight so far; of a sharded weight those of the rows of this process."""
-        return _weight_stats({kind: local_rows(sums[name]) for kind, sums in self._sums.items()}, self._samples)
+        return _weight_stats({kind: local_rows(of[name]) for kind, of in self._kinds().items()}, self._samples)
+
+    def _kinds(self) -> dict[str, dict[str, Tensor]]:
+        return self._sums if self._inverse is None else {**self._sums, "inverse": self._inverse}
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the statistics to a file for `StoredStats`."""
-        tensors = {f"{kind}/{name}": t.contiguous() for kind, of in self._sums.items() for name, t in of.items()}
+        tensors = {f"{kind}/{name}": t.contiguous() for kind, of in self._kinds().items() for name, t in of.items()}
         save_file(tensors, path, metadata={"samples": str(self._samples)})
 
     @torch.no_grad()
@@ -172,7 +222,12 @@ class GradientStats:
         name, grad = self._names[id(weight)], weight.grad
         assert grad is not None
         weight.grad = None
-        grad, sums = grad.float(), {kind: of[name] for kind, of in self._sums.items()}
+        grad = grad.float()
+        if name in self._held:
+            self._held[name].append(shortened(grad, weight))
+        if self.rounds:
+            return
+        sums = {kind: of[name] for kind, of in self._sums.items()}
         if "square" in sums:
             sums["square"].addcmul_(grad, grad)
         if sums.keys() - {"square"}:
@@ -184,6 +239,11 @@ class GradientStats:
                 sums["sensitivity"].mul_(by_sensitivity).add_(product, alpha=1 - by_sensitivity)
                 distance = product.sub_(sums["sensitivity"]).abs_()
                 sums["uncertainty"].mul_(by_uncertainty).add_(distance, alpha=1 - by_uncertainty)
+
+
+def passes(needs: Collection[str], sizes: Sequence[int], samples: int, memory: float) -> int:
+    """How often `samples` batches pass for the statistics `needs` of matrices of some sizes."""
+    return len(chunks_of(sizes, samples, memory)) if "inverse" in needs else 1
 
 
 class StoredStats:

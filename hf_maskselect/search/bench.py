@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, get_scheduler, set_seed
 from transformers.trainer_pt_utils import find_batch_size
 
 from ..masking.maskset import MaskSet
-from ..masking.scores import GradientStats
+from ..masking.scores import GradientStats, passes
 from ..methods.base import Method
 from ..surgery.refit import Refit, positions_of_row, refit, refittable
 from ..utils.seeds import key_seed
@@ -159,15 +159,26 @@ class TrialBench:
         order = torch.Generator().manual_seed(key_seed(args.seed, "gradients", level))
         available = len(trainer.train_dataset)
         indices = torch.cat([torch.randperm(available, generator=order) for _ in range(-(-rows // available))])[:rows]
-        stats = GradientStats(trainer.model, self.method.weights, needs)
+        damping, memory = args.obert_damping, args.obert_memory * 2**30
+        stats = GradientStats(trainer.model, self.method.weights, needs, damping, memory)
         device = self.trainer.args.device
         with self.sandbox.random_state(), self.sandbox.alone(), deterministic(device), eager(), stats:
-            set_seed(key_seed(args.seed, "gradients", level) % 2**32)  # for a collator that draws
             trainer.model.eval()
-            for inputs in self.batches.load(trainer.train_dataset, args.criterion_batch_size, indices.tolist()):
-                with trainer.compute_loss_context_manager():
-                    stats.sample(self._loss(inputs, self._items([inputs])))
+            for _ in stats.passes(args.criterion_batches):
+                set_seed(key_seed(args.seed, "gradients", level) % 2**32)  # for a collator that draws
+                for inputs in self.batches.load(trainer.train_dataset, args.criterion_batch_size, indices.tolist()):
+                    with trainer.compute_loss_context_manager():
+                        stats.sample(self._loss(inputs, self._items([inputs])))
         return stats
+
+    def sampled_rows(self, needs: set[str]) -> int:
+        """Return how many rows `gradient_stats` sends through the model, in all its passes."""
+        args, sizes = self.trainer.args, [weight.numel() for weight in self.method.weights.values()]
+        return (
+            args.criterion_batches
+            * args.criterion_batch_size
+            * passes(needs, sizes, args.criterion_batches, args.obert_memory * 2**30)
+        )
 
     def refit(self, before: Mapping[str, Tensor], level: int) -> Refit:
         """Refit the weights that the masks in force keep; `before` are all weights before the cut, by name."""

@@ -58,8 +58,7 @@ class CandidateMasks:
                 path = self._folder / "statistics.safetensors"
                 stats.save(path)
                 self._stats = StoredStats(path, config.device)
-            rows = config.criterion_batches * config.criterion_batch_size
-            self._record.step_equivalents += rows / bench.batches.rows_of_training()
+            self._record.step_equivalents += bench.sampled_rows(needs) / bench.batches.rows_of_training()
         return self._make(0)
 
     def _draw_share(self, indices: Sequence[int], first: MaskSet) -> list[Candidate]:

@@ -24,7 +24,7 @@ from .sandbox import Sandbox
 # Fields that say where a run writes, what it resumes from and how far it got, and do not affect what it computes.
 _IRRELEVANT = {"output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "hub_token", "push_to_hub_token"}
 _IRRELEVANT |= {"ddp_timeout", "enable_jit_checkpoint", "save_strategy", "save_steps", "save_total_limit"}
-_IRRELEVANT |= {"disable_tqdm", "local_rank", "pruning", "_name_or_path", "transformers_version"}
+_IRRELEVANT |= {"disable_tqdm", "local_rank", "obert_memory", "pruning", "_name_or_path", "transformers_version"}
 _IRRELEVANT |= {"architectures", "dtype", "problem_type"}  # the first save or forward writes them into a config
 _NOT_KNOWN = "?"  # begins the entry of a part that has no digest
 _METHODS = (types.FunctionType, types.MethodType, functools.partial)

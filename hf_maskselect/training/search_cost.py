@@ -19,7 +19,8 @@ from transformers import (
 
 from ..config import PruningConfig
 from ..fields.resolved import ResolvedConfig
-from ..masking.scores import CRITERIA
+from ..masking.fisher_blocks import bytes_of
+from ..masking.scores import CRITERIA, passes
 from ..masking.targets import prunable_weights, transposed_weights
 from ..search.bench import EARLY_EVALUATIONS, REFIT_COST
 from ..search.pool import statistics_needed
@@ -45,6 +46,7 @@ class Workload:
         train_rows: rows of the train split, the held-out rows included.
         teaches: whether trials are scored against the teacher's soft labels, which are computed once. Those of a
             language model are too large to keep. They cost a pass for every score, which is not counted here.
+        sizes: weights of every matrix that masks cover; not given, they are taken to be one matrix.
     """
 
     config: PruningConfig
@@ -52,6 +54,7 @@ class Workload:
     prunable: int
     train_rows: int
     teaches: bool = False
+    sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_run(self.config)
@@ -78,8 +81,22 @@ class Workload:
     @property
     def samples(self) -> int:
         """Rows of the gradient statistics of a level."""
-        needed = self.settings.structure is None and bool(statistics_needed(self.config, CRITERIA))
-        return self.config.criterion_batches * self.config.criterion_batch_size * needed
+        config, needs = self.config, self.statistics
+        rounds = passes(needs, self.sizes or (self.prunable,), config.criterion_batches, config.obert_memory * 2**30)
+        return config.criterion_batches * config.criterion_batch_size * rounds if needs else 0
+
+    @property
+    def statistics(self) -> set[str]:
+        """The gradient statistics of a level."""
+        return set() if self.settings.structure else statistics_needed(self.config, CRITERIA)
+
+    @property
+    def held_gradients(self) -> float:
+        """The most bytes of gradients that are held while samples pass."""
+        if "inverse" not in self.statistics:
+            return 0
+        sizes, samples = self.sizes or (self.prunable,), self.config.criterion_batches
+        return min(bytes_of(sizes, samples), max(self.config.obert_memory * 2**30, bytes_of([max(sizes)], samples)))
 
     @property
     def refit(self) -> float:
@@ -170,10 +187,8 @@ def workload(config: PruningConfig, path: str | Path, train_rows: int) -> Worklo
     settings = config.resolved()
     weights = prunable_weights(model, settings.target_modules, settings.exclude_modules)
     check_shapes(config, weights, transposed_weights(model))
-    prunable = sum(weight.numel() for weight in weights.values())
-    return Workload(
-        config, model.base_model.num_parameters(), prunable, train_rows, settings.selection_metric == "teacher"
-    )
+    teaches, sizes = settings.selection_metric == "teacher", tuple(weight.numel() for weight in weights.values())
+    return Workload(config, model.base_model.num_parameters(), sum(sizes), train_rows, teaches, sizes)
 
 
 def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
@@ -210,9 +225,10 @@ def search_cost(work: Workload, ranks: int) -> Cost:
         trials += work.held_out / 3
         longest += work.held_out / 3
     weights, refitted = 4 * work.parameters, 4 * work.prunable * bool(settings.refit_rows)
-    needs = len(statistics_needed(config, CRITERIA)) if work.samples else 0
+    needs = len(work.statistics) if work.samples else 0
     # While candidates are drawn there are statistics, one score and its ranking, but no gradients.
     drawing = 4 * work.prunable * (needs + 2) - weights if needs else 0
+    sampling = 4 * work.prunable * needs + round(work.held_gradients) - weights
     # A copy of the weights, and the moments of a trial that trains; or the matrices before the cut.
     copied = 3 if any(steps for rungs in levels for _, steps in rungs) else int(any(levels))
     training = 4 * weights + 4 * work.prunable + (weights if ranks > 1 else 0)  # the buckets of the all-reduce
@@ -222,7 +238,7 @@ def search_cost(work: Workload, ranks: int) -> Cost:
         time=(longest + once) / (config.max_steps * work.rows),
         busy=trials / (longest * ranks) if longest else 1.0,
         training_bytes=training,
-        search_bytes=training + max(drawing, copied * weights or refitted),
+        search_bytes=training + max(drawing, sampling, copied * weights or refitted),
         shared=0 if ranks == 1 else weights if longest and survive else refitted,
         trained=round(2 * weights * (ranks - 1) / ranks),
     )

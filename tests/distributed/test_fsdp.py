@@ -23,6 +23,7 @@ RUNS = {
     "magnitude": {**EVALUATED, **SAVED},
     "taylor": {**CUT, "method": "taylor", "scope": "global", "fsdp": {"reshard_after_forward": True}},
     "platon": {**CUT, "method": "platon", "scope": "global"},
+    "obert": {**CUT, "method": "obert", "scope": "layer", "obert_memory": 2e-5},
     "blocks": {"scope": "global", "pattern": "1x4"},
     "2:4": {
         **CUT,

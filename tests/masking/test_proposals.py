@@ -34,7 +34,7 @@ def make_stats(weights, seed=1):
     known = {}
     for name, grad in grads.items():
         product = (grad * weights[name]).abs()
-        known[name] = WeightStats(grad**2, product, 1, 0.15 * product, 0.05 * 0.85 * product)
+        known[name] = WeightStats(grad**2, product, 1, 0.15 * product, 0.05 * 0.85 * product, 1 / (0.1 + grad**2))
     return SimpleNamespace(of=known.__getitem__)
 
 

@@ -114,14 +114,15 @@ def test_gradients_accumulated_before_do_not_enter():
 
 def test_criteria_are_their_formulas():
     g = torch.Generator().manual_seed(0)
-    weight, square, product, average, spread = torch.randn(3, 5, generator=g), *torch.rand(4, 3, 5, generator=g)
-    stats = WeightStats(square, product, 4, average, spread)
+    weight = torch.randn(3, 5, generator=g)
+    square, product, average, spread, inverse = torch.rand(5, 3, 5, generator=g)
+    stats = WeightStats(square, product, 4, average, spread, inverse)
     expected = {"magnitude": weight.abs(), "fisher": weight**2 * square, "taylor": product}
-    expected["platon"] = average * spread
+    expected |= {"platon": average * spread, "obert": weight**2 / (2 * inverse)}
     assert CRITERIA.keys() == expected.keys()
     for name, criterion in CRITERIA.items():
         assert_close(checked_score(criterion.score, "w", weight, stats), expected[name])
-        needed = {field: getattr(stats, field) if field in criterion.needs else None for field in NEEDS}
+        needed = {field: getattr(stats, field) if field in criterion.needs else None for field in (*NEEDS, "inverse")}
         assert_close(checked_score(criterion.score, "w", weight, WeightStats(**needed, samples=4)), expected[name])
 
 

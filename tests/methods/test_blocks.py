@@ -18,6 +18,7 @@ OTHERS = [
     {"method": "fisher", "scope": "layer"},
     {"method": "random", "num_candidates": 3},
     {"method": "platon"},
+    {"method": "obert", "scope": "global"},
 ]
 SAVED = {"save_strategy": "steps", "save_steps": 5}
 
