@@ -28,8 +28,8 @@ from hf_maskselect.utils.tables import text_table
 
 METHODS = {
     "magnitude": {"num_levels": 1},
-    "pdp": {"pruning_warmup_steps": 0, "frozen_steps": 0, "soft_ramp": 0.1},
-    "gumbel": {"pruning_warmup_steps": 0, "frozen_steps": 0, "soft_ramp": 0.1},
+    "pdp": {"criterion_batches": 1, "pruning_warmup_steps": 0, "frozen_steps": 0, "soft_ramp": 0.1},
+    "gumbel": {"criterion_batches": 1, "pruning_warmup_steps": 0, "frozen_steps": 0, "soft_ramp": 0.1},
 }
 
 

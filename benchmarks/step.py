@@ -33,8 +33,8 @@ SPARSITY = 0.9375
 AIMS = {"magnitude": 1.03, "pdp": 1.15, "gumbel": 1.25}
 FIELDS = {
     "magnitude": {"num_levels": 1},
-    "pdp": {"pruning_warmup_steps": 0, "soft_ramp": 0.01, "frozen_steps": 0},
-    "gumbel": {"soft_ramp": 0.01, "frozen_steps": 0},
+    "pdp": {"criterion_batches": 1, "pruning_warmup_steps": 0, "soft_ramp": 0.01, "frozen_steps": 0},
+    "gumbel": {"criterion_batches": 1, "soft_ramp": 0.01, "frozen_steps": 0},
 }
 HOOKS = {"on_step_begin": "effective weights", "before_clipping": "gradients", "on_optimizer_step": "weight mask"}
 

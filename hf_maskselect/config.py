@@ -73,10 +73,11 @@ class PruningConfig(TargetFields, StructureFields, SearchFields, SoftFields, Dis
     def _resolve(self) -> ResolvedConfig:
         """Fill in every default; each field has passed the checks of its own."""
         soft = self.method in SOFT_METHODS
-        gumbel = self._gumbel_options() if self.method == "gumbel" else None
+        given = self.criterion or self._criterion_of_soft(self.method)
+        criterion = given if soft else self._criterion_of(self.method)
+        gumbel = self._gumbel_options(criterion) if self.method == "gumbel" else None
         emergent = gumbel is not None and not gumbel.budget
-        criterion = self._criterion_of(self.method, soft)
-        scope = "global" if soft else "layer" if criterion == "magnitude" else "balanced"
+        scope = "balanced" if criterion != "magnitude" else "global" if soft else "layer"
         structure = self._structure()
         name = "unstructured" if structure else self.pattern  # the masks of a smaller shape keep all
         pattern = parse_pattern(name, self.scope or scope, self.layer_floor)
@@ -86,10 +87,11 @@ class PruningConfig(TargetFields, StructureFields, SearchFields, SoftFields, Dis
         elif sparsity is None:
             sparsity = _EMERGENT if emergent else pattern.sparsity or 0.9375
         refit_rows, frozen_steps, num_candidates = self.refit_rows, self.frozen_steps, self.num_candidates
-        if refit_rows is None:  # magnitude is the plain baseline, and the paper's proposals stay the paper's
-            refit_rows = 0 if criterion == "magnitude" else 256
         if frozen_steps is None:
             frozen_steps = 0.2 if soft and not self.gumbel_untrained else 0
+        if refit_rows is None:  # magnitude is the plain baseline, and the settings of the papers stay the papers'
+            never = criterion == "magnitude" or emergent or (soft and not frozen_steps)
+            refit_rows = 0 if never else 256
         if structure is not None:
             refit_rows, num_candidates = 0, 1  # of masks
         elif num_candidates is None:
@@ -109,6 +111,7 @@ class PruningConfig(TargetFields, StructureFields, SearchFields, SoftFields, Dis
             proposals=listed(self.proposals),
             refit_rows=refit_rows,
             frozen_steps=frozen_steps,
+            pdp_taus=self._pdp_taus(criterion),
             gumbel=gumbel,
             structure=structure,
             selection_metric=metric,
@@ -119,7 +122,7 @@ class PruningConfig(TargetFields, StructureFields, SearchFields, SoftFields, Dis
             scores_after_refit=self._scores_after_refit(num_candidates > 1, refit_rows),
             needs_selection_split=num_candidates > 1 or self.level_eval_steps > 0 or structure is not None,
             pruning_warmup_steps=self.pruning_warmup_steps,
-            soft_ramp=self.soft_ramp,
+            soft_ramp=self._ramp(gumbel, criterion),
             last_level_weight=self.last_level_weight,
         )
 

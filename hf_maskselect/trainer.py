@@ -69,7 +69,7 @@ class PruningTrainer(StructuredTraining, AtomicCheckpoints, WholePushes, Trainer
         score_fn (`Callable`, *optional*): the mask-generation hook, `score_fn(name, weight, grad_stats) -> scores`. It
             gets the name of the parameter, its `(out, in)` weight, and its [`WeightStats`] (fields are None where no
             gradients are sampled). It returns finite scores of the same shape; larger means more important. It
-            replaces the criterion of `method="random"`; every scope, every pattern and the search work on top of it.
+            replaces the criterion of `"random"`, `"pdp"` and `"gumbel"`; scopes, patterns and searches build on it.
 
     Attributes:
         run ([`PruningRun`]): the plan, method and search of the current run.
@@ -383,7 +383,7 @@ class _StepEvents(TrainerCallback):
         level = run.method.level_due(step)
         if level is not None:  # the only place where a level starts
             self._trainer._start_level(level, step)
-        run.method.on_step_begin(step)
+        run.on_step_begin(step)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         self._trainer.before_clipping()  # a subclass may clip in its own way

@@ -64,7 +64,7 @@ TRAINS = [
     {"trial_batch_size": 4},
     {"trial_learning_rate": 1e-4},
     {"method": "taylor"},
-    {"method": "pdp", "num_candidates": 2},
+    {"method": "pdp", "pdp_tau": 1e-4, "num_candidates": 2},
 ]
 
 

@@ -39,6 +39,9 @@ class ResolvedConfig:
     Attributes:
         sparsity: the target; where it emerges, a placeholder that prunes nothing.
         soft: whether the method trains through soft masks.
+        criterion: of candidate 0; what a soft method begins from.
+        pdp_taus: width of the soft band of `"pdp"`, absolute and relative; the absolute one is None where the other
+            counts.
         emergent: whether the sparsity is a result and not a target.
         pattern: with the scope of candidate 0.
         levels: rising sparsities; the last one is the target.
@@ -65,6 +68,7 @@ class ResolvedConfig:
     proposals: tuple[str, ...]
     refit_rows: int
     frozen_steps: float
+    pdp_taus: tuple[float | None, float]
     gumbel: GumbelOptions | None
     structure: StructureOptions | None
     selection_metric: str | None
@@ -108,6 +112,11 @@ class ResolvedConfig:
             values[name] = None if value is None else list(value)
         for name, value in {} if self.gumbel is None else asdict(self.gumbel).items():
             values[f"gumbel_{_GUMBEL_NAMES.get(name, name)}"] = value
+        if self.soft:
+            values["soft_ramp"] = self.soft_ramp
+        if self.method == "pdp":
+            absolute, relative = self.pdp_taus
+            values |= {"pdp_tau": absolute} if absolute is not None else {"pdp_relative_tau": relative}
         if self.structure is not None:
             values["sparsity"] = None if self.structure.by_speedup else self.sparsity
             values |= {"num_candidates": self.structure.num_candidates, "refit_rows": self.structure.rows}

@@ -30,8 +30,10 @@ class SearchFields:
         proposals (`list[str]`, defaults to `["mixed"]`): `"mixed"` varies criterion, scope and randomness; `"paper"`
             is votes around candidate 0; or a list of `criterion:scope[:votes]`, such as `"taylor:global"`.
         criterion (`str`, *optional*): of candidate 0: `"magnitude"`, `"fisher"`, `"taylor"`, `"platon"` or `"obert"`.
-            Defaults to `"taylor"` for `"random"` (to `"magnitude"` with the paper's proposals).
-        criterion_batches (`int`, defaults to 64): gradient samples per level for every criterion but magnitude.
+            Defaults to `"taylor"` for `"random"` (to `"magnitude"` with the paper's proposals). For the soft methods
+            the ranking that they begin with, see [`SoftFields`].
+        criterion_batches (`int`, defaults to 64): gradient samples per level for every criterion but magnitude; those
+            of a soft method are taken once, when its soft phase begins.
         criterion_batch_size (`int`, defaults to 8): rows of one gradient sample.
         obert_damping (`float`, defaults to 0.1): what is added to the diagonal of the Fisher information of
             `"obert"`, as a multiple of the mean squared gradient of the matrix (of one sample).
@@ -66,8 +68,9 @@ class SearchFields:
             and errors such as `"rmse"`, `"wer"` or `"perplexity"`, True for all others.
         refit_rows (`int`, *optional*): train rows for the refit of every cut matrix (hard masks): least squares over
             its kept weights against its output before the cut (see [`refit`]); at most so many rows as have 16,384
-            positions (tokens, patches or frames). A refit row costs as much as two training rows. Defaults to 256,
-            and to 0 (off) where `criterion` is magnitude, the plain baseline.
+            positions (tokens, patches or frames). A refit row costs as much as two training rows. A soft method refits
+            when its mask hardens, against the weights that its soft phase began with. Defaults to 256, and to 0 (off)
+            where `criterion` is magnitude, the plain baseline, and for soft methods without `frozen_steps` or budget.
     """
 
     num_candidates: int | None = option(None, "Masks tried at each level (4 for random).")
@@ -135,7 +138,8 @@ class SearchFields:
             beside, why = f"selection_metric={self.selection_metric!r}", "which is a loss: leave it unset"
             raise no_meaning("selection_greater_is_better", True, beside, why)
         if self.criterion_batches == 0 and settings.structure is None and settings.criterion != "magnitude":
-            remedy = "leave criterion unset with proposals='paper'" if method == "random" else "use method='magnitude'"
+            remedy = "use criterion='magnitude'" if settings.soft else "use method='magnitude'"
+            remedy = "leave criterion unset with proposals='paper'" if method == "random" else remedy
             raise ValueError(
                 f"criterion_batches=0 gives criterion={settings.criterion!r} no gradients: set it to 64 or more, or "
                 f"{remedy}"
@@ -158,16 +162,15 @@ class SearchFields:
         if settings.proposals != ("mixed",):
             why = "whose candidates are neighbours of its own mask: leave proposals unset"
             raise no_meaning("proposals", list(settings.proposals), method, why)
-        if self.criterion not in (None, "magnitude"):
-            raise no_meaning("criterion", self.criterion, method, "which makes its own masks: leave criterion unset")
-        if self.refit_rows:
-            why = "whose weights are trained as they are cut: leave refit_rows unset"
-            raise no_meaning("refit_rows", self.refit_rows, method, why)
+        if self.refit_rows and settings.emergent:
+            why = "which keeps the weights as they are: leave refit_rows unset, or set gumbel_budget=True"
+            raise no_meaning("refit_rows", self.refit_rows, "gumbel_budget=False", why)
+        if self.refit_rows and not settings.frozen_steps:
+            why = "which ends with the cut: set frozen_steps, such as 0.2"
+            raise no_meaning("refit_rows", self.refit_rows, f"{method} and frozen_steps=0", why)
 
-    def _criterion_of(self, method: str, soft: bool) -> str:
+    def _criterion_of(self, method: str) -> str:
         """Return the criterion of candidate 0; the method names it, except for `"random"`."""
-        if soft:
-            return "magnitude"  # reads no gradients
         if method != "random":
             return method
         return self.criterion or ("magnitude" if listed(self.proposals) == ("paper",) else "taylor")

@@ -42,7 +42,7 @@ class TargetFields:
         scope (`str`, *optional*): of candidate 0. `"layer"`: every matrix at the target; `"global"`: one ranking;
             `"balanced"`: half-way (scores divided by the root of their matrix's mean, then one ranking). Defaults to
             `"layer"` for magnitude (as in the paper), to `"balanced"` for every other criterion, and to `"global"` for
-            the soft methods, where it decides how many weights each matrix loses.
+            soft methods that begin from magnitudes. In a soft method it decides how many weights each matrix loses.
         layer_floor (`float`, defaults to 0.125): in a joint ranking every matrix keeps at least this share of what
             `"layer"` would leave it.
         target_modules, exclude_modules (`list[str]`, *optional*): module-name suffixes or regexes, as in PEFT.

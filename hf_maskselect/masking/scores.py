@@ -73,6 +73,9 @@ def obert(name: str, weight: Tensor, stats: WeightStats) -> Tensor:
     return weight.detach().float().square() / (2 * stats.inverse)
 
 
+PAPER_EXPONENT = 5.0  # of votes by magnitude
+
+
 @dataclass(frozen=True)
 class Criterion:
     """A score function, the `WeightStats` fields that it needs, and the exponent of its votes.
@@ -84,6 +87,11 @@ class Criterion:
     score: ScoreFn
     needs: tuple[str, ...]
     vote_exponent: float
+
+    @property
+    def degree(self) -> float:
+        """The power of |w| that the score grows with while the gradients stay."""
+        return PAPER_EXPONENT / self.vote_exponent
 
 
 CRITERIA: dict[str, Criterion] = {

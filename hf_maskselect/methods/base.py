@@ -1,6 +1,6 @@
 """The interface between the trainer and a pruning method."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from ..masking.maskset import MaskSet
 from ..masking.schedule import LevelPlan
 from ..masking.sharded import Shards
+
+ScoreOf = Callable[[str], Tensor]  # name of a weight -> its scores
 
 
 class Method(Protocol):
@@ -49,6 +51,18 @@ class Method(Protocol):
     def begin(self, plan: LevelPlan, optimizer: torch.optim.Optimizer) -> None:
         """Start to train by `plan`, or continue after `load_state_dict`."""
 
+    def scores_due(self, step: int) -> bool:
+        """Whether `take_scores` must be called before optimizer step `step`."""
+        return False
+
+    def take_scores(self, score_of: ScoreOf, degree: float) -> dict[str, str]:
+        """Begin a soft phase from the scores of a criterion.
+
+        `score_of` returns the scores of the local rows of one weight, finite, float32 and free to be changed. `degree`
+        is that of the criterion. Returns digests of what was made of them, by name; empty where weights are sharded.
+        """
+        return {}
+
     def level_due(self, step: int) -> int | None:
         """The level whose masks must be chosen before optimizer step `step` (from 0); None if the level stays."""
 
@@ -76,6 +90,10 @@ class Method(Protocol):
         They are the deterministic ones where `ratio` is None, else random ones by that sampling ratio and `seed`.
         """
         return None
+
+    def targets(self) -> Mapping[str, Tensor]:
+        """The weights, by name, whose outputs a refit aims at; empty for those that the cut began with."""
+        return {}
 
     def on_step_begin(self, step: int) -> None:
         """Run before the first micro-batch of optimizer step `step`."""

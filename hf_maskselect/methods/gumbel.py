@@ -20,6 +20,7 @@ from ..masking.base import Pattern
 from ..masking.groups import Groups
 from ..masking.maskset import MaskSet, diverged
 from ..masking.schedule import LevelPlan
+from .base import ScoreOf
 from .gumbel_sample import budget_shift, perturbed, sample
 from .hard import FindWeights
 from .soft import SoftMethod
@@ -36,7 +37,8 @@ class GumbelOptions:
         budget: hold the expected number of kept weights on the ramp and end in the exact count; else the paper's rule.
         rescale: learn the scales.
         initial_logit: the logits start at `initial_logit + prior * z`.
-        prior: weight of z, the standardized log-magnitude of each weight in its matrix.
+        prior: weight of z, the standardized log-magnitude of each weight in its matrix; or, where a soft phase begins
+            from scores, the log of their comparable scores, standardized over all matrices.
         signed_constant: before training, replace each weight by its sign times its matrix's standard deviation.
         logit_rate: learning rate of the logits.
         scale_rate: learning rate of the scales.
@@ -56,19 +58,24 @@ class GumbelOptions:
 
 
 _NEVER = -1e4  # the logit of a weight that was pruned before
-_LEAST = -4.0  # the standardized log-magnitude of a weight that is zero but not pruned
-_SAME = 1e-3  # standard deviations of log-magnitude below this are rounding: all weights are of one size
+_LEAST = -4.0  # the standardized logarithm of a zero that is not pruned
+_SAME = 1e-3  # standard deviations of logarithms below this are rounding: all weights are of one size
 
 
 class Gumbel(SoftMethod):
     """Learned masks over frozen weights.
 
     Args:
-        pattern: its units have one logit each. Its scope "global" or "layer" says which of them share a budget; or it
-            has groups, each of which keeps its best, from all weights down to the target along the ramp.
+        pattern: its units have one logit each. Its scope says how scores are made comparable, and which units share a
+            budget: those of a matrix for "layer", else all; or it has groups, each of which keeps its best, from all
+            weights down to the target along the ramp.
         sparsity: the target; not used without a budget.
         seed_of: returns the seed of an optimizer step's sample.
+        scored: whether logits start from the scores of a criterion; else from magnitudes.
+        refits: as in `SoftMethod`.
     """
+
+    trains_weights = False
 
     def __init__(
         self,
@@ -78,10 +85,14 @@ class Gumbel(SoftMethod):
         sparsity: float,
         options: GumbelOptions,
         seed_of: Callable[[int], int],
+        scored: bool = False,
+        refits: bool = False,
         keep_zeros: bool = True,
     ) -> None:
-        super().__init__(find_weights, report, keep_zeros)
-        self._pattern, self._sparsity, self._options, self._seed_of = pattern, sparsity, options, seed_of
+        super().__init__(find_weights, report, scored, refits, keep_zeros)
+        self._sparsity, self._options, self._seed_of = sparsity, options, seed_of
+        self._scoring = pattern  # makes scores comparable; logits are so by themselves
+        self._pattern = pattern.scoped("global") if pattern.scope == "balanced" else pattern
         self._logits: dict[str, nn.Parameter] = {}
         self._scales: dict[str, nn.Parameter] = {}
         self._shifts: dict[str, float] = {}
@@ -147,11 +158,32 @@ class Gumbel(SoftMethod):
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
+    def begin_from(self, score_of: ScoreOf, degree: float) -> dict[str, Tensor]:
+        """Set the logits by the logarithm of comparable scores, standardized over all matrices."""
+        logs, count, total, squares = {}, 0, 0.0, 0.0
+        for name in self.weights:
+            log = logs[name] = self._scoring.comparable(self._scoring.unit_scores(score_of(name)), consume=True).log_()
+            some = log[log.isfinite()].double()
+            count, total, squares = count + some.numel(), total + float(some.sum()), squares + float(some @ some)
+        mean = total / max(count, 1)
+        deviation = max(squares / max(count, 1) - mean**2, _SAME**2) ** 0.5
+        for name, log in logs.items():
+            z = log.sub_(mean).div_(deviation).masked_fill_(log.isinf(), _LEAST)
+            self._logits[name].data.add_(z.view_as(self._logits[name]), alpha=self._options.prior)
+        self._started = True
+        self._forbid_pruned()
+        return {name: logits.data for name, logits in self._logits.items()}
+
+    def _forbid_pruned(self) -> None:
+        """Give what was pruned before the run no chance."""
+        for name, allowed in (self._allowed_units() or {}).items():
+            self._logits[name].data.masked_fill_(~allowed, _NEVER)
+
     def _start(self) -> None:
-        """Once, set the logits by the weights that the soft phase begins with; what is pruned gets no chance."""
+        """Once, set the logits by the magnitudes that the soft phase begins with, unless scores have set them."""
         if self._started:
             return
-        self._started, allowed = True, self._allowed_units()
+        self._started = True
         for name, weight in self.weights.items():
             logits, size = self._logits[name].data, self._pattern.unit_sizes(weight.detach().abs().float())
             if self._options.prior:
@@ -160,8 +192,7 @@ class Gumbel(SoftMethod):
                 some = size[~zero]
                 size.sub_(some.mean()).div_(some.std(correction=0).clamp_min_(_SAME)).masked_fill_(zero, _LEAST)
                 logits.add_(size, alpha=self._options.prior)
-            if allowed is not None:
-                logits.masked_fill_(~allowed[name], _NEVER)
+        self._forbid_pruned()
 
     def _allowed_units(self) -> dict[str, Tensor] | None:
         """Boolean masks of the units without a weight that was pruned before the run; None if all are."""

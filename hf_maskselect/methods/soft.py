@@ -2,7 +2,8 @@
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,12 @@ from torch import Tensor, nn
 from ..masking.dtensors import from_local_rows, gathered, local_rows, sharded_like, squared_norm, swap_data
 from ..masking.maskset import MaskSet, pack_bits, unpack_bits
 from ..masking.schedule import LevelPlan
+from ..utils.digests import weights_digest
+from .base import ScoreOf
 from .hard import FindWeights, HardMethod
 
 _ALLOWED = "alive."  # prefix in a checkpoint of the packed masks of the zeros that the run began with
+_TARGETS = "targets."  # prefix in a checkpoint of the weights that a refit aims at
 _DENSE = "dense."  # prefix in a checkpoint of the trained weights; its model file holds the baked ones
 
 
@@ -25,14 +29,30 @@ class SoftMethod(HardMethod):
     gradients into those of the trained weights: once a step, however many micro-batches were accumulated. Between
     steps the model holds the trained weights; evaluation and saving use `baked_state_dict`.
 
-    report: called with values to log when the mask hardens.
+    Args:
+        find_weights: returns the prunable weights of a model by name.
+        report: called with values to log when the mask hardens.
+        scored: whether the soft phase begins from the scores of a criterion, which `take_scores` gets. A run that ends
+            before that is cut by magnitude.
+        refits: whether the hardened model is refitted. Its targets are then the weights that the soft phase begins
+            with, in bfloat16: those that it ends with are trained to be masked, and compute nothing without masks.
+        keep_zeros: as in `HardMethod`.
     """
 
+    trains_weights: ClassVar[bool] = True  # in the soft phase
+
     def __init__(
-        self, find_weights: FindWeights, report: Callable[[dict[str, float]], None], keep_zeros: bool = True
+        self,
+        find_weights: FindWeights,
+        report: Callable[[dict[str, float]], None],
+        scored: bool = False,
+        refits: bool = False,
+        keep_zeros: bool = True,
     ) -> None:
         super().__init__(find_weights, keep_zeros)
-        self._report = report
+        self._report, self._scored, self._refits = report, scored, refits
+        self._targets: dict[str, Tensor] = {}  # empty before they are needed, and after the refit
+        self._has_scores = False
         self._trained: dict[str, Tensor] = {}  # local rows, while the effective weights are in their place
         self._step = -1  # the last step that began
         self._hardened = False
@@ -43,6 +63,10 @@ class SoftMethod(HardMethod):
     @abstractmethod
     def prepare(self, step: int) -> None:
         """Compute what all effective weights of the step need."""
+
+    @abstractmethod
+    def begin_from(self, score_of: ScoreOf, degree: float) -> Mapping[str, Tensor]:
+        """Begin from scores, as in `take_scores`; return what was made of them, by name."""
 
     @abstractmethod
     def effective(self, name: str, weight: Tensor) -> Tensor:
@@ -67,6 +91,43 @@ class SoftMethod(HardMethod):
         """The weight that the hardened model has before its mask."""
         return weight
 
+    # -- the scores that it begins from -------------------------------------------------------------------------------
+
+    def scores_due(self, step: int) -> bool:
+        """Whether the soft phase begins at `step`, from scores that are not there yet."""
+        return self._scored and not (self._has_scores or self._hardened) and self.plan.ramp_at(step) > 0
+
+    @torch.no_grad()
+    def take_scores(self, score_of: ScoreOf, degree: float) -> dict[str, str]:
+        """Begin the soft phase from scores.
+
+        Raises:
+            ValueError: a score is negative, or all are zero.
+        """
+        self.restore_trained()
+        allowed, positive = self.allowed(), 0
+
+        def checked(name: str) -> Tensor:
+            nonlocal positive
+            score = score_of(name)
+            if allowed is not None:
+                score.masked_fill_(allowed[name].logical_not(), 0)
+            if bool((score < 0).any()):
+                raise ValueError(
+                    f"a soft mask needs scores >= 0, but those of {name} are negative: shift them in score_fn"
+                )
+            positive += int(torch.count_nonzero(score))
+            return score
+
+        made = self.begin_from(checked, degree)
+        if not (positive if self.shards is None else self.shards.sums([positive])[0]):
+            raise ValueError(
+                "all scores are zero, so they rank nothing: check that the loss depends on the weights, or use "
+                "criterion='magnitude'"
+            )
+        self._has_scores = True
+        return {} if self.shards is not None else {name: weights_digest({name: t}) for name, t in made.items()}
+
     # -- one optimizer step ------------------------------------------------------------------------------------------
 
     def attach(self, model: nn.Module) -> None:
@@ -74,7 +135,7 @@ class SoftMethod(HardMethod):
         before = self.weights
         super().attach(model)
         if any(before.get(name) is not weight for name, weight in self.weights.items()):
-            self._hardened, self._trained = False, {}
+            self._hardened, self._trained, self._targets = False, {}, {}
 
     def begin(self, plan: LevelPlan, optimizer: torch.optim.Optimizer) -> None:
         """Start to train by `plan`, or continue in the soft phase of a checkpoint."""
@@ -83,6 +144,7 @@ class SoftMethod(HardMethod):
         super().begin(plan, optimizer)
         self._hardened = self.level >= 0
         if not self._resumed:
+            self._has_scores, self._targets = False, {}
             self.reset()
         self._resumed = False
 
@@ -115,6 +177,8 @@ class SoftMethod(HardMethod):
             return
         self._step = step
         if self.soft:
+            if self.trains_weights:
+                self._keep_targets()
             self.prepare(step)
             for name, weight in self.weights.items():
                 self._trained[name] = swap_data(weight, self.effective(name, local_rows(weight.detach())))
@@ -136,10 +200,25 @@ class SoftMethod(HardMethod):
         """Make the weights those of the hard model, still without a mask; log how far `masks` will change them."""
         if self.soft:
             self._report({"soft_hard_gap": self.gap(masks)})
+        self._keep_targets()
         for name, weight in self.weights.items():
             rows = local_rows(weight.detach())
             rows.copy_(self.folded(name, rows))
         self._hardened = True
+
+    def _keep_targets(self) -> None:
+        """Copy the weights as targets of the refit, if there will be one and they are not kept yet."""
+        if self._refits and not self._targets:
+            self._targets = {n: weight.detach().to(torch.bfloat16, copy=True) for n, weight in self.weights.items()}
+
+    def targets(self) -> Mapping[str, Tensor]:
+        """The weights that the soft phase began with; empty if there is no refit."""
+        return self._targets
+
+    def start_level(self, level: int, masks: MaskSet) -> None:
+        """Put the hard masks in force; the refit is done."""
+        super().start_level(level, masks)
+        self._targets = {}
 
     @torch.no_grad()
     def gap(self, masks: MaskSet) -> float:
@@ -166,6 +245,7 @@ class SoftMethod(HardMethod):
             masks = self.candidate(None, 0)
             self._harden(masks)
             self.set_masks(masks)
+        self._targets = {}
         super().finalize()
 
     # -- between steps -----------------------------------------------------------------------------------------------
@@ -202,10 +282,11 @@ class SoftMethod(HardMethod):
         return baked
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The trained weights and the zeros of the start; empty outside the soft phase."""
+        """The trained weights, the zeros of the start and the targets; empty outside the soft phase."""
         if not self.soft:
             return {}
         state = {_ALLOWED + name: pack_bits(gathered(keep != 0)) for name, keep in self._keep.items()}
+        state |= {_TARGETS + name: target for name, target in self._targets.items()}
         for name, weight in self.weights.items():
             state[_DENSE + name] = gathered(from_local_rows(self._weight(name), weight))
         return state
@@ -213,12 +294,17 @@ class SoftMethod(HardMethod):
     @torch.no_grad()
     def load_state_dict(self, masks: MaskSet, state: dict[str, Tensor], step: int) -> None:
         """Restore a checkpoint, in the soft phase if it has a state."""
+        self._targets = {
+            name: state[_TARGETS + name].to(weight.device)
+            for name, weight in self.weights.items()
+            if _TARGETS + name in state
+        }
         self._trained.clear()  # left by a run that was interrupted inside a step; the weights were loaded since
         self._resumed = bool(state)
         if not state:
             super().load_state_dict(masks, state, step)
             return
-        self._keep, self._steps_done = {}, step
+        self._keep, self._steps_done, self._has_scores = {}, step, True
         for name, weight in self.weights.items():
             weight.copy_(sharded_like(state[_DENSE + name], weight))
             if _ALLOWED + name in state:

@@ -181,7 +181,11 @@ class TrialBench:
         )
 
     def refit(self, before: Mapping[str, Tensor], level: int) -> Refit:
-        """Refit the weights that the masks in force keep; `before` are all weights before the cut, by name."""
+        """Refit the weights that the masks in force keep; `before` are all weights before the cut, by name.
+
+        They are the targets, unless the method has its own.
+        """
+        before = {**before, **self.method.targets()}
         with self.sandbox.random_state(), deterministic(self.trainer.args.device):
             inputs = self._refit_inputs(level)
             return refit(self.trainer.model, self.method.weights, before, inputs, self._forward())

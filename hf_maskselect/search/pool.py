@@ -8,6 +8,11 @@ from ..masking.proposals import Proposal, gradient_needs, proposal_pool
 from ..masking.scores import Criterion
 
 
+def criterion_of(config: PruningConfig, criteria: Mapping[str, Criterion]) -> str:
+    """Return the criterion of candidate 0, or of the begin of a soft phase: the user's `score_fn` if there is one."""
+    return "score_fn" if "score_fn" in criteria else config.resolved().criterion
+
+
 def candidate_pool(config: PruningConfig, criteria: Mapping[str, Criterion]) -> list[Proposal]:
     """Return the proposals of every level; for a soft method its own mask and random neighbours of it."""
     settings = config.resolved()
@@ -16,7 +21,7 @@ def candidate_pool(config: PruningConfig, criteria: Mapping[str, Criterion]) -> 
         return [Proposal(settings.method, settings.scope, ratio) for ratio in (None, *others)]
     return proposal_pool(
         settings.proposals,
-        "score_fn" if "score_fn" in criteria else settings.criterion,
+        criterion_of(config, criteria),
         settings.scope,
         settings.num_candidates,
         config.sampling_ratios,
@@ -26,5 +31,7 @@ def candidate_pool(config: PruningConfig, criteria: Mapping[str, Criterion]) -> 
 
 
 def statistics_needed(config: PruningConfig, criteria: Mapping[str, Criterion]) -> set[str]:
-    """Return the names of the gradient statistics that the pool reads."""
-    return set() if config.resolved().soft else gradient_needs(candidate_pool(config, criteria), criteria)
+    """Return the names of the gradient statistics that the pool reads, or a soft method when it begins."""
+    if config.resolved().soft:
+        return set(criteria[criterion_of(config, criteria)].needs)
+    return gradient_needs(candidate_pool(config, criteria), criteria)

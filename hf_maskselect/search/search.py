@@ -10,12 +10,14 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..masking.dtensors import local_rows
 from ..masking.maskset import MaskSet
 from ..masking.schedule import LevelPlan
-from ..masking.scores import Criterion
+from ..masking.scores import Criterion, WeightStats, checked_score
 from ..surgery.refit import Refit
 from ..utils.folders import remove
 from ..utils.processes import Processes
@@ -24,6 +26,7 @@ from .continued import ContinuedTrials
 from .draws import CandidateMasks
 from .identity import key_of
 from .journal import Journal, journaled
+from .pool import criterion_of
 from .race import ScoreAll, race
 from .results import SEARCH_FILE, Candidate, LevelSearch, read_searches, write_searches
 from .schedule import search_rungs
@@ -57,6 +60,7 @@ class MaskSearch:
         self._journal, self._continued = Journal(self._output_dir), ContinuedTrials(self._output_dir, self._team)
         self._continues = self._config.selection == "survivors"
         self.history: list[LevelSearch] = []
+        self._seconds_before = 0.0  # time of `begin_soft_phase`, until the record of its level has it
         self.adopted: float | None = None  # score of the trained weights that the last choice put into the model
         self._refits: bool | None = None  # whether any matrix can be refitted; None until it is tried
 
@@ -67,6 +71,34 @@ class MaskSearch:
         if self._refits is None:
             self._refits = self._settings.scores_after_refit and self._bench.steps_of_refit(level) > 0
         return search_rungs(self._config, plan, level, self._bench.batches.steps_per_epoch(), self._refits)
+
+    @property
+    def criterion(self) -> str:
+        """The criterion of candidate 0, or of the begin of a soft phase."""
+        return criterion_of(self._config, self._criteria)
+
+    def begin_soft_phase(self) -> None:
+        """Score all weights by the criterion for a soft method; all processes must call it together.
+
+        Raises:
+            RuntimeError: the processes came to different scores, or one of them failed.
+        """
+        start, bench, criterion = time.monotonic(), self._bench, self._criteria[self.criterion]
+        method = bench.method
+
+        def begin() -> dict[str, str]:
+            needs = set(criterion.needs) if self._config.criterion_batches else set()
+            stats = bench.gradient_stats(needs, level=0) if needs else None
+
+            def score_of(name: str) -> Tensor:
+                of_weight = WeightStats(None, None, 0) if stats is None else stats.of(name)
+                return checked_score(criterion.score, name, local_rows(method.weights[name].detach()), of_weight)
+
+            return method.take_scores(score_of, criterion.degree)
+
+        digests = self._team.each(begin)
+        self._team.processes.agree(lambda: digests, "the scores at the begin of the soft phase")
+        self._seconds_before = time.monotonic() - start
 
     def choose(self, level: int, plan: LevelPlan, step: int) -> tuple[MaskSet, LevelSearch]:
         """Choose the masks of `level` from the model as it is; all processes must call it together.
@@ -93,7 +125,8 @@ class MaskSearch:
             if not self._adopt(winner) and self._settings.refit_rows:
                 self._refit(winner, masks, record, best_refit)
         self._team.processes.agree(masks.digests, f"the masks of level {level + 1}")
-        record.seconds = round(time.monotonic() - start, 2)
+        record.seconds = round(time.monotonic() - start + self._seconds_before, 2)
+        self._seconds_before = 0.0
         return masks, record
 
     def _race(

@@ -22,7 +22,7 @@ NO_TEACHER = "none"
 
 _FIELDS = {"method": str, "pattern": str, "sparsity": float, "step": int, "level": int, "seed": int, "start": float}
 _TEXTS = ("architecture", "weights", "config")
-_LATER = ("needs", "teacher")  # states of earlier versions lack it
+_LATER = ("needs", "teacher", "criterion")  # states of earlier versions lack it
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class PruningState:
     cut; start: sparsity of the model that the run began with; architecture: class name of the model; weights, config:
     SHA-256 of the saved weights and configuration, empty before they are saved; needs: the other files that a resume
     needs, with digests where they have one, as JSON; empty where no run goes on from; teacher: SHA-256 of its weights,
-    or `NO_TEACHER`.
+    or `NO_TEACHER`; criterion: what a soft method began from, empty for hard masks.
     """
 
     masks: MaskSet
@@ -49,6 +49,7 @@ class PruningState:
     config: str = ""
     needs: str = ""
     teacher: str = ""
+    criterion: str = ""
 
     @property
     def fields(self) -> dict[str, str]:
@@ -117,12 +118,23 @@ class PruningState:
         architecture = architecture if self.architecture else ""
         current = {"method": method, "pattern": pattern, "sparsity": sparsity, "architecture": architecture}
         for name, now in current.items():
-            then = getattr(self, name)
-            if then != now:
-                raise ValueError(
-                    f"the checkpoint was written with {name}={then!r} but this run has {name}={now!r}: resume with "
-                    "the same value, or start a new run from the checkpoint's model"
-                )
+            _check_same(name, getattr(self, name), now)
+
+    def check_criterion(self, criterion: str) -> None:
+        """Raise a ValueError if a soft method, which began from one criterion, would go on with another.
+
+        Earlier versions began from magnitudes, and wrote none. Hard masks may have another at every level.
+        """
+        if criterion:
+            _check_same("criterion", self.criterion or "magnitude", criterion)
+
+
+def _check_same(name: str, then: object, now: object) -> None:
+    if then != now:
+        raise ValueError(
+            f"the checkpoint was written with {name}={then!r} but this run has {name}={now!r}: resume with the same "
+            "value, or start a new run from the checkpoint's model"
+        )
 
 
 def load_method_state(folder: str | os.PathLike) -> dict[str, Tensor]:

@@ -93,7 +93,14 @@ def check_score_fn(args: PruningConfig, score_fn: ScoreFn | None) -> None:
         raise ValueError(
             f"score_fn has no meaning with pattern={args.pattern!r}, which scores no weights: leave it out"
         )
-    if score_fn is not None and args.method != "random":
+    settings = args.resolved()
+    if score_fn is not None and settings.soft and settings.criterion == "magnitude":
+        given = "gumbel_untrained=True" if args.gumbel_untrained else "criterion='magnitude'"
+        raise ValueError(
+            f"score_fn has no meaning with method={args.method!r} that begins from magnitudes ({given}, or fields of "
+            "the papers such as pdp_tau, gumbel_prior=0 and gumbel_budget=False): leave these unset"
+        )
+    if score_fn is not None and not settings.soft and args.method != "random":
         raise ValueError(
             f"score_fn has no meaning with method={args.method!r}: use method='random' (num_candidates=1 for one mask)"
         )

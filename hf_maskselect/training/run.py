@@ -46,16 +46,18 @@ def make_method(config: PruningConfig, find_weights: FindWeights, log: Log) -> M
     """
     settings = config.resolved()
     pattern, sparsity, keep_zeros = settings.pattern, settings.sparsity, config.keep_zeros
+    scored, refits = settings.criterion != "magnitude", settings.refit_rows > 0
     if settings.gumbel is not None:
 
         def seed_of(step: int) -> int:
             return key_seed(config.seed, "gumbel", step)
 
-        return Gumbel(find_weights, log, pattern, sparsity, settings.gumbel, seed_of, keep_zeros)
+        return Gumbel(find_weights, log, pattern, sparsity, settings.gumbel, seed_of, scored, refits, keep_zeros)
     if settings.structure is not None:
         return Structured(find_weights)
     if settings.method == "pdp":
-        return Pdp(find_weights, log, pattern, sparsity, config.pdp_tau, keep_zeros)
+        tau, relative_tau = settings.pdp_taus
+        return Pdp(find_weights, log, pattern, sparsity, tau, relative_tau, scored, refits, keep_zeros)
     return HardMethod(find_weights, keep_zeros)
 
 
@@ -247,6 +249,12 @@ class PruningRun:
             )
         self.method.on_optimizer_step()  # keeps the pruned weights at zero
 
+    def on_step_begin(self, step: int) -> None:
+        """Prepare the weights for an optimizer step; all ranks call it together."""
+        if self.method.scores_due(step):
+            self.search.begin_soft_phase()
+        self.method.on_step_begin(step)
+
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def finalize(self, step: int, model: nn.Module) -> None:
@@ -300,6 +308,7 @@ class PruningRun:
             start=self.start,
             architecture=class_name(model),
             teacher=self.bench.identity.teacher or NO_TEACHER,
+            criterion=self.search.criterion if settings.soft else "",
         )
 
     def write_to(self, checkpoint: str) -> None:
@@ -313,6 +322,7 @@ class PruningRun:
         state = PruningState.load(checkpoint)
         target = state.sparsity if self.settings.emergent else self.settings.sparsity
         state.check_resumes(self.settings.method, self.config.pattern, target, class_name(model))
+        state.check_criterion(self.search.criterion if self.settings.soft else "")
         state.check_saved(checkpoint)
         trainer_state = read_trainer_state(Path(checkpoint) / TRAINER_STATE_NAME)
         state.check_step(trainer_state["global_step"], checkpoint)

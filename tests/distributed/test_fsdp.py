@@ -35,6 +35,7 @@ RUNS = {
         "save_steps": 4,
     },
     "pdp": {**ONE_LEVEL, "method": "pdp", **SOFT, **EVALUATED, **SAVED},
+    "pdp-taylor": {**ONE_LEVEL, **CUT, "method": "pdp", **SOFT, "pdp_tau": None, **SAVED},
 }
 
 
@@ -67,7 +68,7 @@ def test_sharded_weights_are_pruned_like_whole_ones(tmp_path):
         assert not any(info.values()), (name, info)
         assert not list(out.glob("_*"))
     # Resumed: inside the first level, inside the soft phase.
-    resumed = {name: RUNS[name] for name in ("magnitude", "pdp")}
+    resumed = {name: RUNS[name] for name in ("magnitude", "pdp", "pdp-taylor")}
     for name in resumed:
         checkpoint = tmp_path / "fsdp" / name / "out" / "checkpoint-3"
         shutil.copytree(checkpoint, tmp_path / "resumed" / name / "out" / "checkpoint-3")

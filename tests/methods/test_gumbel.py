@@ -8,6 +8,7 @@ from tiny import FAMILIES, losses, make, make_rows, make_trainer, same, weights_
 from transformers import AutoModelForSequenceClassification
 
 from hf_maskselect import MaskSet, PruningState, prunable_weights, verify
+from hf_maskselect.masking.patterns import parse_pattern
 from hf_maskselect.storage.state import load_method_state
 from hf_maskselect.utils.seeds import key_seed
 
@@ -91,7 +92,8 @@ def test_the_budget_is_met_exactly_and_the_model_is_plain(tmp_path, family):
 
 def test_an_untrained_body_has_the_papers_defaults(tmp_path):
     pretrained, untrained = (make_trainer(tmp_path, **given).run.settings.gumbel for given in (GUMBEL, PAPER))
-    assert (pretrained.logit_rate, untrained.logit_rate) == (0.5, 0.05)
+    assert (pretrained.logit_rate, untrained.logit_rate) == (0.1, 0.05)
+    assert (pretrained.prior, untrained.prior) == (10, 0)
     assert (pretrained.train_rest, untrained.train_rest) == (True, False)
 
 
@@ -135,7 +137,7 @@ def test_half_precision_level_best_and_no_clipping(tmp_path, changes):
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_samples_keep_the_budget_along_the_ramp(tmp_path, scope):
     kept = []
-    trainer = make_trainer(tmp_path, **GUMBEL, scope=scope, gumbel_learning_rate=0.5, gumbel_initial_logit=-2.0)
+    trainer = make_trainer(tmp_path, **GUMBEL, scope=scope, soft_ramp=0.8, gumbel_initial_logit=-2.0)
     effective = trainer.run.method.effective
 
     def watched(name, weight):
@@ -214,7 +216,10 @@ def test_candidates_are_samples_tried_when_the_mask_hardens(tmp_path):
     ("changes", "message"),
     [
         ({"gumbel_tau": 0.0}, "gumbel_tau=0.0 must be positive"),
-        ({"scope": "balanced"}, "scope='balanced' has no meaning with method='gumbel'"),
+        (
+            {"scope": "balanced", "criterion": "magnitude"},
+            "scope='balanced' has no meaning with method='gumbel' and crit",
+        ),
         ({"gumbel_budget": False}, "sparsity=0.75 has no meaning with gumbel_budget=False"),
         ({"gumbel_budget": False, "sparsity": None, "pattern": "2:4"}, "needs gumbel_budget=True"),
         ({"gumbel_scale_learning_rate": -1.0}, "gumbel_scale_learning_rate=-1.0 must be positive"),
@@ -228,6 +233,8 @@ def test_candidates_are_samples_tried_when_the_mask_hardens(tmp_path):
             {**PAPER, "num_candidates": 2, "frozen_steps": 4},
             "num_candidates=2 has no meaning with gumbel_budget=False",
         ),
+        ({"criterion": "taylor", "gumbel_prior": 0.0}, "criterion='taylor' has no meaning with gumbel_prior=0"),
+        ({"criterion_batches": 0}, "criterion_batches=0 gives criterion='taylor' no gradients"),
         ({"num_candidates": 2}, "num_candidates=2 needs steps under the hard mask"),
         ({"gumbel_learning_rate": -1.0}, "gumbel_learning_rate=-1.0 must be positive"),
         ({"gumbel_learning_rate": 0.0}, "gumbel_learning_rate=0.0 must be positive"),
@@ -236,3 +243,32 @@ def test_candidates_are_samples_tried_when_the_mask_hardens(tmp_path):
 def test_what_has_no_meaning_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, **{**GUMBEL, **changes})
+
+
+@pytest.mark.parametrize("scope", ["layer", "balanced", "global"])
+def test_logits_start_at_the_standardized_log_of_scores_over_all_matrices(tmp_path, scope):
+    found = []
+    trainer = make_trainer(tmp_path, **GUMBEL, criterion="fisher", scope=scope)
+    method, bench = trainer.run.method, trainer.run.bench
+    begin = method.take_scores
+
+    def watched(score_of, degree):
+        begin(score_of, degree)
+        stats, pattern = bench.gradient_stats({"square"}, 0), parse_pattern("unstructured", scope)
+        scores = {n: (w.detach().square() * stats.of(n).square) for n, w in method.weights.items()}
+        logs = {n: pattern.comparable(score).double().log() for n, score in scores.items()}
+        of_all = torch.cat([log.flatten() for log in logs.values()])
+        finite = of_all[of_all.isfinite()]
+        for name, log in logs.items():
+            z = (log - finite.mean()) / finite.std(correction=0)
+            expected = torch.where(log.isfinite(), 3 + 10 * z, 3 - 40.0).float()
+            torch.testing.assert_close(method._logits[name].data, expected, rtol=1e-3, atol=1e-3)
+        found.append(pattern.masks(scores, 0.75))
+        return {}
+
+    method.take_scores = watched
+    trainer.train()
+    (expected,) = found
+    assert MaskSet(expected).overlap(trainer.pruning_state().masks) > 0.5  # twelve steps move few logits that far
+    settings = trainer.run.settings
+    assert (settings.gumbel.prior, settings.gumbel.logit_rate, settings.soft_ramp) == (10, 0.1, 0.3)

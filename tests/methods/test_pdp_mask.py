@@ -63,6 +63,31 @@ def test_half_precision_weights_are_masked_in_float32():
     assert torch.equal(found, soft_weight(weight.float(), 0.06, 1e-4).bfloat16())
 
 
+@pytest.mark.parametrize("tau", [1e-3, torch.linspace(1e-3, 2e-3, 6, dtype=torch.float64)[:, None]])
+@pytest.mark.parametrize("unit_axes", [(), (1,)])
+def test_a_factor_is_in_the_mask_and_in_the_gradient(unit_axes, tau):
+    generator = torch.Generator().manual_seed(3)
+    weight = 0.05 * torch.randn(6, 8, generator=generator, dtype=torch.float64)
+    factor, t = torch.rand(6, 8, generator=generator, dtype=torch.float64) + 0.5, 0.05
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, weight):
+            ctx.save_for_backward(weight)
+            return soft_weight(weight, t, tau, unit_axes, factor)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return soft_gradient_(grad.clone(), *ctx.saved_tensors, t, tau, unit_axes, factor)
+
+    squares = (factor * weight).square()
+    if unit_axes:
+        squares = squares.mean(1, keepdim=True).expand_as(weight)
+    expected = weight * torch.sigmoid((squares - t**2) / torch.as_tensor(tau, dtype=torch.float64))
+    torch.testing.assert_close(soft_weight(weight, t, tau, unit_axes, factor), expected, rtol=1e-12, atol=1e-15)
+    assert torch.autograd.gradcheck(Scaled.apply, (weight.requires_grad_(),), eps=1e-7, atol=1e-6)
+
+
 class SoftRows(SoftWeight):
     """The same for whole rows."""
 

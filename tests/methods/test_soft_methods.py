@@ -8,11 +8,14 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 from hf_maskselect import MaskSet, PruningState, prunable_weights, verify
 from hf_maskselect.masking.allocation import allocate
 
+SOFT = {"num_levels": None, "frozen_steps": 0, "pruning_warmup_steps": 2, "soft_ramp": 0.8}
 METHODS = [
-    {"method": "pdp", "num_levels": None, "frozen_steps": 0, "pruning_warmup_steps": 2, "pdp_tau": 1e-3},
-    {"method": "gumbel", "num_levels": None, "frozen_steps": 0, "pruning_warmup_steps": 2},
+    {**SOFT, "method": "pdp", "pdp_tau": 1e-3},
+    {**SOFT, "method": "gumbel", "criterion": "magnitude"},
+    {**SOFT, "method": "pdp", "criterion": "taylor"},
+    {**SOFT, "method": "gumbel", "criterion": "taylor"},
 ]
-each_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method["method"])
+each_method = pytest.mark.parametrize("method", METHODS, ids=["pdp", "gumbel", "pdp-taylor", "gumbel-taylor"])
 
 
 @each_method
@@ -39,11 +42,11 @@ SAVED = {"sparsity": None, "frozen_steps": 3, "save_strategy": "steps", "save_st
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """(method, pattern) -> the trainer of a run with a checkpoint of every step; trained once."""
+    """(method, criterion, pattern) -> the trainer of a run with a checkpoint of every step; trained once."""
     trained = {}
 
     def run(method, pattern):
-        key = method["method"], pattern
+        key = method["method"], method.get("criterion"), pattern
         if key not in trained:
             trained[key] = make_trainer(tmp_path_factory.mktemp("whole"), **{**method, "pattern": pattern, **SAVED})
             trained[key].train()
