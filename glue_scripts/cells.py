@@ -18,6 +18,7 @@ METHODS = {
     "obert": ["--method", "obert", *ONE_MASK],
     "pdp": ["--method", "pdp", *SOFT],
     "gumbel": ["--method", "gumbel", *SOFT],
+    "movement": ["--method", "movement", *SOFT],
     "random-paper": ["--method", "random", "--proposals", "paper"],
     "random": ["--method", "random"],
 }

@@ -25,7 +25,7 @@ class PruningConfig(TargetFields, StructureFields, SearchFields, SoftFields, Dis
     * [`TargetFields`]: what is pruned, how far and when (`method`, `sparsity`, `pattern`, `levels`, ...).
     * [`StructureFields`]: smaller shapes instead of zeros (`target_speedup`, `keep_shape`, `latency_*`).
     * [`SearchFields`]: which candidate, and the refit (`num_candidates`, `proposals`, `refit_rows`, ...).
-    * [`SoftFields`]: soft masks of `"pdp"` and `"gumbel"` (`soft_ramp`, `frozen_steps`, `pdp_tau`, `gumbel_*`).
+    * [`SoftFields`]: soft masks of `"pdp"`, `"gumbel"` and `"movement"` (`soft_ramp`, `frozen_steps`, `pdp_tau`, ...).
     * [`DistillFields`]: the losses of a teacher (`distill_*`, `hard_label_weight`).
 
     A field keeps the value that it was given, None where none was. [`resolved`] returns the values that a run uses.

@@ -41,6 +41,7 @@ METHODS = [
     {"method": "random", "num_candidates": 3, "trial_steps": 2},
     {"method": "pdp", "num_levels": None, "frozen_steps": 3, "pdp_tau": 1e-3},
     {"method": "gumbel", "num_levels": None, "frozen_steps": 3},
+    {"method": "movement", "num_levels": None, "frozen_steps": 3},
 ]
 
 

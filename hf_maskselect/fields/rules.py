@@ -13,7 +13,7 @@ import numpy as np
 
 from ..masking.scores import CRITERIA
 
-SOFT_METHODS = ("pdp", "gumbel")
+SOFT_METHODS = ("pdp", "gumbel", "movement")
 METHODS = ("random", *CRITERIA, *SOFT_METHODS)
 SELECTIONS = ("halving", "survivors", "early")
 SELECTION_LOSSES = ("loss", "teacher")

@@ -1,4 +1,4 @@
-"""Soft masks (`"pdp"`, `"gumbel"`): the fields and their rules."""
+"""Soft masks (`"pdp"`, `"gumbel"`, `"movement"`): the fields and their rules."""
 
 from dataclasses import dataclass, fields
 
@@ -53,6 +53,12 @@ class SoftFields:
         gumbel_train_rest (`bool`, *optional*): also train biases, norms and embeddings of the body in the soft
             phase. Defaults to `True`, untrained to `False` (the paper). The head (what lies outside `base_model`)
             always trains; in the warm-up and under the frozen mask everything does.
+        movement_learning_rate (`float`, defaults to 0.01): of the scores, in an optimizer group of their own that
+            follows `lr_scheduler_type`; for Adam (the paper).
+        movement_prior (`float`, *optional*): the scores start at this many times the logarithm of each weight's
+            magnitude (or comparable score, with another `criterion`), standardized over all matrices. Defaults to
+            0.01, about one step of their training, so that the first cuts go by magnitude, and to 1 with another
+            criterion. With 0 all scores start at 0 (the paper), and ties are cut by index.
     """
 
     soft_ramp: float | None = option(None, "Share of the soft phase in which sparsity rises (0.8; gumbel 0.3).")
@@ -73,6 +79,8 @@ class SoftFields:
     gumbel_train_rest: bool | None = option(
         None, "Also train biases, norms and embeddings of the body (untrained: false)."
     )
+    movement_learning_rate: float = option(0.01, "Learning rate of the scores of movement.")
+    movement_prior: float | None = option(None, "Weight of the log-scores in the first scores (magnitude 0.01).")
 
     def _check_soft_values(self) -> None:
         """Check each of these fields by itself."""
@@ -83,6 +91,9 @@ class SoftFields:
             check_steps("frozen_steps", self.frozen_steps)
         check_positive(self, pdp_tau=1e-4, pdp_relative_tau=0.1, gumbel_tau=1, gumbel_learning_rate=0.1)
         check_positive(self, gumbel_scale_learning_rate=1e-3)
+        check_positive(self, movement_learning_rate=0.01)
+        if self.movement_prior is not None and self.movement_prior < 0:
+            raise ValueError(f"movement_prior={self.movement_prior} must be at least 0: larger scores start ahead")
 
     def _check_soft_rules(self, settings: ResolvedConfig) -> None:
         """Check these fields against each other and against those of other groups."""
@@ -111,6 +122,15 @@ class SoftFields:
         if self.pdp_tau is not None and self.pdp_relative_tau is not None:
             why = "which is the same width in another unit: leave one of them unset"
             raise no_meaning("pdp_relative_tau", self.pdp_relative_tau, f"pdp_tau={self.pdp_tau}", why)
+        if settings.method == "movement" and settings.scope == "balanced" and settings.criterion == "magnitude":
+            why = "whose scores are comparable as they are: use 'global' or 'layer'"
+            raise no_meaning("scope", "balanced", f"{method} and criterion='magnitude'", why)
+        if settings.method == "movement" and settings.criterion != "magnitude" and self.movement_prior == 0:
+            why = "which starts all scores alike: leave criterion unset"
+            raise no_meaning("criterion", settings.criterion, "movement_prior=0", why)
+        if settings.method == "movement" and settings.searches:
+            why = "which has one mask: leave num_candidates unset, or use method='random'"
+            raise no_meaning("num_candidates", settings.num_candidates, method, why)
         if settings.emergent and settings.searches:
             why = "since samples of a mask without a budget differ in sparsity: set gumbel_budget=True"
             raise no_meaning("num_candidates", settings.num_candidates, "gumbel_budget=False", why)
@@ -118,7 +138,7 @@ class SoftFields:
     def _criterion_of_soft(self, method: str) -> str:
         """Return what a soft method begins from, where no criterion was given."""
         ranks_nothing = self.gumbel_untrained or self.gumbel_budget is False or self.gumbel_prior == 0
-        if (method == "gumbel" and ranks_nothing) or self.pdp_tau is not None:
+        if method == "movement" or (method == "gumbel" and ranks_nothing) or self.pdp_tau is not None:
             return "magnitude"
         return "taylor"
 

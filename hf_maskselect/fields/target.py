@@ -30,7 +30,8 @@ class TargetFields:
         method (`str`, defaults to `"random"`): `"random"` draws several masks a level, tries each and keeps the best
             (arXiv 2310.13183); `"magnitude"`, `"fisher"`, `"taylor"`, `"platon"` and `"obert"` use one
             deterministic mask of that criterion; `"pdp"` trains through soft masks that harden at the end (arXiv
-            2305.11203); `"gumbel"` learns a mask over frozen weights (arXiv 2202.12986).
+            2305.11203); `"gumbel"` learns a mask over frozen weights (arXiv 2202.12986); `"movement"` learns scores
+            beside the weights (arXiv 2005.07683).
         sparsity (`float`, *optional*): fraction of zeros over the prunable weights, in (0, 1), met to the exact count.
             Defaults to 0.9375 (16x), or to the sparsity of an N:M pattern. Leave it unset with `gumbel_budget=False`,
             where it emerges.
@@ -65,7 +66,9 @@ class TargetFields:
             near its entropy bound (see [`pack`]); checkpoints do not have it.
     """
 
-    method: str = option("random", "random, magnitude, fisher, taylor, platon, obert, pdp or gumbel", METHODS)
+    method: str = option(
+        "random", "random, magnitude, fisher, taylor, platon, obert, pdp, gumbel or movement", METHODS
+    )
     sparsity: float | None = option(None, "Fraction of zeros over the prunable weights (0.9375).")
     pattern: str = option("unstructured", "unstructured, channel, structured, N:M such as 2:4, or RxC such as 1x4.")
     scope: str | None = option(None, "Of candidate 0: layer, balanced or global.")

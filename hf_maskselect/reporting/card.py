@@ -46,6 +46,14 @@ CITATIONS = {
         "IEEE International Conference on Image Processing",
         "2022",
     ),
+    "movement": (
+        "https://arxiv.org/abs/2005.07683",
+        "sanh2020movement",
+        "Movement Pruning: Adaptive Sparsity by Fine-Tuning",
+        "Sanh, Victor and Wolf, Thomas and Rush, Alexander M.",
+        "Advances in Neural Information Processing Systems",
+        "2020",
+    ),
     "structured": (
         "https://arxiv.org/abs/2302.04089",
         "kurtic2023ziplm",
@@ -72,6 +80,7 @@ _OPTIONS_OF_METHOD = {
     "pdp": "criterion soft_ramp pdp_tau pdp_relative_tau",
     "gumbel": "criterion soft_ramp gumbel_prior gumbel_tau gumbel_budget gumbel_untrained gumbel_rescale"
     " gumbel_learning_rate",
+    "movement": "criterion soft_ramp movement_learning_rate movement_prior",
 }
 _DISTILLATION = "teacher distill_logits distill_hidden distill_attention distill_temperature hard_label_weight"
 _TRAINING = "learning_rate per_device_train_batch_size gradient_accumulation_steps seed"

@@ -359,7 +359,11 @@ def check_fsdp(args: PruningConfig, trainer: Trainer, score_fn: ScoreFn | None) 
             f"pattern={args.pattern!r} prunes across rows, which lie on several processes",
             f"use another pattern, {ddp}",
         ),
-        (args.method == "gumbel", "method='gumbel' is not supported", f"use 'pdp' with an N:M pattern, {ddp}"),
+        (
+            args.method in ("gumbel", "movement"),
+            f"method={args.method!r} is not supported",
+            f"use 'pdp' with an N:M pattern, {ddp}",
+        ),
         (
             args.method == "pdp" and settings.pattern.groups is None,
             f"method='pdp' with pattern={args.pattern!r} needs thresholds over whole matrices at every step",

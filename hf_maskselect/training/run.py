@@ -15,6 +15,7 @@ from ..masking.schedule import LevelPlan
 from ..methods.base import Method
 from ..methods.gumbel import Gumbel
 from ..methods.hard import FindWeights, HardMethod
+from ..methods.movement import Movement
 from ..methods.pdp import Pdp
 from ..methods.structured import Structured
 from ..search.bench import TrialBench
@@ -58,6 +59,10 @@ def make_method(config: PruningConfig, find_weights: FindWeights, log: Log) -> M
     if settings.method == "pdp":
         tau, relative_tau = settings.pdp_taus
         return Pdp(find_weights, log, pattern, sparsity, tau, relative_tau, scored, refits, keep_zeros)
+    if settings.method == "movement":
+        rate, prior = config.movement_learning_rate, config.movement_prior
+        prior = (1.0 if scored else 0.01) if prior is None else prior
+        return Movement(find_weights, log, pattern, sparsity, rate, prior, scored, refits, keep_zeros)
     return HardMethod(find_weights, keep_zeros)
 
 

@@ -18,6 +18,7 @@ METHODS = {
     "random": {**SEARCH, "level_eval_steps": 2},
     "pdp": {"method": "pdp", "num_levels": None, "frozen_steps": 3, "num_candidates": 2, "trial_steps": 2},
     "gumbel": {"method": "gumbel", "num_levels": None, "frozen_steps": 0},
+    "movement": {"method": "movement", "num_levels": None, "frozen_steps": 0},
     "survivors": {**SEARCH, "selection": "survivors", "max_steps": 24},
     "refit": {**SEARCH, "refit_rows": 32},
     "fitted": {**SEARCH, "refit_rows": 32, "trial_steps": 0},
@@ -31,7 +32,7 @@ METHODS["fitted_elsewhere"] = METHODS["fitted"] | {  # rank 1 tries the winner o
     "proposals": ["magnitude:layer", "magnitude:global"],
 }
 SAVED = {name: {**changes, "save_strategy": "steps", "save_steps": 3} for name, changes in METHODS.items()}
-RESUMED = ("random", "pdp", "gumbel", "survivors", "refit", "structured", "fitted_elsewhere")
+RESUMED = ("random", "pdp", "gumbel", "movement", "survivors", "refit", "structured", "fitted_elsewhere")
 STOPPED = ("random", "pdp")
 
 

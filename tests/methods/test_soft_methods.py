@@ -1,4 +1,4 @@
-"""What PDP and Gumbel share: resuming, accumulation, interruption, second runs."""
+"""What the soft methods share: resuming, accumulation, interruption, second runs."""
 
 import pytest
 import torch
@@ -14,8 +14,11 @@ METHODS = [
     {**SOFT, "method": "gumbel", "criterion": "magnitude"},
     {**SOFT, "method": "pdp", "criterion": "taylor"},
     {**SOFT, "method": "gumbel", "criterion": "taylor"},
+    {**SOFT, "method": "movement"},
+    {**SOFT, "method": "movement", "criterion": "taylor"},
 ]
-each_method = pytest.mark.parametrize("method", METHODS, ids=["pdp", "gumbel", "pdp-taylor", "gumbel-taylor"])
+IDS = ["pdp", "gumbel", "pdp-taylor", "gumbel-taylor", "movement", "movement-taylor"]
+each_method = pytest.mark.parametrize("method", METHODS, ids=IDS)
 
 
 @each_method
@@ -110,7 +113,7 @@ def test_a_second_run_starts_afresh_and_keeps_what_is_dead(tmp_path, method):
 
 @each_method
 def test_a_run_that_ends_in_its_warm_up_is_cut_by_magnitude(tmp_path, method):
-    """Neither has learned anything yet: PDP ranks by magnitude, and Gumbel's logits start from it."""
+    """None has learned anything yet: PDP ranks by magnitude, and logits and scores start from it."""
     dense = {}
 
     class Stop(TrainerCallback):
@@ -160,7 +163,7 @@ def test_floors_and_quotas_take_nothing_dead(tmp_path, method, scope, share):
     assert early.digest() == MaskSet.from_zeros(plain).digest()
 
 
-@each_method
+@pytest.mark.parametrize("method", METHODS[:4], ids=IDS[:4])
 def test_neighbours_take_nothing_dead(tmp_path, method):
     model, start = hollow(0.002)
     more = {"frozen_steps": 4, "num_candidates": 3, "trial_steps": 2}
@@ -177,13 +180,14 @@ def test_neighbours_take_nothing_dead(tmp_path, method):
     assert all(masks.sparsity() == 0.5 and masks.overlap(start) == 1 for masks in found)
 
 
-def test_rows_with_a_dead_weight_are_not_kept_whole(tmp_path):
+@pytest.mark.parametrize("method", METHODS[::2], ids=IDS[::2])
+def test_rows_with_a_dead_weight_are_not_kept_whole(tmp_path, method):
     model = make()
     for weight in prunable_weights(model).values():
         weight.data[:3, 1] = 0
         weight.data[:3].mul_(4)  # the largest rows
     start = MaskSet.from_zeros(model)
-    trainer = make_trainer(tmp_path, model, **METHODS[0], pattern="channel", sparsity=0.5)
+    trainer = make_trainer(tmp_path, model, **method, pattern="channel", sparsity=0.5)
     trainer.train()
     masks = trainer.pruning_state().masks
     assert masks.sparsity() == 0.5 and masks.overlap(start) == 1
