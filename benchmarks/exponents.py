@@ -56,7 +56,7 @@ def main() -> None:
             proposal = dataclasses.replace(centre, ratio=RATIO)
             criterion = dataclasses.replace(criterion, vote_exponent=power)
         cuts.append(cut(trainer, proposal, index, stats, {**CRITERIA, centre.criterion: criterion}))
-    with bench.sandbox.untouched():
+    with bench.sandbox.untouched(), bench.shared_dense():
         for (centre, power), masks in zip(tqdm(draws, unit="mask"), cuts, strict=True):
             centres.setdefault(centre, masks)
             bench.sandbox.restore()

@@ -3,8 +3,9 @@
     python benchmarks/refit.py [--bf16]
 
 First table: seconds of `refit` on `--rows` rows, beside training on the same rows (forward and backward in batches of
-16, and a teacher's forward pass). With `--bf16` the training runs under autocast; the refit stays in fp32. The search
-counts a row of a refit as `REFIT_COST` rows of training. Second table: `solve_masked` beside the direct way, which
+16, and a teacher's forward pass). With `--bf16` the training and the forward passes of the refit run under autocast;
+the least squares stay in fp32. The search counts a row of the uncut model's pass as `DENSE_COST` and a row of a
+candidate's refit as `REFIT_COST` rows of training. Second table: `solve_masked` beside the direct way, which
 factorizes, for every output, the part of the Gram matrix that belongs to its kept weights (`torch.linalg.cholesky`,
 outputs in blocks of equal size); and the share of the direct way's gain that `solve_masked` reaches.
 """
@@ -19,7 +20,7 @@ from common import TokenRows, alternate, encoder, machine, spread
 from torch import Tensor
 
 from hf_maskselect import prunable_weights, refit
-from hf_maskselect.search.bench import REFIT_COST
+from hf_maskselect.search.bench import DENSE_COST, REFIT_COST
 from hf_maskselect.surgery.least_squares import ridge, solve_masked
 from hf_maskselect.utils.tables import text_table
 
@@ -63,12 +64,14 @@ def beside_training(args: argparse.Namespace) -> None:
                 model.zero_grad()
 
         def fit(model=model, weights=weights, before=before, whole=whole) -> None:
-            refit(model, weights, before, whole)
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+                refit(model, weights, before, whole)
 
         times = alternate({"train": train, "fit": fit}, args.repeats, before=cut)
         ratios = [f / t for f, t in zip(times["fit"], times["train"], strict=True)]
         table.append([sparsity, spread(times["train"]), spread(times["fit"]), spread(ratios)])
-    print(f"MiniLM, {args.rows} rows of {args.length} tokens; a refit row counts as {REFIT_COST} rows of training\n")
+    counted = f"a refit row counts as {DENSE_COST + REFIT_COST:.2f} rows of training"
+    print(f"MiniLM, {args.rows} rows of {args.length} tokens; {counted}\n")
     print(text_table(["sparsity", "training, seconds", "refit, seconds", "ratio"], table), "\n")
 
 
@@ -131,7 +134,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="train under autocast")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(machine("; bf16 autocast, refits in fp32" if args.bf16 else "; fp32"))
+    print(machine("; bf16 autocast" if args.bf16 else "; fp32"))
     beside_training(args)
     beside_factorizations(args)
 

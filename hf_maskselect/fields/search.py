@@ -68,9 +68,10 @@ class SearchFields:
             and errors such as `"rmse"`, `"wer"` or `"perplexity"`, True for all others.
         refit_rows (`int`, *optional*): train rows for the refit of every cut matrix (hard masks): least squares over
             its kept weights against its output before the cut (see [`refit`]); at most so many rows as have 16,384
-            positions (tokens, patches or frames). A refit row costs as much as two training rows. A soft method refits
-            when its mask hardens, against the weights that its soft phase began with. Defaults to 256, and to 0 (off)
-            where `criterion` is magnitude, the plain baseline, and for soft methods without `frozen_steps` or budget.
+            positions (tokens, patches or frames). A candidate's refit row costs as much as a training row, and the
+            uncut model's pass, which all candidates share, a third. A soft method refits when its mask hardens,
+            against the weights that its soft phase began with. Defaults to 256, and to 0 (off) where `criterion` is
+            magnitude, the plain baseline, and for soft methods without `frozen_steps` or budget.
     """
 
     num_candidates: int | None = option(None, "Masks tried at each level (4 for random).")

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from accelerate.data_loader import DataLoaderShard
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 from transformers.utils import is_datasets_available
 
 from .borrowed import BorrowedTrainer, Inputs
@@ -31,6 +32,7 @@ class Batches:
     def __init__(self, trainer: BorrowedTrainer, held_out: Any, copies: bool) -> None:
         self._trainer, self.held_out, self._copies = trainer, held_out, copies
         self._collator: Any = None
+        self._by_length: tuple[Any, list[int]] | None = None  # the held-out rows, their order
         self.copy_collator()
 
     def copy_collator(self) -> None:
@@ -69,11 +71,26 @@ class Batches:
                 if steps == 0:
                     return
 
-    def of_held_out(self) -> DataLoader:
-        """Return the held-out rows in batches of `per_device_eval_batch_size`, the same at every call."""
+    def of_held_out(self, rows: Iterable[int] | None = None) -> DataLoader:
+        """Return the held-out rows in batches of `per_device_eval_batch_size`, the same at every call.
+
+        rows: their order; by default that of the dataset, which a metric may know.
+        """
         size = self._trainer.args.per_device_eval_batch_size
         # This loader knows when it ends, which metrics of batches ask for.
-        return self.load(self.held_out, size, None, self.first_collator, DataLoaderShard)
+        return self.load(self.held_out, size, rows, self.first_collator, DataLoaderShard)
+
+    def held_out_by_length(self) -> list[int]:
+        """Return the held-out rows' indices, the shortest row first, so that batches hold little padding.
+
+        Rows that have no length keep their order. All are read at the first call: make it inside `random_state`.
+        """
+        if self._by_length is None or self._by_length[0] is not self.held_out:
+            model, count = self._trainer.model, len(self.held_out)
+            name = model.main_input_name if isinstance(model, PreTrainedModel) else "input_ids"
+            lengths = [_length_of(self.held_out[row], name) for row in range(count)]
+            self._by_length = self.held_out, sorted(range(count), key=lengths.__getitem__)
+        return self._by_length[1]
 
     def load(
         self,
@@ -99,6 +116,11 @@ class Batches:
                 collate = trainer._get_collator_with_removed_columns(collate, description="search")
         generator = torch.Generator().manual_seed(0)
         return kind(dataset, batch_size=batch_size, sampler=rows, collate_fn=collate, generator=generator)
+
+
+def _length_of(row: Any, name: str) -> int:
+    value = row.get(name) if isinstance(row, Mapping) else None
+    return len(value) if isinstance(value, Sized) else 0
 
 
 def _copy_of(collator: Callable, model: nn.Module) -> Callable:

@@ -1,7 +1,8 @@
 """Trials of masks on the trainer's own model: gradient samples, refits, short trainings and scores."""
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,9 @@ from transformers.trainer_pt_utils import find_batch_size
 from ..masking.maskset import MaskSet
 from ..masking.scores import GradientStats, passes
 from ..methods.base import Method
-from ..surgery.refit import Refit, positions_of_row, refit, refittable
+from ..surgery.dense_outputs import DenseOutputs, dense_outputs
+from ..surgery.passes import positions_of_row, refittable
+from ..surgery.refit import Refit, refit_to
 from ..utils.seeds import key_seed
 from ..utils.swapped import swapped
 from ..utils.wrappers import eager
@@ -27,8 +30,9 @@ from .scorer import Scorer
 EARLY_EVALUATIONS = 20  # of one "early" trial; its score is the mean of the last ten (arXiv 2310.13183)
 EARLY_MEAN = 10
 TRIAL_WARMUP = 0.1
-REFIT_COST = 2  # a refit row costs as much as two training rows
-MOST_POSITIONS = 1 << 14  # tokens, patches or frames of a refit, padding included: all pass at once, twice
+DENSE_COST = 1 / 3  # a row of the uncut model's pass, which all refits of a level share, in training rows
+REFIT_COST = 1  # a row of a candidate's refit, in training rows
+MOST_POSITIONS = 1 << 14  # tokens, patches or frames of a refit, padding included: all pass at once
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ class TrialBench:
         self.identity = Identity(trainer, self.sandbox, self.batches)
         self.scorer = Scorer(trainer, self.sandbox, self.batches)
         self.last_refit: Refit | None = None  # of the last trial, if it began with one
+        self._shares_dense = False
+        self._dense: tuple[Mapping[str, Tensor], int, DenseOutputs] | None = None  # weights before the cut, level
 
     def score(self) -> float:
         """Return `Scorer.score` of the model as it is."""
@@ -99,6 +105,8 @@ class TrialBench:
         self.method.set_masks(load_masks())
         if self.settings.refit_rows and load_start is None:
             self.last_refit = self.refit(self.sandbox.saved, level)
+            if trial.steps:
+                self._dense = None  # its memory goes to the training, which takes much longer than making it again
         if not trial.steps:
             progress.update()
             return self.score()
@@ -183,15 +191,35 @@ class TrialBench:
     def refit(self, before: Mapping[str, Tensor], level: int) -> Refit:
         """Refit the weights that the masks in force keep; `before` are all weights before the cut, by name.
 
-        They are the targets, unless the method has its own.
+        They are the targets, unless the method has its own. Inside `shared_dense` the uncut model's outputs serve for
+        every call with the same mapping `before`.
         """
-        before = {**before, **self.method.targets()}
+        model, weights = self.trainer.model, self.method.weights
         with self.sandbox.random_state(), deterministic(self.trainer.args.device):
-            inputs = self._refit_inputs(level)
-            return refit(self.trainer.model, self.method.weights, before, inputs, self._forward())
+            model.eval()
+            if self._dense is None or self._dense[0] is not before or self._dense[1] != level:
+                self._dense = None  # before others are made: they need memory
+                inputs, targets = self._refit_inputs(level), {**before, **self.method.targets()}
+                self._dense = before, level, dense_outputs(model, weights, targets, inputs, self._forward())
+            dense = self._dense[2]
+            if not self._shares_dense:
+                self._dense = None
+            return refit_to(dense, model, weights)
+
+    @contextlib.contextmanager
+    def shared_dense(self) -> Iterator[None]:
+        """Let refits inside share the uncut model's outputs, unless their trials train; they are freed on leaving."""
+        self._shares_dense = True
+        try:
+            yield
+        finally:
+            self._shares_dense, self._dense = False, None
 
     def steps_of_refit(self, level: int) -> float:
-        """Return the cost of one `refit` in training steps; 0 where no matrix can be refitted."""
+        """Return the cost of one candidate's refit in training steps; 0 where no matrix can be refitted.
+
+        Without the uncut model's pass, which takes `DENSE_COST / REFIT_COST` of it.
+        """
         with self.sandbox.random_state():
             inputs = self._refit_inputs(level)
             any_matrix = refittable(self.trainer.model, self.method.weights, inputs, self._forward())

@@ -39,11 +39,13 @@ class Scorer:
         Raises:
             ValueError: the evaluation does not return the metric, or it is no number.
         """
+        by_loss = self._trainer.selection_metric in SELECTION_LOSSES
         with self._sandbox.random_state(), self._sandbox.alone():
+            rows = self._batches.held_out_by_length() if by_loss else []
             set_seed(key_seed(self._trainer.args.seed, "score") % 2**32)  # for a collator that draws
             self._trainer.model.eval()
-            if self._trainer.selection_metric in SELECTION_LOSSES:
-                return self._mean_loss()
+            if by_loss:
+                return self._mean_loss(rows)
             metric = self._metric()
         return -metric if self._trainer.args.resolved().selection_greater_is_better else metric
 
@@ -76,13 +78,13 @@ class Scorer:
                 f"{known}"
             ) from error
 
-    def _mean_loss(self) -> float:
+    def _mean_loss(self, order: list[int]) -> float:
         trainer, total, rows = self._trainer, 0.0, 0
         if self._rows_per_batch != trainer.args.per_device_eval_batch_size:
             self._soft_labels.clear()
             self._rows_per_batch = trainer.args.per_device_eval_batch_size
         size, held_out = self._rows_per_batch, len(self._batches.held_out)
-        for batch, inputs in enumerate(self._batches.of_held_out()):
+        for batch, inputs in enumerate(self._batches.of_held_out(order)):
             count = min(size, held_out - batch * size)
             rows += count
             if trainer.selection_metric != "teacher":

@@ -21,7 +21,7 @@ from ..masking.scores import Criterion, WeightStats, checked_score
 from ..surgery.refit import Refit
 from ..utils.folders import remove
 from ..utils.processes import Processes
-from .bench import EARLY_EVALUATIONS, Trial, TrialBench
+from .bench import DENSE_COST, EARLY_EVALUATIONS, REFIT_COST, Trial, TrialBench
 from .continued import ContinuedTrials
 from .draws import CandidateMasks
 from .identity import key_of
@@ -40,9 +40,10 @@ _FOLDER = "_search-"  # of the masks that wait; a random ending follows
 class MaskSearch:
     """Chooses the masks of each level and records why.
 
-    A search needs no more memory than one copy of the trained weights and one trial optimizer, or the activations of
-    a refit: masks wait on disk, in a folder `_search-*` of `output_dir`. Processes exchange digests and scores, and
-    the winner's weights where candidates go on from trained weights or matrices are refitted.
+    A search needs no more memory than one copy of the trained weights, the uncut model's outputs that refits aim at
+    (`DenseOutputs`), and one trial optimizer or the activations of a refit: masks wait on disk, in a folder
+    `_search-*` of `output_dir`. Processes exchange digests and scores, and the winner's weights where candidates go on
+    from trained weights or matrices are refitted.
 
     Args:
         bench: tries masks on the trainer's model.
@@ -112,7 +113,7 @@ class MaskSearch:
         start, self.adopted = time.monotonic(), None
         record = LevelSearch(level, plan.levels[level], step, [])
         self._output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=_FOLDER, dir=self._output_dir) as name:
+        with tempfile.TemporaryDirectory(prefix=_FOLDER, dir=self._output_dir) as name, self._bench.shared_dense():
             folder = Path(name)
             candidates = CandidateMasks(self._bench, self._criteria, self._team, folder, record)
             best_refit = BestRefit(folder)
@@ -187,7 +188,10 @@ class MaskSearch:
             nonlocal done
             scores, trial = score_all(candidates, steps), self._trial(candidates[0], steps)
             trained = steps * batches.rows_per_step() / batches.rows_of_training()
-            cost = (0.0 if trial.before else refit) + trained + trial.evaluations * scorer.steps_of_score()
+            refits = bool(refit) and not trial.before
+            dense = refits * refit * DENSE_COST / REFIT_COST  # once for all, unless they train
+            cost = refits * refit + dense * (steps > 0) + trained + trial.evaluations * scorer.steps_of_score()
+            record.step_equivalents += dense * (steps == 0)
             for _ in candidates:
                 record.step_equivalents += cost
             done += max(steps, 1) * len(candidates)
@@ -230,7 +234,7 @@ class MaskSearch:
         if errors.matrices:
             record.cut_error, record.refit_error = errors.cut, errors.refit
         if not scored_after_refit:
-            record.step_equivalents += bench.steps_of_refit(record.level)
+            record.step_equivalents += bench.steps_of_refit(record.level) * (1 + DENSE_COST / REFIT_COST)
         others = len(method.weights) - errors.matrices
         if others and team.processes.rank == 0:
             logger.warning_once(

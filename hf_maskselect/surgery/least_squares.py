@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 ITERATIONS = 16
+LEAST_GAIN = 1e-3  # an iteration that gains less than this share of what all have gained is the last
 RIDGE = 1e-2
 
 
@@ -33,11 +34,15 @@ def solve_masked(gram: Tensor, cross: Tensor, keep: Tensor) -> Tensor:
     precondition = keep * torch.where(gram.diagonal() > 0, 1 / gram.diagonal(), 0)
     delta, residual = torch.zeros_like(cross), cross * keep
     step = residual * precondition
-    size = (residual * step).sum(1, keepdim=True)
+    size, gained = (residual * step).sum(1, keepdim=True), torch.zeros((), dtype=gram.dtype, device=gram.device)
     for _ in range(ITERATIONS):
         product = (step @ gram).mul_(keep)
         length = _ratio(size, (step * product).sum(1, keepdim=True))
         delta.addcmul_(step, length)
+        gain = (length * size).sum()
+        gained += gain
+        if not gain > LEAST_GAIN * gained:
+            break
         residual.addcmul_(product, -length)
         scaled = residual * precondition
         before, size = size, (residual * scaled).sum(1, keepdim=True)

@@ -7,8 +7,7 @@ its target from the uncut model, so that later matrices correct the errors of ea
 
 import contextlib
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -16,17 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers.trainer_pt_utils import find_batch_size
 
-from ..masking.targets import is_layer, transposed_weights
-from ..utils.wrappers import eager, plain_model
+from ..masking.targets import transposed_weights
+from ..utils.wrappers import plain_model
+from .dense_outputs import DenseOutputs, dense_outputs
 from .least_squares import solve_masked
-
-Forward = Callable[..., Tensor]
-
-
-class _LastRefitted(Exception):
-    """Ends the forward pass after the last matrix, since nobody needs its output."""
+from .passes import Forward, LastLayer, Run, all_rows, replaced, run_batch
 
 
 @dataclass
@@ -50,19 +44,19 @@ class Refit:
         return fmean(self.refitted.values()) if self.refitted else math.nan
 
 
-@torch.no_grad()
 def refit(
     model: nn.Module,
     weights: Mapping[str, nn.Parameter],
     before: Mapping[str, Tensor],
     inputs: Mapping[str, Any],
-    run: Callable[[dict[str, Any]], Any] | None = None,
+    run: Run | None = None,
 ) -> Refit:
     """Refit the kept (non-zero) weights of all matrices, and their biases, in place.
 
-    One forward pass does it, in float32 or better. The batch goes through the model twice, side by side: its first
-    half sees the uncut matrices, its second half the cut ones. Each matrix is refitted as soon as its input is there.
-    The other modules must treat the rows of a batch independently.
+    Two forward passes do it, in the dtype that the model computes in: one of the uncut model, of which the outputs at
+    a sample of positions are kept (`DenseOutputs`), and one of the cut model, in which each matrix is refitted, in
+    float32 or better, as soon as its input is there. The other modules must treat the rows of a batch independently.
+    Padding does not pass through the matrices: it has no say in the model either.
 
     Matrices that are not in `refittable` stay as they were cut. So does a matrix with too few positions, and one whose
     refit is not finite or no better than the cut.
@@ -78,226 +72,92 @@ def refit(
     Raises:
         ValueError: the model is in training mode, or `weights` or `before` do not belong to its layers.
     """
+    return refit_to(dense_outputs(model, weights, before, inputs, run), model, weights)
+
+
+@torch.no_grad()
+def refit_to(dense: DenseOutputs, model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Refit:
+    """Refit the kept weights as `refit` does, towards outputs that may serve for other cuts of the model, too."""
     model = plain_model(model)
-    if model.training:
-        raise ValueError(
-            "refit needs a model in eval mode, because dropout would spoil the targets: call model.eval()"
-        )
-    _check_weights(model, weights, before)
-    multiples = refittable(model, weights, inputs, run)
-    if not multiples:
-        return Refit()
-    modules: dict[str, Any] = {name: model.get_submodule(name.removesuffix(".weight")) for name in weights}
-    transposed, real = transposed_weights(model), inputs.get("attention_mask")
-    result, rows, last = Refit(), find_batch_size(inputs), list(multiples)[-1]
+    transposed, result, last = transposed_weights(model), Refit(), next(reversed(dense.outputs), "")
+    seen: _Input | None = None  # layers such as query, key and value read the same tensor
 
-    def forward_of(name: str) -> Forward:
-        module, original = modules[name], modules[name].forward
-        weight: Tensor = weights[name]
-        uncut = before[name].to(weight.dtype)
-        if name in transposed:
-            uncut, weight = uncut.T, weight.T  # views
-
-        def without_refit(values: Tensor) -> Tensor:
-            """Compute the first half with the uncut weight and the second half with the cut one."""
-            if len(values) % 2:  # not rows of the batch, such as DeBERTa's embeddings of distances: cut for both
-                return original(values)
-            cut = weights[name].data
-            try:
-                weights[name].data = before[name].to(cut)
-                first = original(values[: len(values) // 2])
-            finally:
-                weights[name].data = cut
-            return torch.cat([first, original(values[len(values) // 2 :])])
+    def forward_of(name: str, module: Any) -> Forward:
+        weight, original = weights[name].T if name in transposed else weights[name], module.forward
 
         def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
+            nonlocal seen
             (values,) = (*args, *kwargs.values())
-            with torch.autocast(values.device.type, enabled=False):  # it would cache the weight before the refit
-                values = values.to(weight.dtype)
-                if len(values) != 2 * rows * multiples.get(name, 0):
-                    return without_refit(values)
-                own = values[len(values) // 2 :]
-                target = linear(values[: len(values) // 2], uncut, module.bias)
-                errors = _refit_matrix(weight, module.bias, _positions(own, real), _positions(target, real))
-                if errors is not None:
-                    result.cut[name], result.refitted[name] = errors
-                if name == last:
-                    raise _LastRefitted
-                return torch.cat([target, linear(own, weight, module.bias)])
+            if len(values) != dense.rows[name]:
+                return original(values)
+            with torch.autocast(values.device.type, enabled=False):
+                if seen is None or not seen.is_of(values):
+                    seen = _Input(values, dense.positions.of(values, weight.shape[1]))
+                errors = _refit_matrix(weight, module.bias, seen, dense.outputs[name])
+            if errors is not None:
+                result.cut[name], result.refitted[name] = errors
+            if name == last:
+                raise LastLayer
+            return dense.positions.apply(original, values)
 
         return forward
 
-    with _replaced({modules[name]: forward_of(name) for name in weights}), contextlib.suppress(_LastRefitted):
-        _run(model, run, _take_rows(inputs, [*range(rows), *range(rows)]))
+    modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in dense.outputs}
+    forwards = {module: forward_of(name, module) for name, module in modules.items()}
+    if forwards:
+        with replaced(forwards), contextlib.suppress(LastLayer):
+            run_batch(model, dense.run, all_rows(dense.inputs))
     return result
 
 
-@torch.no_grad()
-def refittable(
-    model: nn.Module,
-    weights: Mapping[str, nn.Parameter],
-    inputs: Mapping[str, Any],
-    run: Callable[[dict[str, Any]], Any] | None = None,
-) -> dict[str, int]:
-    """Find the matrices that can be refitted, in the order of a forward pass.
+class _Input:
+    """The input of a matrix at the positions of a refit, in float32 or better, and its Gram matrices."""
 
-    They are the weights of linear layers (also `Conv1D`) that take a gradient and run once per forward pass, on an
-    input that is the rows of the batch one after the other. This excludes convolutions, layers shared between depths
-    (ALBERT), tied matrices, and projections that also get other inputs (DeBERTa's of distances).
+    def __init__(self, values: Tensor, sampled: Tensor) -> None:
+        self._values, self._version = values, _version_of(values)
+        self.x = sampled.to(torch.promote_types(sampled.dtype, torch.float32))
+        self.mean = self.x.mean(0)
+        self._products: dict[bool, tuple[Tensor, Tensor]] = {}
 
-    Args:
-        model: in eval mode.
-        weights: the weights to look at, by name.
-        inputs: keyword arguments of one forward pass; the first row goes through the model, twice.
-        run: passes a batch through the model; by default `model(**inputs)`.
+    def is_of(self, values: Tensor) -> bool:
+        """Whether it was made from this tensor, which nobody has changed since."""
+        return values is self._values and self._version == _version_of(values) >= 0
 
-    Returns:
-        name -> length of its input's first dimension per row of the batch (1, or the choices of a multiple choice).
+    def products(self, centered: bool) -> tuple[Tensor, Tensor]:
+        """Return the input, less its mean if `centered`, and its Gram matrix."""
+        if centered not in self._products:
+            x = self.x - self.mean if centered else self.x
+            self._products[centered] = x, x.T @ x
+        return self._products[centered]
+
+
+def _version_of(values: Tensor) -> int:
+    """Return a number that grows at every change in place; -1 for tensors of `inference_mode`, which have none."""
+    return -1 if values.is_inference() else values._version
+
+
+def _refit_matrix(weight: Tensor, bias: Tensor | None, own: _Input, target: Tensor) -> tuple[float, float] | None:
+    """Change the kept entries of `weight`, and `bias`, so that they map `own.x` (positions, in) to `target`.
+
+    Returns the errors before and after as shares of the variance of the target, or None if nothing was changed.
     """
-    model = plain_model(model)
-    multiples: dict[str, int] = {}
-    uses: dict[str, int] = {}
-
-    def forward_of(name: str, original: Forward) -> Forward:
-        def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
-            (values,) = (*args, *kwargs.values())
-            uses[name] = uses.get(name, 0) + 1
-            half = len(values) // 2
-            if values.dim() > 1 and len(values) == 2 * half and torch.allclose(values[:half], values[half:]):
-                multiples[name] = half
-            return original(*args, **kwargs)
-
-        return forward
-
-    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    forwards: dict[nn.Module, Forward] = {}
-    for name, weight in weights.items():
-        if weight.requires_grad and weight.dim() == 2 and owners[id(weight)] == 1:
-            module = model.get_submodule(name.removesuffix(".weight"))
-            forwards[module] = forward_of(name, module.forward)
-    with _replaced(forwards):
-        _run(model, run, _take_rows(inputs, [0, 0]))
-    return {name: half for name, half in multiples.items() if uses[name] == 1}
-
-
-@torch.no_grad()
-def positions_of_row(
-    model: nn.Module, inputs: Mapping[str, Any], run: Callable[[dict[str, Any]], Any] | None = None
-) -> int:
-    """Measure how many positions (tokens, patches, frames) one row has in the layer that gets the most.
-
-    Layers whose input is not made of the rows of the batch (DeBERTa's of distances) do not count.
-
-    Args:
-        model: in eval mode.
-        inputs: as in `refittable`; the first row goes through the model, twice.
-        run: passes a batch through the model; by default `model(**inputs)`.
-    """
-    model, most = plain_model(model), 0
-
-    def count(module: nn.Module, args: Any, output: Tensor) -> None:
-        nonlocal most
-        half = len(output) // 2
-        if len(output) == 2 * half and torch.allclose(output[:half], output[half:], equal_nan=True):
-            features = output.shape[1 if isinstance(module, nn.Conv2d) else -1]
-            most = max(most, output[:half].numel() // features)
-
-    hooks = [module.register_forward_hook(count) for module in model.modules() if is_layer(module)]
-    try:
-        with eager():
-            _run(model, run, _take_rows(inputs, [0, 0]))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return most
-
-
-def _check_weights(model: nn.Module, weights: Mapping[str, nn.Parameter], before: Mapping[str, Tensor]) -> None:
-    layers = {f"{name}.weight": module.weight for name, module in model.named_modules() if is_layer(module)}
-    for name, weight in weights.items():
-        if layers.get(name) is not weight:
-            raise ValueError(
-                f"{name} is no weight of a linear or convolution layer of {type(model).__name__}: pass the weights of "
-                "prunable_weights under their names"
-            )
-        if name not in before:
-            raise ValueError(f"before lacks {name}: copy every weight before it is cut")
-        if before[name].shape != weight.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(weight.shape)} but {tuple(before[name].shape)} before the cut: copy every "
-                "weight before it is cut"
-            )
-
-
-def _refit_matrix(weight: Tensor, bias: Tensor | None, x: Tensor, y: Tensor) -> tuple[float, float] | None:
-    """Change the kept entries of `weight`, and `bias`, so that they map `x` (positions, in) to `y` (positions, out).
-
-    Returns the errors before and after as shares of the variance of `y`, or None if nothing was changed.
-    """
-    now = weight.to(x.dtype)
-    if len(x) < 2 * int(torch.count_nonzero(now, 1).max()):  # so few positions would be overfitted
+    now, y = weight.to(own.x.dtype), target.to(own.x.dtype)
+    if len(y) < 2 * int(torch.count_nonzero(now, 1).max()):  # so few positions would be overfitted
         return None
     variance = (y - y.mean(0)).square().sum()
-    missing = y - linear(x, now, None if bias is None else bias.to(x.dtype))
+    missing = y - linear(own.x, now, None if bias is None else bias.to(own.x.dtype))
     cut = missing.square().sum()
-    changes_bias = bias is not None and bias.requires_grad
-    if changes_bias:  # it corrects the means, whatever the weights are
-        center, shift = x.mean(0), missing.mean(0)
-        x, missing = x - center, missing - shift
-    gram, cross = x.T @ x, missing.T @ x
+    changes_bias = bias is not None and bias.requires_grad  # it corrects the means, whatever the weights are
+    x, gram = own.products(changes_bias)
+    if changes_bias:
+        shift = missing.mean(0)
+        missing = missing - shift
+    cross = missing.T @ x
     delta = solve_masked(gram, cross, (now != 0).to(x.dtype))
     refitted = missing.square().sum() - 2 * (delta * cross).sum() + ((delta @ gram) * delta).sum()
     if not (variance > 0 and torch.isfinite(delta).all() and refitted <= cut):
         return None
     weight.add_(delta)
     if bias is not None and changes_bias:
-        bias.add_(shift - delta @ center)
+        bias.add_(shift - delta @ own.mean)
     return float(cut / variance), max(float(refitted / variance), 0.0)
-
-
-@contextlib.contextmanager
-def _replaced(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
-    """Replace the forwards of modules inside the context."""
-    own = {module: vars(module).get("forward") for module in forwards}
-    for module, forward in forwards.items():
-        module.forward = forward
-    try:
-        with eager():
-            yield
-    finally:
-        for module, original in own.items():
-            del module.forward
-            if original is not None:  # the instance had its own, such as that of a wrapper
-                module.forward = original
-
-
-def _run(model: nn.Module, run: Callable[[dict[str, Any]], Any] | None, inputs: dict[str, Any]) -> None:
-    if run is None:
-        model(**inputs)
-    else:
-        run(inputs)
-
-
-def _take_rows(inputs: Mapping[str, Any], chosen: list[int]) -> dict[str, Any]:
-    """Return a batch of some rows, one by one as often as they are chosen; what has no rows stays as it is."""
-    rows = find_batch_size(inputs)
-
-    def take(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {name: take(entry) for name, entry in value.items()}
-        if isinstance(value, Tensor):
-            return value[chosen] if value.shape[:1] == (rows,) else value
-        if not isinstance(value, list | tuple):
-            return value
-        if any(isinstance(entry, Mapping | Tensor | list | tuple) for entry in value):
-            return type(value)(take(entry) for entry in value)
-        return type(value)(value[row] for row in chosen) if len(value) == rows else value
-
-    return take(inputs)
-
-
-def _positions(values: Tensor, real: Tensor | None) -> Tensor:
-    """Reshape `(rows, positions, features)` to `(real positions, features)`, in float32 or better."""
-    features = values.shape[-1]
-    values = values.reshape(-1, features).to(torch.promote_types(values.dtype, torch.float32))
-    return values[real.flatten().bool()] if real is not None and real.numel() == len(values) else values

@@ -2,12 +2,13 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -22,11 +23,12 @@ from ..fields.resolved import ResolvedConfig
 from ..masking.fisher_blocks import bytes_of
 from ..masking.scores import CRITERIA, passes
 from ..masking.targets import prunable_weights, transposed_weights
-from ..search.bench import EARLY_EVALUATIONS, REFIT_COST
+from ..search.bench import DENSE_COST, EARLY_EVALUATIONS, MOST_POSITIONS, REFIT_COST
 from ..search.pool import statistics_needed
 from ..search.schedule import rungs_text, search_rungs
 from ..storage.configs import find_config
 from ..storage.models import named_class
+from ..surgery.dense_outputs import most_sampled
 from ..surgery.structured.job import HELD_OUT, POSITIONS, TRIAL_POSITIONS
 from ..utils.tables import text_table
 from .checks import check_batches, check_proposals, check_shapes
@@ -47,6 +49,7 @@ class Workload:
         teaches: whether trials are scored against the teacher's soft labels, which are computed once. Those of a
             language model are too large to keep. They cost a pass for every score, which is not counted here.
         sizes: weights of every matrix that masks cover; not given, they are taken to be one matrix.
+        dense_outputs: numbers of the uncut model's outputs that a search with refits keeps, at most.
     """
 
     config: PruningConfig
@@ -55,6 +58,7 @@ class Workload:
     train_rows: int
     teaches: bool = False
     sizes: tuple[int, ...] = ()
+    dense_outputs: int = 0
 
     def __post_init__(self) -> None:
         check_run(self.config)
@@ -99,10 +103,20 @@ class Workload:
         return min(bytes_of(sizes, samples), max(self.config.obert_memory * 2**30, bytes_of([max(sizes)], samples)))
 
     @property
-    def refit(self) -> float:
-        """Training rows that take as long as one refit. It is a maximum: a refit takes fewer rows if they are long."""
+    def refit_rows(self) -> int:
+        """Rows of a refit. It is a maximum: a refit takes fewer rows if they are long."""
         rows = self.train_rows - self.held_out * self.settings.needs_selection_split
-        return REFIT_COST * min(self.settings.refit_rows, rows)
+        return min(self.settings.refit_rows, rows)
+
+    @property
+    def refit(self) -> float:
+        """Training rows that take as long as one refit, without the uncut model's pass."""
+        return REFIT_COST * self.refit_rows
+
+    @property
+    def dense(self) -> float:
+        """Training rows that take as long as the uncut model's pass, which refits share if no candidate trains."""
+        return DENSE_COST * self.refit_rows
 
     @property
     def shapes(self) -> float:
@@ -133,7 +147,8 @@ class Cost:
     Attributes:
         ranks: number of ranks.
         compute: all searches, in training steps, summed over ranks (a forward pass is a third of a step). What every
-            rank computes for itself counts once: statistics, and the refit of a mask that was not scored after refit.
+            rank computes for itself counts once: statistics, the uncut model's pass for refits, and the refit of a
+            mask that was not scored after refit.
         time: all searches, as a multiple of the training's time.
         busy: share of the ranks' time in trials that is not waiting.
         training_bytes, search_bytes: largest memory of a rank for weights, gradients, AdamW's moments and hard masks
@@ -188,7 +203,16 @@ def workload(config: PruningConfig, path: str | Path, train_rows: int) -> Worklo
     weights = prunable_weights(model, settings.target_modules, settings.exclude_modules)
     check_shapes(config, weights, transposed_weights(model))
     teaches, sizes = settings.selection_metric == "teacher", tuple(weight.numel() for weight in weights.values())
-    return Workload(config, model.base_model.num_parameters(), sum(sizes), train_rows, teaches, sizes)
+    kept = _dense_outputs(weights, transposed_weights(model))
+    return Workload(config, model.base_model.num_parameters(), sum(sizes), train_rows, teaches, sizes, kept)
+
+
+def _dense_outputs(weights: Mapping[str, nn.Parameter], transposed: Collection[str]) -> int:
+    """Count the outputs that a search keeps of all linear layers, if its rows have as many positions as allowed."""
+    shapes = [
+        weight.T.shape if name in transposed else weight.shape for name, weight in weights.items() if weight.dim() == 2
+    ]
+    return sum(outputs * min(most_sampled(inputs), MOST_POSITIONS) for outputs, inputs in shapes)
 
 
 def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
@@ -213,12 +237,14 @@ def search_cost(work: Workload, ranks: int) -> Cost:
     once: float = (work.samples + work.shapes) * len(levels)  # what every rank does for itself, or waits for
     # The chosen mask is refitted once more, unless its candidate was scored after refit or its trained weights stay.
     kept = [bool(rungs) and (survive or not any(steps for _, steps in rungs)) for rungs in levels]
-    once += work.refit * kept.count(False)
+    once += (work.dense + work.refit) * kept.count(False)
     trials = longest = 0.0  # in rows, forward and backward
     for rungs in levels:
         for rung, (count, steps) in enumerate(rungs):
             trial = steps * work.trial_rows(ranks) + min(marks, max(steps, 1)) * work.held_out / 3
-            trial += work.refit if rung == 0 or not survive else 0
+            if rung == 0 or not survive:
+                trial += work.refit + (work.dense if steps else 0)
+                once += 0 if steps else work.dense
             trials += count * trial
             longest += math.ceil(count / ranks) * trial
     if longest and work.teaches:
@@ -229,8 +255,11 @@ def search_cost(work: Workload, ranks: int) -> Cost:
     # While candidates are drawn there are statistics, one score and its ranking, but no gradients.
     drawing = 4 * work.prunable * (needs + 2) - weights if needs else 0
     sampling = 4 * work.prunable * needs + round(work.held_gradients) - weights
-    # A copy of the weights, and the moments of a trial that trains; or the matrices before the cut.
-    copied = 3 if any(steps for rungs in levels for _, steps in rungs) else int(any(levels))
+    # A copy of the weights, and the moments of a trial that trains; or the matrices before the cut, and what refits
+    # aim at, which is not there while a trial trains.
+    trained = 3 * weights * any(steps for rungs in levels for _, steps in rungs)
+    copied = weights if any(levels) else refitted
+    aims = 4 * work.dense_outputs * bool(settings.refit_rows)
     training = 4 * weights + 4 * work.prunable + (weights if ranks > 1 else 0)  # the buckets of the all-reduce
     return Cost(
         ranks=ranks,
@@ -238,7 +267,7 @@ def search_cost(work: Workload, ranks: int) -> Cost:
         time=(longest + once) / (config.max_steps * work.rows),
         busy=trials / (longest * ranks) if longest else 1.0,
         training_bytes=training,
-        search_bytes=training + max(drawing, sampling, copied * weights or refitted),
+        search_bytes=training + max(drawing, sampling, trained, copied + aims),
         shared=0 if ranks == 1 else weights if longest and survive else refitted,
         trained=round(2 * weights * (ranks - 1) / ranks),
     )

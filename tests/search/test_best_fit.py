@@ -7,6 +7,7 @@ import torch
 from tiny import make_trainer, same, weights_of
 
 from hf_maskselect.search.weight_files import BestRefit, RefitErrors
+from hf_maskselect.surgery.dense_outputs import dense_outputs
 from hf_maskselect.surgery.refit import Refit
 
 
@@ -46,3 +47,31 @@ def test_the_winner_is_not_fitted_twice(tmp_path, monkeypatch):
     candidates = sum(len(search.candidates) for search in trainer.run.search.history)
     assert (found["kept"][2], found["lost"][2]) == (candidates, candidates + 2) and candidates > 4
     assert same(found["kept"][0], found["lost"][0]) and found["kept"][1] == found["lost"][1]
+
+
+def test_the_uncut_model_runs_once_a_level(tmp_path, monkeypatch):
+    """For all its candidates; nothing of it stays, and each refit is what it would be alone."""
+    keywords = {"method": "random", "num_candidates": 3, "num_levels": 2, "refit_rows": 32, "trial_steps": 0}
+    found = {}
+    for name in ("shared", "alone"):
+        trainer = make_trainer(tmp_path / name, **keywords)
+        bench, made, fits = trainer.run.bench, [], []
+        refit = bench.refit
+
+        def counted(*given, made=made, **named):
+            made.append(dense_outputs(*given, **named))
+            return made[-1]
+
+        def refitted(*given, bench=bench, refit=refit, fits=fits, name=name):
+            if name == "alone":
+                bench._dense = None
+            fits.append(refit(*given))
+            return fits[-1]
+
+        monkeypatch.setattr("hf_maskselect.search.bench.dense_outputs", counted)
+        monkeypatch.setattr(bench, "refit", refitted)
+        trainer.train()
+        assert bench._dense is None and len(made) == (2 if name == "shared" else len(fits)) < len(fits) + 1
+        found[name] = fits, weights_of(trainer.model)
+    assert len(found["shared"][0]) > 4 and found["shared"][0] == found["alone"][0]
+    assert same(found["shared"][1], found["alone"][1])

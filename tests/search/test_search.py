@@ -156,7 +156,7 @@ def test_the_table_says_why(tmp_path):
         trained = sum(c["steps"] for c in level["candidates"])
         scored = sum(len(c["scores"]) for c in level["candidates"]) * len(trainer.selection_dataset) / 24
         trials = sum(len(c["scores"]) for c in level["candidates"])
-        refitted = (trials + 1) * 2 * len(trainer.train_dataset) / 8  # fewer rows than refit_rows
+        refitted = (trials + 1) * (1 + 1 / 3) * len(trainer.train_dataset) / 8  # fewer rows than refit_rows
         assert level["step_equivalents"] == pytest.approx(rows + trained + scored + refitted)
         assert 0 < level["refit_error"] < level["cut_error"]
     summary = trainer.search_summary()
@@ -284,6 +284,40 @@ def test_every_score_sees_the_same_rows(tmp_path):
         first = trainer.run.bench.score()
         torch.rand(5), collator(make_rows(4))
         assert trainer.run.bench.score() == first
+
+
+@pytest.mark.parametrize("metric", ["loss", "teacher"])
+def test_rows_are_scored_the_shortest_first(tmp_path, metric):
+    """Batches have little padding, and the score is the mean over the same rows."""
+    lengths = [12, 3, 9, 6, 4, 11, 3, 10, 5, 8]
+    rows = [
+        {key: value[:length] if value.dim() else value for key, value in row.items()}
+        for length, row in zip(lengths, make_rows(10, length=12), strict=True)
+    ]
+    scores, seen = [], []
+    for held_out in (rows, sorted(rows, key=lambda row: len(row["input_ids"]))):
+        keywords = {"selection_dataset": held_out, "data_collator": padded, "teacher": make(seed=3)}
+        trainer = make_trainer(
+            tmp_path, keywords=keywords, **SEARCH, selection_metric=metric, per_device_eval_batch_size=4
+        )
+        trainer.model.register_forward_pre_hook(
+            lambda module, args, inputs: seen.append(inputs["input_ids"].shape[1]), with_kwargs=True
+        )
+        scores.append(trainer.run.bench.score())
+    assert seen == [5, 10, 12] * 2 and scores[0] == scores[1]
+    with torch.no_grad():
+        alone = [float(trainer.model(**padded([row])).loss) for row in rows]
+    if metric == "loss":
+        assert scores[0] == pytest.approx(sum(alone) / len(alone), rel=1e-4)
+
+
+def padded(rows):
+    """Rows of several lengths as one batch."""
+    batch = {
+        key: torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True)
+        for key in ("input_ids", "attention_mask")
+    }
+    return {**batch, "labels": torch.stack([row["labels"] for row in rows])}
 
 
 def global_drawing_collator(rows):

@@ -15,7 +15,10 @@ from hf_maskselect import PruningTrainer
 from hf_maskselect.masking.maskset import MaskSet
 from hf_maskselect.masking.patterns import parse_pattern
 from hf_maskselect.masking.targets import prunable_weights
-from hf_maskselect.surgery.refit import refit, refittable
+from hf_maskselect.surgery import dense_outputs as dense_outputs_module
+from hf_maskselect.surgery.dense_outputs import Positions, dense_outputs
+from hf_maskselect.surgery.passes import refittable
+from hf_maskselect.surgery.refit import refit, refit_to
 
 
 def batch(count=96, length=8):
@@ -98,6 +101,31 @@ def test_padding_has_no_say():
     assert all(torch.allclose(fitted[0][name], fitted[1][name], atol=1e-4) for name in fitted[0])
 
 
+@pytest.mark.parametrize("family", ["Bert", "ModernBert", "DebertaV2", "DistilBert"])
+def test_padding_does_not_pass_through_the_matrices(family):
+    """The others compute what they do in the whole model."""
+    model, rows, widths = make(family).eval(), batch(32, 8), set()
+    rows["attention_mask"][::2, 5:] = 0
+    real, seen = rows["attention_mask"].flatten().bool(), {}
+    modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in prunable_weights(model)}
+    hooks = [
+        module.register_forward_hook(lambda _m, _i, output, name=name: seen.__setitem__(name, output))
+        for name, module in modules.items()
+    ]
+    model(**rows)
+    for hook in hooks:
+        hook.remove()
+    for module in modules.values():
+        forward = module.forward
+        module.forward = lambda values, forward=forward: widths.add(values.shape[:-1].numel()) or forward(values)
+    weights, before = cut(model)
+    dense = dense_outputs(model, weights, before, rows)
+    assert len(dense.outputs) >= len(weights) - 4
+    for name, outputs in dense.outputs.items():
+        assert torch.allclose(outputs, seen[name].flatten(0, 1)[real], atol=1e-4), name
+    assert int(real.sum()) in widths and (32 * 8 not in widths or family == "DebertaV2")
+
+
 def test_frozen_parameters_stay():
     model = make().eval()
     for name, parameter in model.named_parameters():
@@ -154,25 +182,93 @@ def test_the_aim_is_what_the_uncut_model_computes(kind):
     if kind == "frozen":
         for parameter in model.bert.encoder.layer[0].parameters():
             parameter.requires_grad_(False)
-    between = {n: m for n, m in model.named_modules() if isinstance(m, nn.LayerNorm | nn.ReLU)}
     seen = {}
-    for name, module in between.items():
-        module.register_forward_hook(lambda _m, _i, output, name=name: seen.__setitem__(name, output.clone()))
+    hooks = [
+        module.register_forward_hook(lambda _m, _i, output, name=name: seen.__setitem__(f"{name}.weight", output))
+        for name, module in model.named_modules()
+    ]
     uncut = model(**inputs)
-    wanted, uncut = dict(seen), uncut if kind == "mixed" else uncut.logits
+    for hook in hooks:
+        hook.remove()
     weights, before = cut(model)
-    after = model(**inputs)
-    seen.clear()
-    done = refit(model, weights, before, inputs)
-    assert 0 < len(done.refitted) < len(weights) if kind in ("frozen", "mixed") else set(done.refitted) == set(weights)
-    whole = {n: o for n, o in seen.items() if len(o) == 2 * len(wanted[n])}  # not of the two rows that are tried first
-    assert len(whole) >= len(between) - 2  # all but what lies behind the last matrix
-    for name, output in whole.items():
-        assert torch.allclose(output[: len(output) // 2], wanted[name], atol=1e-4), name
+    after, dead = model(**inputs), zeros(weights)
+    dense = dense_outputs(model, weights, before, inputs)
+    assert 0 < len(dense.outputs) < len(weights) if kind in ("frozen", "mixed") else set(dense.outputs) == set(weights)
+    for name, outputs in dense.outputs.items():
+        assert torch.allclose(outputs, seen[name].reshape(-1, outputs.shape[1]), atol=1e-4), name
+    assert all(torch.equal(weight == 0, dead[name]) for name, weight in weights.items())
+    assert set(refit_to(dense, model, weights).refitted) == set(dense.outputs)
     fitted = model(**inputs)
     if kind != "mixed":
-        after, fitted = after.logits, fitted.logits
+        after, fitted, uncut = after.logits, fitted.logits, uncut.logits
     assert (fitted - uncut).norm() < 0.8 * (after - uncut).norm()
+
+
+def test_the_same_outputs_serve_for_every_cut():
+    """To the bit, whatever was cut when they were made."""
+    model, inputs = make().eval(), batch()
+    start = weights_of(model)
+    before = {name: weight.detach().clone() for name, weight in prunable_weights(model).items()}
+    dense, alone, shared = None, [], []
+    for seed in (0, 1):
+        for fitted in (alone, shared):
+            model.load_state_dict(start)
+            weights, _ = cut(model, seed=seed)
+            if fitted is alone:
+                done = refit(model, weights, before, inputs)
+            else:
+                dense = dense_outputs(model, weights, before, inputs) if dense is None else dense
+                done = refit_to(dense, model, weights)
+            fitted.append((weights_of(model), done))
+    assert all(same(a, b) and first == second for (a, first), (b, second) in zip(alone, shared, strict=True))
+    assert not same(alone[0][0], alone[1][0])
+
+
+def test_a_sample_of_the_real_positions_is_enough(monkeypatch):
+    """The sample is fixed, without padding, and larger for wider matrices."""
+    mask = torch.ones(64, 8, dtype=torch.long)
+    mask[::2, 5:] = 0
+    count, numbers = int(mask.sum()), torch.arange(64 * 8.0).reshape(64, 8, 1)
+    taken = Positions(mask).of(numbers, inputs=32)[:, 0].long()
+    assert len(taken) == count and mask.flatten()[taken].all()
+    monkeypatch.setattr(dense_outputs_module, "LEAST_SAMPLED", 100)
+    positions = Positions(mask)
+    narrow, wide = positions.of(numbers, inputs=32)[:, 0], positions.of(numbers, inputs=50)[:, 0]
+    assert len(narrow) == 100 and len(wide) == 150 and set(narrow.tolist()) < set(wide.tolist())
+    assert mask.flatten()[wide.long()].all() and torch.equal(wide, wide.unique())
+    assert torch.equal(wide, Positions(mask).of(numbers, inputs=50)[:, 0])
+    assert len(positions.of(torch.zeros(64, 1), inputs=32)) == 64  # one position a row: the mask says nothing
+
+    monkeypatch.setattr(dense_outputs_module, "LEAST_SAMPLED", 256)
+    model, inputs = make().eval(), batch(256)
+    dense = model(**inputs).logits
+    weights, before = cut(model)
+    off = (model(**inputs).logits - dense).norm()
+    assert set(refit(model, weights, before, inputs).refitted) == set(weights)
+    assert (model(**inputs).logits - dense).norm() < 0.5 * off
+
+
+def test_an_input_that_changed_in_place_is_read_again():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
+
+        def forward(self, x):
+            x = x.clone()
+            x += self.layers[0](x)
+            return self.layers[1](x)
+
+    model, inputs = Residual().eval(), {"x": torch.randn(64, 4, 16)}
+    uncut = model(**inputs)
+    weights = {f"layers.{i}.weight": layer.weight for i, layer in enumerate(model.layers)}
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    with torch.no_grad():
+        weights["layers.0.weight"][:, ::2] = 0
+    done = refit(model, weights, before, inputs)
+    left = (model(**inputs) - uncut).square().sum() / (uncut - uncut.mean((0, 1))).square().sum()
+    assert done.refitted["layers.1.weight"] == pytest.approx(left.item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -391,7 +487,7 @@ def test_masks_are_compared_as_they_are_fitted(tmp_path, monkeypatch, capsys):
     chosen = next(candidate for candidate in search.candidates if candidate.chosen)
     assert chosen.scores[0] == min(value for _, _, value in scored)
     held_out = len(trainer.selection_dataset)
-    assert search.step_equivalents == pytest.approx(4 + 3 * 2 * 32 / 8 + 3 * held_out / (3 * 8))
+    assert search.step_equivalents == pytest.approx(4 + (1 / 3 + 3) * 32 / 8 + 3 * held_out / (3 * 8))
 
 
 def test_long_rows_are_fewer(tmp_path, monkeypatch):
@@ -402,7 +498,7 @@ def test_long_rows_are_fewer(tmp_path, monkeypatch):
         trainer = make_trainer(tmp_path / f"{rows}", method="taylor", num_levels=1, refit_rows=rows)
         trainer.train()
         cost[rows] = trainer.run.search.history[0].step_equivalents, weights_of(trainer.model)
-    assert cost[32][0] == cost[256][0] == 4 + 2 * 32 / 8  # gradient samples, refit
+    assert cost[32][0] == cost[256][0] == pytest.approx(4 + (1 / 3 + 1) * 32 / 8)  # gradient samples, refit
     assert same(cost[32][1], cost[256][1])
 
 

@@ -93,6 +93,21 @@ def test_a_search_needs_the_most_memory_in_trials_that_train_or_where_masks_are_
         assert cost.search_bytes - cost.training_bytes == expected
 
 
+def test_the_outputs_that_refits_aim_at_take_memory(tmp_path):
+    """Beside the copy of the weights; of 12 matrices 32 or 64 outputs, at 2,048 positions each."""
+    make().save_pretrained(tmp_path)
+    fields = {"proposals": ["magnitude:layer:votes"], "criterion": "magnitude", "method": "random", "trial_steps": 0}
+    costs = []
+    for rows in (8, 0):
+        changes = fields | ({"refit_rows": rows} if rows else {"refit_rows": 0, "trial_steps": None})
+        work = workload(make_config(tmp_path / "out", **changes), tmp_path, 100)
+        costs.append(search_cost(work, 1))
+    assert work.dense_outputs == 2 * (5 * 32 + 64) * 2048
+    copies = 4 * work.parameters
+    assert costs[0].search_bytes - costs[0].training_bytes == copies + 4 * work.dense_outputs
+    assert costs[1].search_bytes - costs[1].training_bytes == 3 * copies
+
+
 def test_survivors_send_the_winners_weights(tmp_path):
     config = make_config(tmp_path, **SEARCH)
     plain = search_cost(Workload(config, 1_000_000, 800, 0), 2)
