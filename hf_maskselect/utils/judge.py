@@ -5,20 +5,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 _MOST = 1 << 24  # numbers that are compared
 _NEVER = -1e4  # the logit of a position of padding
 
 
 class Judge:
-    """Says how far a model's outputs are from those of the model that it was made with, over some batches."""
+    """Says how far a model's outputs are from those of the model that it was made with, over some batches.
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    Both are models of transformers, with their `config`.
+    """
+
+    def __init__(self, model: Any, batches: Sequence[Mapping[str, Tensor]]) -> None:
         self._batches = batches
         self._reference = self._outputs(model)
 
-    def __call__(self, model: PreTrainedModel) -> float:
+    def __call__(self, model: Any) -> float:
         """Return the mean KL divergence of the logits, in nats.
 
         With several labels a row, each label is a choice of two. In question answering, the choice of the first
@@ -33,7 +35,7 @@ class Judge:
         return float(errors.mean() / torch.cat([b.flatten() for _, b in pairs]).var().clamp(min=1e-12))
 
     @torch.no_grad()
-    def _outputs(self, model: PreTrainedModel) -> list[Tensor]:
+    def _outputs(self, model: Any) -> list[Tensor]:
         several = model.config.problem_type == "multi_label_classification"
         return [self._compared(model(**batch), batch.get("attention_mask"), several) for batch in self._batches]
 
