@@ -259,13 +259,13 @@ def test_tied_embeddings_are_left_alone(tmp_path):
         ({"pdp_tau": None, "pdp_relative_tau": 0.0}, "pdp_relative_tau=0.0 must be positive"),
         (
             {"pdp_tau": None, "criterion_batches": 0},
-            "criterion_batches=0 gives criterion='taylor' no gradients: .* 'magn",
+            "criterion_batches=0 gives criterion='taylor' no gradients: .* criterion='magnitude'",
         ),
         ({"proposals": ["paper"]}, r"proposals=\['paper'\] has no meaning with method='pdp'"),
         ({"num_candidates": 4}, "num_candidates=4 needs steps under the hard mask"),
         ({"level_eval_steps": 2}, "level_eval_steps=2 needs steps under the hard mask"),
         (
-            {"method": "magnitude", "pdp_tau": 1e-4, "frozen_steps": 2},
+            {"method": "magnitude", "pdp_tau": None, "frozen_steps": 2},
             "frozen_steps=2 has no meaning with method='magnitude'",
         ),
         ({"method": "magnitude", "frozen_steps": 0}, "pdp_tau=0.001 has no meaning with method='magnitude'"),

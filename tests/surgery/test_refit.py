@@ -400,7 +400,7 @@ def test_the_defaults(tmp_path):
             ("gumbel", {"num_levels": None}),
         )
     }
-    assert rows == {"magnitude": 0, "taylor": 256, "fisher": 256, "random": 256, "pdp": 0, "gumbel": 0}
+    assert rows == {"magnitude": 0, "taylor": 256, "fisher": 256, "random": 256, "pdp": 256, "gumbel": 256}
     assert make_config(tmp_path, method="random", proposals=["paper"]).resolved().refit_rows == 0
     assert make_config(tmp_path, refit_rows=32).resolved().refit_rows == 32
 
@@ -410,7 +410,7 @@ def test_the_defaults(tmp_path):
     [
         ({"refit_rows": -1}, "refit_rows=-1"),
         ({"refit_rows": 1.5}, "whole number"),
-        ({"method": "pdp", "num_levels": None, "refit_rows": 8}, "no meaning with method='pdp'"),
+        ({"method": "pdp", "num_levels": None, "refit_rows": 8, "frozen_steps": 0}, "set frozen_steps, such as 0.2"),
     ],
 )
 def test_what_makes_no_sense_is_refused(tmp_path, changes, expected):

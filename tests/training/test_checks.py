@@ -24,7 +24,7 @@ def engine(tensor=1, context=1, sequence=1, **changes):
     return types.SimpleNamespace(**given, **sizes)
 
 
-PDP = {"method": "pdp", "num_levels": None}
+PDP = {"method": "pdp", "num_levels": None, "refit_rows": 0}
 EACH_STEP = {"eval_strategy": "steps", "save_strategy": "steps"}
 NM = {"pattern": "2:4", "sparsity": None, "num_levels": None}
 
@@ -42,7 +42,7 @@ NM = {"pattern": "2:4", "sparsity": None, "num_levels": None}
         (fsdp(), {"method": "random"}, "num_candidates=4 .* set it to 1, or use DistributedDataParallel"),
         (fsdp(), {"method": "taylor"}, "refit_rows=256 needs whole matrices: set it to 0, or use DistributedData"),
         (fsdp(), {"level_eval_steps": 2}, "level_eval_steps"),
-        (fsdp(), {"method": "gumbel", "num_levels": None}, "'pdp' with an N:M pattern"),
+        (fsdp(), {"method": "gumbel", "num_levels": None, "refit_rows": 0}, "'pdp' with an N:M pattern"),
         (fsdp(), PDP, "whole matrices"),
         (
             fsdp(),
