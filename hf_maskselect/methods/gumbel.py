@@ -18,14 +18,13 @@ from transformers import PreTrainedModel
 from ..masking.allocation import allocate, kept_count
 from ..masking.base import Pattern
 from ..masking.groups import Groups
-from ..masking.maskset import MaskSet, diverged
+from ..masking.maskset import MaskSet
 from ..masking.schedule import LevelPlan
-from .base import ScoreOf
 from .gumbel_sample import budget_shift, perturbed, sample
 from .hard import FindWeights
-from .soft import SoftMethod
+from .learned import NEVER, LearnedUnits
 
-_LOGITS, _SCALE, _SHIFT = "logits.", "scale.", "shift."  # prefixes in a checkpoint
+_SCALE, _SHIFT = "scale.", "shift."  # prefixes in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,7 @@ class GumbelOptions:
     train_rest: bool
 
 
-_NEVER = -1e4  # the logit of a weight that was pruned before
-_LEAST = -4.0  # the standardized logarithm of a zero that is not pruned
-_SAME = 1e-3  # standard deviations of logarithms below this are rounding: all weights are of one size
-
-
-class Gumbel(SoftMethod):
+class Gumbel(LearnedUnits):
     """Learned masks over frozen weights.
 
     Args:
@@ -75,7 +69,7 @@ class Gumbel(SoftMethod):
         refits: as in `SoftMethod`.
     """
 
-    trains_weights = False
+    trains_weights, apart, prefix, called = False, True, "logits.", "logit"
 
     def __init__(
         self,
@@ -89,50 +83,39 @@ class Gumbel(SoftMethod):
         refits: bool = False,
         keep_zeros: bool = True,
     ) -> None:
-        super().__init__(find_weights, report, scored, refits, keep_zeros)
-        self._sparsity, self._options, self._seed_of = sparsity, options, seed_of
-        self._scoring = pattern  # makes scores comparable; logits are so by themselves
-        self._pattern = pattern.scoped("global") if pattern.scope == "balanced" else pattern
-        self._logits: dict[str, nn.Parameter] = {}
+        first, prior, rate = options.initial_logit, options.prior, options.logit_rate
+        super().__init__(find_weights, report, pattern, sparsity, first, prior, rate, scored, refits, keep_zeros)
+        self._options, self._seed_of = options, seed_of
         self._scales: dict[str, nn.Parameter] = {}
         self._shifts: dict[str, float] = {}
         self._slopes: dict[str, Tensor] = {}  # derivatives of the sample by the logits, for one step
-        self._started = False  # whether the logits have their values for the weights that the soft phase began with
         self._frozen: list[nn.Parameter] = []
         self._generator = torch.Generator()
 
     # -- what is trained ---------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def attach(self, model: nn.Module) -> None:
-        """Find the model's weights; in a new model, make their logits and scales."""
-        before = self.weights
-        super().attach(model)
-        if all(before.get(name) is weight for name, weight in self.weights.items()):
-            return
-        options = self._options
-        self._logits, self._scales, self._shifts, self._started = {}, {}, {}, False
+    def renew(self, model: nn.Module) -> None:
+        """Make the logits and scales of a new model."""
+        super().renew(model)
+        self._shifts = {}
         for name, weight in self.weights.items():
-            shape = self._pattern.unit_shape(weight.shape)
-            logits = torch.full(shape, options.initial_logit, dtype=torch.float32, device=weight.device)
-            self._logits[name] = nn.Parameter(logits)
-            self._scales[name] = nn.Parameter(torch.ones((), device=weight.device), requires_grad=options.rescale)
+            one = torch.ones((), device=weight.device)
+            self._scales[name] = nn.Parameter(one, requires_grad=self._options.rescale)
         body = model.base_model if isinstance(model, PreTrainedModel) else model
-        self._frozen = [] if options.train_rest else list(body.parameters())
+        self._frozen = [] if self._options.train_rest else list(body.parameters())
 
     @torch.no_grad()
     def reset(self) -> None:
         """Forget the logits and scales of an earlier run."""
-        self._shifts, self._started = {}, False
-        for name, logits in self._logits.items():
-            logits.fill_(self._options.initial_logit)
-            self._scales[name].fill_(1.0)
-            for trained in (logits, self._scales[name]):
-                self.optimizer.state.pop(trained, None)
+        super().reset()
+        self._shifts = {}
+        for scale in self._scales.values():
+            scale.fill_(1.0)
+            self.optimizer.state.pop(scale, None)
 
     def parameter_groups(self) -> list[dict]:
         """The logits, and the scales if they are learned."""
-        groups = [{"params": list(self._logits.values()), "lr": self._options.logit_rate, "weight_decay": 0.0}]
+        groups = super().parameter_groups()
         if self._options.rescale:
             groups.append({"params": list(self._scales.values()), "lr": self._options.scale_rate, "weight_decay": 0.0})
         return groups
@@ -145,98 +128,34 @@ class Gumbel(SoftMethod):
                 weight.copy_(weight.sign() * weight.float().contiguous().std())
         super().begin(plan, optimizer)
 
-    def remember(self) -> Callable[[], None]:
-        """Return a function that gives this object its present state back; logits change only where they start."""
-        bring_back, started = super().remember(), self._started
-
-        def bring_logits_back() -> None:
-            bring_back()
-            for logits in () if started else self._logits.values():
-                logits.data.fill_(self._options.initial_logit)
-
-        return bring_logits_back
-
     # -- one step ----------------------------------------------------------------------------------------------------
-
-    def begin_from(self, score_of: ScoreOf, degree: float) -> dict[str, Tensor]:
-        """Set the logits by the logarithm of comparable scores, standardized over all matrices."""
-        logs, count, total, squares = {}, 0, 0.0, 0.0
-        for name in self.weights:
-            log = logs[name] = self._scoring.comparable(self._scoring.unit_scores(score_of(name)), consume=True).log_()
-            some = log[log.isfinite()].double()
-            count, total, squares = count + some.numel(), total + float(some.sum()), squares + float(some @ some)
-        mean = total / max(count, 1)
-        deviation = max(squares / max(count, 1) - mean**2, _SAME**2) ** 0.5
-        for name, log in logs.items():
-            z = log.sub_(mean).div_(deviation).masked_fill_(log.isinf(), _LEAST)
-            self._logits[name].data.add_(z.view_as(self._logits[name]), alpha=self._options.prior)
-        self._started = True
-        self._forbid_pruned()
-        return {name: logits.data for name, logits in self._logits.items()}
-
-    def _forbid_pruned(self) -> None:
-        """Give what was pruned before the run no chance."""
-        for name, allowed in (self._allowed_units() or {}).items():
-            self._logits[name].data.masked_fill_(~allowed, _NEVER)
-
-    def _start(self) -> None:
-        """Once, set the logits by the magnitudes that the soft phase begins with, unless scores have set them."""
-        if self._started:
-            return
-        self._started = True
-        for name, weight in self.weights.items():
-            logits, size = self._logits[name].data, self._pattern.unit_sizes(weight.detach().abs().float())
-            if self._options.prior:
-                zero = size == 0
-                size.log_()
-                some = size[~zero]
-                size.sub_(some.mean()).div_(some.std(correction=0).clamp_min_(_SAME)).masked_fill_(zero, _LEAST)
-                logits.add_(size, alpha=self._options.prior)
-        self._forbid_pruned()
-
-    def _allowed_units(self) -> dict[str, Tensor] | None:
-        """Boolean masks of the units without a weight that was pruned before the run; None if all are."""
-        allowed = self.allowed()
-        return None if allowed is None else {name: self._pattern.whole_units(mask) for name, mask in allowed.items()}
-
-    def _masks(self, logits: dict[str, Tensor], sparsity: float) -> MaskSet:
-        """The masks of the best logits."""
-        units = self._pattern.unit_masks(logits, sparsity, self._allowed_units())
-        return MaskSet({name: self._pattern.spread(mask, self.weights[name]) for name, mask in units.items()})
 
     def prepare(self, step: int) -> None:
         """Seed the samples of the step and compute the shifts that hold the budgets."""
-        self._start()
-        device = next(iter(self._logits.values())).device
+        self.start()
+        device = next(iter(self._learned.values())).device
         self._generator = torch.Generator(device=device).manual_seed(self._seed_of(step))
         if self._options.budget and self._pattern.groups is None:
             pools = self._pools()
             for names, keep in zip(pools, self._budgets(pools, self.plan.ramp_at(step) * self._sparsity), strict=True):
-                pool = [self._logits[name] for name in names]
-                shift = _NEVER / 2  # keeps every weight that is not pruned
+                pool = [self._learned[name] for name in names]
+                shift = NEVER / 2  # keeps every weight that is not pruned
                 if keep is not None:
                     try:
                         shift = budget_shift(pool, keep, self._shifts.get(names[0], 0.0))
                     except ValueError:
-                        self._finite_logits()
+                        self.finite()
                         raise
                 self._shifts.update(dict.fromkeys(names, shift))
 
     def _pools(self) -> list[list[str]]:
         """Names that share one budget."""
-        names = list(self._logits)
+        names = list(self._learned)
         return [names] if self._pattern.scope == "global" else [[name] for name in names]
-
-    def _finite_logits(self) -> dict[str, Tensor]:
-        """The logits by name; a ValueError if training has diverged."""
-        for name, logits in self._logits.items():
-            if not bool(torch.isfinite(torch.stack(logits.data.aminmax())).all()):
-                raise ValueError(diverged(f"the logit matrix of {name}", f" at step {self._step}"))
-        return {name: logits.data for name, logits in self._logits.items()}
 
     def _budgets(self, pools: list[list[str]], sparsity: float) -> list[float | None]:
         """How many units each pool is to keep on average; None for all that are not pruned."""
-        sizes, allowed = [sum(self._logits[name].numel() for name in names) for names in pools], self._allowed_units()
+        sizes, allowed = [sum(self._learned[name].numel() for name in names) for names in pools], self._allowed_units()
         if allowed is None:
             density = 1 - sparsity
             return [density * size for size in sizes]
@@ -252,7 +171,7 @@ class Gumbel(SoftMethod):
 
     def effective(self, name: str, weight: Tensor) -> Tensor:
         """The weight times its scale and a sample of its mask."""
-        drawn = perturbed(self._logits[name].data, self._generator)
+        drawn = perturbed(self._learned[name].data, self._generator)
         drawn.sub_(self._shifts.get(name, 0.0))
         groups = self._groups_now()
         if self._pattern.groups is not None and groups is None:
@@ -270,7 +189,7 @@ class Gumbel(SoftMethod):
         # d effective / d logit = scale * weight * slope, in the memory of the gradient, which is not needed any more
         slope = self._pattern.spread(self._slopes.pop(name), weight)
         of_weights = grad.float().mul_(slope).mul_(weight).mul_(scale.data)
-        self._logits[name].grad = self._pattern.unit_scores(of_weights)  # row-major, as the logits are
+        self._learned[name].grad = self._pattern.unit_scores(of_weights)  # row-major, as the logits are
 
     def gap(self, masks: MaskSet) -> float:
         """The change by hardening, from one sample."""
@@ -289,39 +208,39 @@ class Gumbel(SoftMethod):
     def on_optimizer_step(self) -> None:
         """Set the pruned weights to zero and clear the gradients of logits and scales."""
         super().on_optimizer_step()
-        for trained in (*self._logits.values(), *self._scales.values()):
-            trained.grad = None
+        for scale in self._scales.values():
+            scale.grad = None
 
     # -- masks ------------------------------------------------------------------------------------
 
     def hard_masks(self) -> MaskSet:
         """The best logits at this point of the ramp; without a budget, those >= 0."""
-        self._start()
-        logits = self._finite_logits()
+        self.start()
+        logits = self.finite()
         if not self._options.budget:
             return MaskSet({name: t >= 0 for name, t in logits.items()})
         if self._pattern.groups is None:
             sparsity, allowed = self.plan.ramp_at(self._step) * self._sparsity, self._allowed_units()
             if allowed is not None:  # early on the ramp the model has more zeros than it asks for
                 sparsity = max(sparsity, MaskSet(allowed).sparsity())
-            return self._masks(logits, sparsity)
+            return self.spread(self._pattern.unit_masks(logits, sparsity, self._allowed_units()))
         groups = self._groups_now()
         if groups is None:
             return MaskSet.ones(self.weights)
         if groups == self._pattern.groups:
-            return self._masks(logits, self._sparsity)
+            return self.best(logits)
         return MaskSet({name: groups.best(t) for name, t in logits.items()})  # they may need pruned weights
 
     def candidate(self, ratio: float | None, seed: int) -> MaskSet:
         """The best logits at the target, or a sample of the learned law with the exact count."""
-        self._start()
-        scores = self._finite_logits()
+        self.start()
+        scores = self.finite()
         if ratio is not None:
             generator = torch.Generator(device=next(iter(scores.values())).device).manual_seed(seed)
             scores = {name: perturbed(t, generator) for name, t in scores.items()}
         if not self._options.budget:
             return MaskSet({name: t >= 0 for name, t in scores.items()})
-        return self._masks(scores, self._sparsity)
+        return self.best(scores)
 
     def folded(self, name: str, weight: Tensor) -> Tensor:
         """The weight times its scale."""
@@ -333,8 +252,7 @@ class Gumbel(SoftMethod):
         """The weights, logits, scales and shifts; empty outside the soft phase."""
         state = super().state_dict()
         if state:
-            for name in self.weights:
-                state |= {_LOGITS + name: self._logits[name].data, _SCALE + name: self._scales[name].data}
+            state |= {_SCALE + name: scale.data for name, scale in self._scales.items()}
             for name, shift in self._shifts.items():  # the start of Newton's method decides the next shift's last bits
                 state[_SHIFT + name] = torch.tensor(shift, dtype=torch.float64)
         return state
@@ -344,7 +262,5 @@ class Gumbel(SoftMethod):
         """Restore a checkpoint with its logits, scales and shifts."""
         super().load_state_dict(masks, state, step)
         for name in self.weights if state else ():
-            self._logits[name].copy_(state[_LOGITS + name])
             self._scales[name].copy_(state[_SCALE + name])
-        self._started = bool(state)
         self._shifts = {name: float(state[_SHIFT + name]) for name in self.weights if _SHIFT + name in state}

@@ -56,8 +56,8 @@ class Pdp(SoftMethod):
         refits: bool = False,
         keep_zeros: bool = True,
     ) -> None:
-        super().__init__(find_weights, report, scored, refits, keep_zeros)
-        self._pattern, self._sparsity, self._tau, self._relative_tau = pattern, sparsity, tau, relative_tau
+        super().__init__(find_weights, report, pattern, sparsity, scored, refits, keep_zeros)
+        self._tau, self._relative_tau = tau, relative_tau
         self._factors: dict[str, Tensor] = {}  # local rows, in half precision; empty where magnitudes have none
         self._zeros: dict[str, int] = {}  # units that each matrix will lose, fixed when the soft phase begins
         self._boundaries: dict[str, Boundary] = {}
@@ -104,11 +104,6 @@ class Pdp(SoftMethod):
         """Fix how many units each matrix will lose, by masks of the units that stay."""
         self._zeros = {name: mask.numel() - int(torch.count_nonzero(mask)) for name, mask in kept.items()}
         self._boundaries = {name: Boundary() for name in kept}
-
-    def _allowed_units(self) -> dict[str, Tensor] | None:
-        """Boolean masks of the units without a weight that was pruned before the run; None if all are."""
-        allowed = self.allowed()
-        return None if allowed is None else {name: self._pattern.whole_units(mask) for name, mask in allowed.items()}
 
     def effective(self, name: str, weight: Tensor) -> Tensor:
         """The weight times its soft mask."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..masking.base import Pattern
 from ..masking.dtensors import from_local_rows, gathered, local_rows, sharded_like, squared_norm, swap_data
 from ..masking.maskset import MaskSet, pack_bits, unpack_bits
 from ..masking.schedule import LevelPlan
@@ -32,6 +33,8 @@ class SoftMethod(HardMethod):
     Args:
         find_weights: returns the prunable weights of a model by name.
         report: called with values to log when the mask hardens.
+        pattern: what is pruned together, and the scope of the ranking.
+        sparsity: the target.
         scored: whether the soft phase begins from the scores of a criterion, which `take_scores` gets. A run that ends
             before that is cut by magnitude.
         refits: whether the hardened model is refitted. Its targets are then the weights that the soft phase begins
@@ -45,12 +48,15 @@ class SoftMethod(HardMethod):
         self,
         find_weights: FindWeights,
         report: Callable[[dict[str, float]], None],
+        pattern: Pattern,
+        sparsity: float,
         scored: bool = False,
         refits: bool = False,
         keep_zeros: bool = True,
     ) -> None:
         super().__init__(find_weights, keep_zeros)
-        self._report, self._scored, self._refits = report, scored, refits
+        self._report, self._pattern, self._sparsity = report, pattern, sparsity
+        self._scored, self._refits = scored, refits
         self._targets: dict[str, Tensor] = {}  # empty before they are needed, and after the refit
         self._has_scores = False
         self._trained: dict[str, Tensor] = {}  # local rows, while the effective weights are in their place
@@ -268,6 +274,11 @@ class SoftMethod(HardMethod):
     def allowed(self) -> dict[str, Tensor] | None:
         """Boolean masks, of the local rows, of the weights that were not pruned before the run; None if all."""
         return {name: local_rows(keep).bool() for name, keep in self._keep.items()} or None
+
+    def _allowed_units(self) -> dict[str, Tensor] | None:
+        """Boolean masks of the units without a weight that was pruned before the run; None if all are."""
+        allowed = self.allowed()
+        return None if allowed is None else {name: self._pattern.whole_units(mask) for name, mask in allowed.items()}
 
     @torch.no_grad()
     def baked_state_dict(self) -> dict[str, Tensor] | None:

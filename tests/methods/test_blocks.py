@@ -140,7 +140,7 @@ def test_a_block_of_gumbel_has_one_logit_whose_gradient_is_a_sum(tmp_path):
     blocks = effective.unflatten(1, (-1, 4)).unflatten(0, (-1, 2)).transpose(1, 2).flatten(2) != 0
     assert torch.equal(blocks.all(2), blocks.any(2)) and 0 < int(blocks.sum()) < rows.numel()
     expected = (grad * rows).unflatten(1, (-1, 4)).unflatten(0, (-1, 2)).sum((1, 3)).flatten() * slope
-    assert torch.allclose(method._logits[name].grad, expected, rtol=1e-5)
+    assert torch.allclose(method._learned[name].grad, expected, rtol=1e-5)
 
 
 def test_a_block_of_pdp_shares_one_soft_mask(tmp_path):

@@ -71,8 +71,8 @@ def test_training_equals_the_paper_written_with_autograd(tmp_path):
     assert losses(trainer) == pytest.approx(expected, rel=1e-3)
     after = weights_of(model)
     for name, mask in trainer.pruning_state().masks.items():
-        torch.testing.assert_close(trainer.run.method._logits[name].data, logits[name].detach(), rtol=1e-3, atol=1e-4)
-        assert torch.equal(mask, trainer.run.method._logits[name] >= 0)
+        torch.testing.assert_close(trainer.run.method._learned[name].data, logits[name].detach(), rtol=1e-3, atol=1e-4)
+        assert torch.equal(mask, trainer.run.method._learned[name] >= 0)
         torch.testing.assert_close(after[name], before[name] * mask * scales[name].detach(), rtol=1e-4, atol=1e-6)
     frozen = {n for n in before if n.startswith("bert.")} - set(prunable_weights(model))
     assert all(torch.equal(before[name], after[name]) for name in frozen)
@@ -195,7 +195,7 @@ def test_a_matrix_with_one_live_weight_keeps_it(tmp_path):
         weight.mul_(torch.arange(weight.numel()).view(weight.shape) == 5)
     trainer = make_trainer(tmp_path, model, **GUMBEL)
     trainer.train()
-    assert all(bool(torch.isfinite(logits).all()) for logits in trainer.run.method._logits.values())
+    assert all(bool(torch.isfinite(logits).all()) for logits in trainer.run.method._learned.values())
     assert trainer.pruning_state().masks[name].view(-1)[5]
 
 
@@ -262,7 +262,7 @@ def test_logits_start_at_the_standardized_log_of_scores_over_all_matrices(tmp_pa
         for name, log in logs.items():
             z = (log - finite.mean()) / finite.std(correction=0)
             expected = torch.where(log.isfinite(), 3 + 10 * z, 3 - 40.0).float()
-            torch.testing.assert_close(method._logits[name].data, expected, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(method._learned[name].data, expected, rtol=1e-3, atol=1e-3)
         found.append(pattern.masks(scores, 0.75))
         return {}
 

@@ -66,7 +66,7 @@ def test_training_equals_the_paper_written_with_autograd(tmp_path):
     trainer.train()
     assert losses(trainer) == pytest.approx(expected, rel=1e-3)
     found = trainer.pruning_state().masks
-    for name, score in trainer.run.method._scores.items():
+    for name, score in trainer.run.method._learned.items():
         torch.testing.assert_close(score.data, scores[name].detach(), rtol=1e-2, atol=1e-5)
     assert found.overlap(MaskSet(masks)) > 0.999
 
@@ -86,7 +86,7 @@ def test_scores_pass_the_mask_straight_through_and_weights_train_where_they_are_
     method.before_clipping()
     for name, weight in method.weights.items():
         assert torch.equal(weight, dense[name])
-        assert torch.equal(method._scores[name].grad, gradients[name] * dense[name])
+        assert torch.equal(method._learned[name].grad, gradients[name] * dense[name])
         assert torch.equal(weight.grad, gradients[name] * kept[name])
 
 
@@ -164,6 +164,6 @@ def test_scores_that_diverge_are_named(tmp_path):
     method.begin(trainer.args.resolved().plan(12), torch.optim.SGD(trainer.model.parameters(), lr=0.0))
     name = next(iter(method.weights))
     method._started = True
-    method._scores[name].data[0, 0] = float("nan")
+    method._learned[name].data[0, 0] = float("nan")
     with pytest.raises(ValueError, match=f"score matrix of {name}.*at step 5"):
         method.on_step_begin(5)

@@ -319,7 +319,7 @@ def test_an_optimizer_that_finds_its_rates_trains(tmp_path, given, method):
         rates = [group["lr"] for group in trainer.optimizer.param_groups[-2:]]
         options = trainer.run.settings.gumbel
         assert rates == [options.logit_rate, options.scale_rate]
-        logits = next(iter(trainer.run.method._logits.values()))
+        logits = next(iter(trainer.run.method._learned.values()))
         assert float(logits.detach().std()) > 0.1
 
 
