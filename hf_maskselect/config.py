@@ -73,8 +73,8 @@ class PruningConfig(TargetFields, StructureFields, SearchFields, SoftFields, Dis
     def _resolve(self) -> ResolvedConfig:
         """Fill in every default; each field has passed the checks of its own."""
         soft = self.method in SOFT_METHODS
-        given = self.criterion or self._criterion_of_soft(self.method)
-        criterion = given if soft else self._criterion_of(self.method)
+        own = self.criterion or self._criterion_of_soft(self.method)
+        criterion = own if soft else self._criterion_of(self.method)
         gumbel = self._gumbel_options(criterion) if self.method == "gumbel" else None
         emergent = gumbel is not None and not gumbel.budget
         scope = "balanced" if criterion != "magnitude" else "global" if soft else "layer"
@@ -112,6 +112,7 @@ class PruningConfig(TargetFields, StructureFields, SearchFields, SoftFields, Dis
             refit_rows=refit_rows,
             frozen_steps=frozen_steps,
             pdp_taus=self._pdp_taus(criterion),
+            movement_prior=self._movement_prior(criterion),
             gumbel=gumbel,
             structure=structure,
             selection_metric=metric,

@@ -69,7 +69,7 @@ class PruningTrainer(StructuredTraining, AtomicCheckpoints, WholePushes, Trainer
         score_fn (`Callable`, *optional*): the mask-generation hook, `score_fn(name, weight, grad_stats) -> scores`. It
             gets the name of the parameter, its `(out, in)` weight, and its [`WeightStats`] (fields are None where no
             gradients are sampled). It returns finite scores of the same shape; larger means more important. It
-            replaces the criterion of `"random"`, `"pdp"` and `"gumbel"`; scopes, patterns and searches build on it.
+            replaces the criterion of `"random"`, `"pdp"` and `"gumbel"`, and that of `"movement"` where one is given.
 
     Attributes:
         run ([`PruningRun`]): the plan, method and search of the current run.

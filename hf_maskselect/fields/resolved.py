@@ -42,6 +42,7 @@ class ResolvedConfig:
         criterion: of candidate 0; what a soft method begins from.
         pdp_taus: width of the soft band of `"pdp"`, absolute and relative; the absolute one is None where the other
             counts.
+        movement_prior: weight of the logarithms in the first scores of `"movement"`.
         emergent: whether the sparsity is a result and not a target.
         pattern: with the scope of candidate 0.
         levels: rising sparsities; the last one is the target.
@@ -69,6 +70,7 @@ class ResolvedConfig:
     refit_rows: int
     frozen_steps: float
     pdp_taus: tuple[float | None, float]
+    movement_prior: float
     gumbel: GumbelOptions | None
     structure: StructureOptions | None
     selection_metric: str | None
@@ -114,6 +116,8 @@ class ResolvedConfig:
             values[f"gumbel_{_GUMBEL_NAMES.get(name, name)}"] = value
         if self.soft:
             values["soft_ramp"] = self.soft_ramp
+        if self.method == "movement":
+            values["movement_prior"] = self.movement_prior
         if self.method == "pdp":
             absolute, relative = self.pdp_taus
             values |= {"pdp_tau": absolute} if absolute is not None else {"pdp_relative_tau": relative}

@@ -11,9 +11,10 @@ from .rules import SOFT_METHODS, check_positive, check_steps, check_types, no_me
 class SoftFields:
     """Fields of [`PruningConfig`] for soft masks, which are in force from the end of the warm-up on.
 
-    Both methods begin from a ranking of the weights, which `criterion` (or a `score_fn`) makes. By default that is
-    `"taylor"`: gradients are sampled when the soft phase begins. `criterion="magnitude"` is that of the papers, and
-    the default where `pdp_tau` is given, for `gumbel_untrained` and where no `gumbel_prior` or budget needs a ranking.
+    Every method begins from a ranking of the weights, which `criterion` (or a `score_fn`) makes. For `"pdp"` and
+    `"gumbel"` the default is `"taylor"`: gradients are sampled when the soft phase begins. `criterion="magnitude"` is
+    that of the papers. It is the default for `"movement"`, where `pdp_tau` is given, with `gumbel_untrained`, and with
+    `gumbel_prior=0` or `gumbel_budget=False`.
 
     The defaults of `"gumbel"` differ for `gumbel_untrained`, the setting of its paper ("untrained"), and for
     `criterion="magnitude"`.
@@ -90,8 +91,7 @@ class SoftFields:
         if self.frozen_steps is not None:
             check_steps("frozen_steps", self.frozen_steps)
         check_positive(self, pdp_tau=1e-4, pdp_relative_tau=0.1, gumbel_tau=1, gumbel_learning_rate=0.1)
-        check_positive(self, gumbel_scale_learning_rate=1e-3)
-        check_positive(self, movement_learning_rate=0.01)
+        check_positive(self, gumbel_scale_learning_rate=1e-3, movement_learning_rate=0.01)
         if self.movement_prior is not None and self.movement_prior < 0:
             raise ValueError(f"movement_prior={self.movement_prior} must be at least 0: larger scores start ahead")
 
@@ -110,24 +110,19 @@ class SoftFields:
         if gumbel is not None and gumbel.prior and gumbel.signed_constant:
             why = "which gives all weights of a matrix one magnitude: set one of them to 0 or False"
             raise no_meaning("gumbel_prior", gumbel.prior, "gumbel_signed_constant=True", why)
-        if gumbel is not None and settings.scope == "balanced" and settings.criterion == "magnitude":
-            why = "whose logits are comparable as they are: use 'global' or 'layer'"
+        learned = {"gumbel": gumbel.prior if gumbel else 0.0, "movement": settings.movement_prior}
+        if settings.method in learned and settings.scope == "balanced" and settings.criterion == "magnitude":
+            why = "whose learned numbers are comparable as they are: use 'global' or 'layer'"
             raise no_meaning("scope", "balanced", f"{method} and criterion='magnitude'", why)
-        if gumbel is not None and settings.criterion != "magnitude" and not gumbel.prior:
-            why = "which starts all logits alike: leave criterion unset"
-            raise no_meaning("criterion", settings.criterion, "gumbel_prior=0", why)
+        if settings.criterion != "magnitude" and learned.get(settings.method) == 0:
+            why = "which starts all weights alike: leave criterion unset"
+            raise no_meaning("criterion", settings.criterion, f"{settings.method}_prior=0", why)
         if self.pdp_tau is not None and settings.criterion != "magnitude":
             why = "whose scores have another scale: use pdp_relative_tau"
             raise no_meaning("pdp_tau", self.pdp_tau, f"criterion={settings.criterion!r}", why)
         if self.pdp_tau is not None and self.pdp_relative_tau is not None:
             why = "which is the same width in another unit: leave one of them unset"
             raise no_meaning("pdp_relative_tau", self.pdp_relative_tau, f"pdp_tau={self.pdp_tau}", why)
-        if settings.method == "movement" and settings.scope == "balanced" and settings.criterion == "magnitude":
-            why = "whose scores are comparable as they are: use 'global' or 'layer'"
-            raise no_meaning("scope", "balanced", f"{method} and criterion='magnitude'", why)
-        if settings.method == "movement" and settings.criterion != "magnitude" and self.movement_prior == 0:
-            why = "which starts all scores alike: leave criterion unset"
-            raise no_meaning("criterion", settings.criterion, "movement_prior=0", why)
         if settings.method == "movement" and settings.searches:
             why = "which has one mask: leave num_candidates unset, or use method='random'"
             raise no_meaning("num_candidates", settings.num_candidates, method, why)
@@ -147,6 +142,12 @@ class SoftFields:
         if criterion == "magnitude" and self.pdp_relative_tau is None:
             return self.pdp_tau or 1e-4, 0.1
         return None, self.pdp_relative_tau or 0.1
+
+    def _movement_prior(self, criterion: str) -> float:
+        """Return `ResolvedConfig.movement_prior`."""
+        if self.movement_prior is not None:
+            return self.movement_prior
+        return 0.01 if criterion == "magnitude" else 1.0
 
     def _ramp(self, gumbel: GumbelOptions | None, criterion: str) -> float:
         """Return the share of the soft phase in which the sparsity rises."""

@@ -9,7 +9,7 @@ from ..masking.scores import Criterion
 
 
 def criterion_of(config: PruningConfig, criteria: Mapping[str, Criterion]) -> str:
-    """Return the criterion of candidate 0, or of the begin of a soft phase: the user's `score_fn` if there is one."""
+    """Return the criterion of candidate 0, or the one that a soft phase starts from: a `score_fn` if there is one."""
     return "score_fn" if "score_fn" in criteria else config.resolved().criterion
 
 

@@ -75,7 +75,7 @@ class MaskSearch:
 
     @property
     def criterion(self) -> str:
-        """The criterion of candidate 0, or of the begin of a soft phase."""
+        """The criterion of candidate 0, or the one that a soft phase starts from."""
         return criterion_of(self._config, self._criteria)
 
     def begin_soft_phase(self) -> None:
@@ -98,7 +98,7 @@ class MaskSearch:
             return method.take_scores(score_of, criterion.degree)
 
         digests = self._team.each(begin)
-        self._team.processes.agree(lambda: digests, "the scores at the begin of the soft phase")
+        self._team.processes.agree(lambda: digests, "the scores that the soft phase starts from")
         self._seconds_before = time.monotonic() - start
 
     def choose(self, level: int, plan: LevelPlan, step: int) -> tuple[MaskSet, LevelSearch]:

@@ -60,8 +60,7 @@ def make_method(config: PruningConfig, find_weights: FindWeights, log: Log) -> M
         tau, relative_tau = settings.pdp_taus
         return Pdp(find_weights, log, pattern, sparsity, tau, relative_tau, scored, refits, keep_zeros)
     if settings.method == "movement":
-        rate, prior = config.movement_learning_rate, config.movement_prior
-        prior = (1.0 if scored else 0.01) if prior is None else prior
+        rate, prior = config.movement_learning_rate, settings.movement_prior
         return Movement(find_weights, log, pattern, sparsity, rate, prior, scored, refits, keep_zeros)
     return HardMethod(find_weights, keep_zeros)
 
@@ -207,7 +206,8 @@ class PruningRun:
         if self.level_best and level > 0:
             self.restore_level_best(level - 1, model)
         target = self.structure.target(level)
-        self._say(f"Level {level + 1}: a shape for {target} is sought (num_candidates={self.settings.num_candidates})")
+        candidates = self.settings.num_candidates
+        self._say(f"Level {level + 1}: looking for a shape for {target} (num_candidates={candidates})")
         report = self.structure.shrink(model, level)
         self.method.attach(model)
         self.method.start_level(level, self.method.masks)

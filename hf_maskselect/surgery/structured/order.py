@@ -10,7 +10,7 @@ from torch import Tensor
 from .moments import Gram
 
 _DAMPING = 1e-2  # of the mean of the diagonal
-_DROPPED = 0.9  # the columns that are gone are left out where fewer than this share is left
+_LEFT = 0.9  # share of the columns; when fewer are left, the matrices are made smaller
 
 
 @torch.no_grad()
@@ -27,22 +27,22 @@ def removal_order(weight: Tensor, gram: Gram, size: int = 1, at_once: int = 8) -
     hessian = gram.matrix.double() * (2 / gram.count)
     hessian.diagonal().add_(_DAMPING * hessian.diagonal().mean().clamp(min=1e-12))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian)).float()
-    left, order = torch.arange(columns // size, device=weight.device), []  # of the columns that `w` still has
-    named = left
+    left, order = torch.arange(columns // size, device=weight.device), []  # structures that `w` still has
+    numbers = left  # of these, in `weight`
     while len(left):
         costs = _costs(w, inverse, left, size)
         gone = costs.argsort(stable=True)[:at_once]
-        order.append(named[left[gone]])
+        order.append(numbers[left[gone]])
         columns_of = _columns(left[gone], size)
         left = left[_others(len(left), gone)]
         block = torch.linalg.inv(inverse[columns_of][:, columns_of].double()).float()
         take = block @ inverse[columns_of]
         w.addmm_(w[:, columns_of], take, alpha=-1)
         inverse.addmm_(inverse[:, columns_of], take, alpha=-1)
-        if len(left) * size < _DROPPED * w.shape[1]:
+        if len(left) * size < _LEFT * w.shape[1]:
             rest = _columns(left, size)
             w, inverse = w[:, rest], inverse[rest][:, rest]
-            named, left = named[left], torch.arange(len(left), device=weight.device)
+            numbers, left = numbers[left], torch.arange(len(left), device=weight.device)
     return torch.cat(order)
 
 

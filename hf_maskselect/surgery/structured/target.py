@@ -12,7 +12,7 @@ from .switches import SwitchSearch
 
 KEPT_SHAPES = ("uniform", "free")
 _NARROWED = 6  # times that the chosen width is measured
-_SETTLED = 3  # shapes that are narrowed, the best first, until one meets the target
+_MOST_TRIED = 3  # shapes whose whole models are timed, the best first, until one meets the target
 _ROOM = 1.05  # a measured speed-up may exceed the target by so much
 
 
@@ -67,22 +67,24 @@ def choose_shape(
         if not candidates:
             check_reachable(job, latency, target)
             raise ValueError(f"{target} is met by no shape of at least {STEP} neurons a layer: ask for less")
-        shape = _settled(latency, target, candidates)
+        shape = _first_that_meets(latency, target, candidates)
         if job.free:
             # The table errs where many heads go, but little about small changes of a shape that was measured itself.
             budget, start = replace(budget, limit=budget.cost(shape)), Candidate(shape, evaluate(shape))
             candidates += [start, *SwitchSearch(budget, evaluate, num_candidates, seed).run(start)]
             candidates = sorted(set(candidates), key=lambda candidate: candidate.divergence)
-            shape = _settled(latency, target, [each for each in candidates if budget.cost(each.shape) <= budget.limit])
+            shape = _first_that_meets(
+                latency, target, [each for each in candidates if budget.cost(each.shape) <= budget.limit]
+            )
     return shape, candidates
 
 
-def _settled(latency: Latency, target: Target, candidates: Sequence[Candidate]) -> Shape:
+def _first_that_meets(latency: Latency, target: Target, candidates: Sequence[Candidate]) -> Shape:
     """Return the best shape that meets the target as measured; the best one if none of the first three does."""
     if target.speedup is None:
         return candidates[0].shape
     shapes = []
-    for candidate in candidates[:_SETTLED]:
+    for candidate in candidates[:_MOST_TRIED]:
         shapes.append(narrowed(latency, candidate.shape, target.speedup))
         if latency.speedup(shapes[-1]) >= target.speedup:
             return shapes[-1]

@@ -173,7 +173,7 @@ def test_the_width_follows_the_measured_time():
     assert 1000 / 2.0 / 1.05 <= shape.width <= 500
 
 
-def test_free_shapes_are_sought_around_a_uniform_one_that_was_measured(monkeypatch):
+def test_the_search_for_free_shapes_starts_from_a_uniform_one_that_was_timed(monkeypatch):
     begun = []
 
     class Switches(SwitchSearch):
