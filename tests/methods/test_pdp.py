@@ -4,48 +4,26 @@ import copy
 
 import pytest
 import torch
+from plain_pdp import plain_training
 from tiny import FAMILIES, losses, make, make_config, make_rows, make_trainer, same, weights_of
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
-from hf_maskselect import MaskSet, PruningState, PruningTrainer, verify
+from hf_maskselect import MaskSet, PruningState, PruningTrainer, prunable_weights, verify
 from hf_maskselect.storage.state import load_method_state
 
 PDP = {"method": "pdp", "num_levels": None, "pruning_warmup_steps": 2, "frozen_steps": 0, "pdp_tau": 1e-3}
 
 
-def plain_training(model, rows, steps, *, warmup, ramp, target, tau, rate):
-    """PDP by autograd, as the paper writes it: thresholds by sorting, t held constant. Per-matrix target, SGD, one
-    batch of 8 rows a step in order. Returns the losses."""
-    names = [
-        n for n, _ in model.named_parameters() if ".layer." in n and n.endswith("weight") and "LayerNorm" not in n
-    ]
-    parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    found = []
-    for step in range(steps):
-        effective = dict(parameters)
-        if step >= warmup:
-            share = min(1, (step - warmup + 1) / ramp)
-            for name in names:
-                weight = parameters[name]
-                ordered = weight.detach().abs().flatten().sort().values
-                zeros = round(share * round(target * weight.numel()))
-                t = (ordered[zeros - 1] + ordered[zeros]) / 2
-                effective[name] = weight * torch.sigmoid((weight**2 - t**2) / tau)
-        batch = rows[8 * step : 8 * step + 8]
-        batch = {key: torch.stack([row[key] for row in batch]) for key in batch[0]}
-        loss = torch.func.functional_call(model, effective, kwargs=batch).loss
-        gradients = torch.autograd.grad(loss, list(parameters.values()))
-        norm = torch.stack([g.norm() for g in gradients]).norm()
-        with torch.no_grad():
-            for weight, gradient in zip(parameters.values(), gradients, strict=True):
-                weight -= rate * gradient * min(1.0, 1.0 / (float(norm) + 1e-6))
-        found.append(loss.item())
-    return found
-
-
 def test_training_equals_the_paper_written_with_autograd(tmp_path):
     model, rows = make(), make_rows(96)
-    expected = plain_training(copy.deepcopy(model), rows, 12, warmup=2, ramp=8, target=0.75, tau=1e-3, rate=0.1)
+    factors = {name: torch.ones(()) for name in prunable_weights(model)}
+    zeros = {name: round(0.75 * weight.numel()) for name, weight in prunable_weights(model).items()}
+
+    def soft_mask(squares, t):
+        return torch.sigmoid((squares - t**2) / 1e-3)
+
+    start = copy.deepcopy(model)
+    expected = plain_training(start, rows, 12, factors, zeros, soft_mask, warmup=2, ramp=8, rate=0.1)
     trainer = make_trainer(
         tmp_path,
         model,

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from plain_pdp import plain_training
 from tiny import losses, make, make_rows, make_trainer, same, weights_of
 
 from hf_maskselect import MaskSet, prunable_weights, verify
@@ -51,32 +52,6 @@ def test_zeros_and_dead_weights_keep_a_finite_factor():
     assert bool((factors(0 * score, 0 * score, weight, parse_pattern("unstructured"), 1.0) == 1).all())
 
 
-def plain_training(model, rows, steps, made, *, warmup, ramp, zeros, tau, rate):
-    """PDP on `made * w` by autograd: thresholds by sorting, SGD, one batch of 8 rows a step in order."""
-    parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    found = []
-    for step in range(steps):
-        effective = dict(parameters)
-        if step >= warmup:
-            share = min(1, (step - warmup + 1) / ramp)
-            for name, factor in made.items():
-                weight = parameters[name]
-                ordered = (factor * weight.detach()).abs().flatten().sort().values
-                count = round(share * zeros[name])
-                t = (ordered[count - 1] + ordered[count]) / 2
-                effective[name] = weight * torch.sigmoid(((factor * weight) ** 2 / t**2 - 1) / tau)
-        batch = rows[8 * step : 8 * step + 8]
-        batch = {key: torch.stack([row[key] for row in batch]) for key in batch[0]}
-        loss = torch.func.functional_call(model, effective, kwargs=batch).loss
-        gradients = torch.autograd.grad(loss, list(parameters.values()))
-        norm = torch.stack([g.norm() for g in gradients]).norm()
-        with torch.no_grad():
-            for weight, gradient in zip(parameters.values(), gradients, strict=True):
-                weight -= rate * gradient * min(1.0, 1.0 / (float(norm) + 1e-6))
-        found.append(loss.item())
-    return found
-
-
 def test_training_equals_that_of_the_products_written_with_autograd(tmp_path):
     model, rows = make().double(), make_rows(96)
     start = copy.deepcopy(model)
@@ -95,7 +70,11 @@ def test_training_equals_that_of_the_products_written_with_autograd(tmp_path):
     trainer.train()
     method = trainer.run.method
     made = {name: factor.double() for name, factor in method._factors.items()}
-    expected = plain_training(start, rows, 12, made, warmup=2, ramp=8, zeros=method._zeros, tau=0.5, rate=0.1)
+
+    def soft_mask(squares, t):
+        return torch.sigmoid((squares / t**2 - 1) / 0.5)
+
+    expected = plain_training(start, rows, 12, made, method._zeros, soft_mask, warmup=2, ramp=8, rate=0.1)
     assert losses(trainer) == pytest.approx(expected, rel=1e-4)
     assert not all(bool((factor == 1).all()) for factor in made.values())
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import losses, make, make_trainer, same, weights_of
+from tiny import FAMILIES, losses, make, make_trainer, same, weights_of
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from hf_maskselect import MaskSet, PruningState, prunable_weights, verify
@@ -38,6 +38,18 @@ def test_accumulated_batches_are_one_batch(tmp_path, method):
     for other in runs[1:]:
         assert losses(runs[0]) == pytest.approx(losses(other), rel=1e-5)
         assert runs[0].pruning_state().masks.overlap(other.pruning_state().masks) > 0.999
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS[3:5], ids=IDS[3:5])  # PDP has more to show, in its own file
+def test_the_count_is_exact_and_the_model_is_plain(tmp_path, family, method):
+    trainer = make_trainer(tmp_path, make(family), **method)
+    keys = trainer.model.state_dict().keys()
+    trainer.train()
+    trainer.save_model()
+    assert verify(tmp_path).masks.sparsity() == MaskSet.from_zeros(trainer.model).sparsity() == 0.75
+    assert trainer.model.state_dict().keys() == keys
+    assert same(weights_of(AutoModelForSequenceClassification.from_pretrained(tmp_path)), weights_of(trainer.model))
 
 
 SAVED = {"sparsity": None, "frozen_steps": 3, "save_strategy": "steps", "save_steps": 1}
