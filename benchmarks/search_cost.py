@@ -43,6 +43,7 @@ SETTINGS = {
     "all positions": (LIMIT, ALL, WIDE),
     "the package": (LIMIT, SAMPLE, WIDE),
     "half the sample": (LIMIT, SAMPLE // 2, WIDE // 2),
+    "a quarter": (LIMIT, SAMPLE // 4, WIDE // 4),
     "half the rows": (LIMIT // 2, SAMPLE, WIDE),
 }
 
