@@ -232,6 +232,7 @@ def test_a_sample_of_the_real_positions_is_enough(monkeypatch):
     taken = Positions(mask).of(numbers, inputs=32)[:, 0].long()
     assert len(taken) == count and mask.flatten()[taken].all()
     monkeypatch.setattr(dense_outputs_module, "LEAST_SAMPLED", 100)
+    monkeypatch.setattr(dense_outputs_module, "SAMPLED_PER_INPUT", 3)
     positions = Positions(mask)
     narrow, wide = positions.of(numbers, inputs=32)[:, 0], positions.of(numbers, inputs=50)[:, 0]
     assert len(narrow) == 100 and len(wide) == 150 and set(narrow.tolist()) < set(wide.tolist())
