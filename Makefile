@@ -31,7 +31,7 @@ demo: $(STAMP)  ## train a small BERT on generated sentences and prune it
 test: $(STAMP)  ## run the fast tests (every module, some minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
-test-slow: $(STAMP)  ## run the slow tests too, without those that try every place where a process may be killed
+test-slow: $(STAMP)  ## run the slow tests too, but not the exhaustive ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not exhaustive"
 
 test-all: $(STAMP)  ## run all tests

@@ -37,6 +37,7 @@ RUNS = {
     "pdp": {**ONE_LEVEL, "method": "pdp", **SOFT, **EVALUATED, **SAVED},
     "pdp-taylor": {**ONE_LEVEL, **CUT, "method": "pdp", **SOFT, "pdp_tau": None, **SAVED},
 }
+FEW = ["magnitude", "taylor", "2:4", "pdp-taylor"]
 
 
 def launch(folder, engine, runs):
@@ -47,9 +48,11 @@ def launch(folder, engine, runs):
 
 
 @pytest.mark.slow
-def test_sharded_weights_are_pruned_like_whole_ones(tmp_path):
-    whole = launch(tmp_path / "ddp", "ddp", {name: {**run, "fsdp": None} for name, run in RUNS.items()})
-    sharded = launch(tmp_path / "fsdp", "fsdp", {**RUNS, "direct": {}})
+@pytest.mark.parametrize("names", [FEW, pytest.param(list(RUNS), id="all", marks=pytest.mark.exhaustive)])
+def test_sharded_weights_are_pruned_like_whole_ones(names, tmp_path):
+    chosen = {name: RUNS[name] for name in names}
+    whole = launch(tmp_path / "ddp", "ddp", {name: {**run, "fsdp": None} for name, run in chosen.items()})
+    sharded = launch(tmp_path / "fsdp", "fsdp", {**chosen, "direct": {}})
     for rank in sharded.pop("direct"):
         assert rank["cut"]["masks"] == rank["whole"]["masks"] and rank["cut"]["kept"] == rank["whole"]["kept"]
         assert rank["cut"]["zeros"] == rank["whole"]["zeros"]
@@ -68,7 +71,7 @@ def test_sharded_weights_are_pruned_like_whole_ones(tmp_path):
         assert not any(info.values()), (name, info)
         assert not list(out.glob("_*"))
     # Resumed: inside the first level, inside the soft phase.
-    resumed = {name: RUNS[name] for name in ("magnitude", "pdp", "pdp-taylor")}
+    resumed = {name: chosen[name] for name in ("magnitude", "pdp", "pdp-taylor") if name in chosen}
     for name in resumed:
         checkpoint = tmp_path / "fsdp" / name / "out" / "checkpoint-3"
         shutil.copytree(checkpoint, tmp_path / "resumed" / name / "out" / "checkpoint-3")

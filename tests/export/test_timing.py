@@ -111,6 +111,7 @@ def test_a_choice_is_followed_only_where_it_was_made_and_can_be(exported, preten
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_shape_is_compiled(exported, monkeypatch):
     """torch stops compiling one function after eight shapes, and the times would be those of plain use."""
     graphs, shapes = [], [(batch, length) for batch in (1, 2, 3) for length in (5, 7, 9, 11)]

@@ -8,6 +8,7 @@ import run_vision
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_untrained_net_holds_a_subnetwork_far_above_chance(monkeypatch, capsys, tmp_path):
     flags = ["--seeds", "0", "--steps", "160", "--output", str(tmp_path / "table.txt")]
     monkeypatch.setattr(sys, "argv", ["run_vision.py", *flags])

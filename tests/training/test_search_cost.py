@@ -5,6 +5,7 @@ from tiny import FAMILIES, make, make_config, make_rows, make_trainer
 
 from hf_maskselect.cli import main
 from hf_maskselect.masking.targets import prunable_weights
+from hf_maskselect.surgery.dense_outputs import LEAST_SAMPLED
 from hf_maskselect.training.search_cost import Workload, search_cost, workload
 
 NO_SEARCH = {"num_candidates": None, "trial_steps": None}
@@ -94,7 +95,7 @@ def test_a_search_needs_the_most_memory_in_trials_that_train_or_where_masks_are_
 
 
 def test_the_outputs_that_refits_aim_at_take_memory(tmp_path):
-    """Beside the copy of the weights; of 12 matrices 32 or 64 outputs, at 2,048 positions each."""
+    """Beside the copy of the weights; of 12 matrices 32 or 64 outputs, at `LEAST_SAMPLED` positions each."""
     make().save_pretrained(tmp_path)
     fields = {"proposals": ["magnitude:layer:votes"], "criterion": "magnitude", "method": "random", "trial_steps": 0}
     costs = []
@@ -102,7 +103,7 @@ def test_the_outputs_that_refits_aim_at_take_memory(tmp_path):
         changes = fields | ({"refit_rows": rows} if rows else {"refit_rows": 0, "trial_steps": None})
         work = workload(make_config(tmp_path / "out", **changes), tmp_path, 100)
         costs.append(search_cost(work, 1))
-    assert work.dense_outputs == 2 * (5 * 32 + 64) * 2048
+    assert work.dense_outputs == 2 * (5 * 32 + 64) * LEAST_SAMPLED
     copies = 4 * work.parameters
     assert costs[0].search_bytes - costs[0].training_bytes == copies + 4 * work.dense_outputs
     assert costs[1].search_bytes - costs[1].training_bytes == 3 * copies
