@@ -24,7 +24,9 @@ class SoftFields:
             optimizer steps, in (0, 1]. Defaults to 0.8, the pace of PDP's paper (0.015 an epoch from epoch 16 of 100),
             and to 0.3 for `"gumbel"` with another criterion than magnitude.
         frozen_steps (`float`, *optional*): steps at the end that train on under the frozen hard mask; below 1 a share
-            of all. Defaults to 0.2, which heals what hardening breaks (`soft_hard_gap`, logged), and to 0 for
+            of all. Defaults to 0.7 where a soft phase begins from the scores of a criterion: the soft phase only
+            chooses the mask, and most steps train what the refit has made. Defaults to 0.2 for
+            `criterion="magnitude"`, which heals what hardening breaks (`soft_hard_gap`, logged), and to 0 for
             `gumbel_untrained`; 0 hardens after the last step, as the papers do. Candidates need it: they are drawn
             when the mask hardens (neighbours of the method's own mask) and tried on these steps.
         pdp_tau (`float`, *optional*): width of the soft band of `sigmoid((w^2 - t^2) / pdp_tau)`, in squared weight
@@ -63,7 +65,7 @@ class SoftFields:
     """
 
     soft_ramp: float | None = option(None, "Share of the soft phase in which sparsity rises (0.8; gumbel 0.3).")
-    frozen_steps: float | None = option(None, "Steps at the end under the frozen hard mask; < 1: a share (0.2).")
+    frozen_steps: float | None = option(None, "Steps at the end under the frozen hard mask; < 1: a share (0.7).")
     pdp_tau: float | None = option(None, "Width of PDP's soft band, in squared weight units (magnitude: 1e-4).")
     pdp_relative_tau: float | None = option(None, "The same in units of t^2 (0.1).")
     gumbel_tau: float = option(1.0, "Temperature of the straight-through gradient.")
@@ -136,6 +138,14 @@ class SoftFields:
         if method == "movement" or (method == "gumbel" and ranks_nothing) or self.pdp_tau is not None:
             return "magnitude"
         return "taylor"
+
+    def _frozen_share(self, criterion: str) -> float:
+        """Return the steps under the frozen mask, or their share."""
+        if self.frozen_steps is not None:
+            return self.frozen_steps
+        if self.gumbel_untrained:
+            return 0.0
+        return 0.2 if criterion == "magnitude" else 0.7
 
     def _pdp_taus(self, criterion: str) -> tuple[float | None, float]:
         """Return `ResolvedConfig.pdp_taus`."""
