@@ -352,9 +352,12 @@ class Diverging(PruningTrainer):
     ("changes", "what"),
     [
         ({}, r"[\w.]+\.weight"),
-        ({"method": "gumbel", "num_levels": None}, r"the logit matrix of [\w.]+\.weight"),
+        ({"method": "gumbel", "num_levels": None, "frozen_steps": 0.2}, r"the logit matrix of [\w.]+\.weight"),
         ({"method": "gumbel", "num_levels": None, "scope": "layer", "frozen_steps": 0}, r"the logit matrix of"),
-        ({"method": "gumbel", "num_levels": None, "sparsity": None, "pattern": "2:4"}, r"the logit matrix of"),
+        (
+            {"method": "gumbel", "num_levels": None, "frozen_steps": 0.2, "sparsity": None, "pattern": "2:4"},
+            r"the logit matrix of",
+        ),
         ({"method": "gumbel", "num_levels": None, "frozen_steps": 4}, r"[\w.]+\.weight"),
     ],
     ids=["magnitude", "gumbel", "last step", "groups", "frozen"],
