@@ -87,7 +87,7 @@ class PruningConfig(TargetFields, StructureFields, SearchFields, SoftFields, Dis
         elif sparsity is None:
             sparsity = _EMERGENT if emergent else pattern.sparsity or 0.9375
         refit_rows, num_candidates = self.refit_rows, self.num_candidates
-        frozen_steps = self._frozen_share(criterion) if soft else 0.0
+        frozen_steps = self._frozen(criterion) if soft else 0.0
         if refit_rows is None:  # magnitude is the plain baseline, and the settings of the papers stay the papers'
             never = criterion == "magnitude" or emergent or (soft and not frozen_steps)
             refit_rows = 0 if never else 256

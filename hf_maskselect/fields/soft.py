@@ -139,8 +139,8 @@ class SoftFields:
             return "magnitude"
         return "taylor"
 
-    def _frozen_share(self, criterion: str) -> float:
-        """Return the steps under the frozen mask, or their share."""
+    def _frozen(self, criterion: str) -> float:
+        """Return `ResolvedConfig.frozen_steps` of a soft method."""
         if self.frozen_steps is not None:
             return self.frozen_steps
         if self.gumbel_untrained:

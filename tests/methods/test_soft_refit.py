@@ -89,3 +89,19 @@ def test_the_papers_settings_have_no_refit_and_the_defaults_have_one(tmp_path, c
 def test_a_refit_needs_a_budget_and_steps_after_it(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         make_config(tmp_path, **{**SOFT, **changes, "refit_rows": 8})
+
+
+@pytest.mark.parametrize(
+    ("changes", "share"),
+    [
+        ({"method": "pdp"}, 0.7),
+        ({"method": "gumbel"}, 0.7),
+        ({"method": "movement", "criterion": "fisher"}, 0.7),
+        ({"method": "movement"}, 0.2),
+        ({"method": "pdp", "pdp_tau": 1e-3}, 0.2),
+        ({"method": "gumbel", "gumbel_untrained": True, "sparsity": None}, 0),
+        ({"method": "pdp", "frozen_steps": 5}, 5),
+    ],
+)
+def test_most_steps_follow_the_refit(tmp_path, changes, share):
+    assert make_config(tmp_path, num_levels=None, **changes).resolved().frozen_steps == share
