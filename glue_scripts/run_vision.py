@@ -45,6 +45,8 @@ UNTRAINED = {
     "both (the default)": {"gumbel_rescale": True, "gumbel_signed_constant": True},
 }
 PATTERNS = {"1:4": {"pattern": "1:4"}, "half of the channels": {"pattern": "channel", "sparsity": 0.5}}
+# A convolution cannot be refitted, so PDP does not begin at its target but lets the sparsity rise.
+METHODS = {"magnitude": {}, "pdp": {"soft_ramp": 0.8, "frozen_steps": 0.5}}
 
 
 class ConvNet(nn.Module):
@@ -147,8 +149,8 @@ def resnet_jobs(args: argparse.Namespace) -> dict[str, Callable[[int], dict[str,
 
     jobs = {"ResNet, dense": start}
     for name, pattern in PATTERNS.items():
-        for method in ("magnitude", "pdp"):
-            fields = {"method": method, **pattern}
+        for method, own in METHODS.items():
+            fields = {"method": method, **own, **pattern}
             jobs[f"ResNet, {name}, {method}"] = lambda seed, f=fields: pruned(seed, f)
     return jobs
 

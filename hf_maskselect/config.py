@@ -87,14 +87,19 @@ class PruningConfig(TargetFields, StructureFields, SearchFields, SoftFields, Dis
         elif sparsity is None:
             sparsity = _EMERGENT if emergent else pattern.sparsity or 0.9375
         refit_rows, num_candidates = self.refit_rows, self.num_candidates
-        frozen_steps = self._frozen(criterion) if soft else 0.0
+        frozen_steps = self._frozen(self.method, criterion) if soft else 0.0
         if refit_rows is None:  # magnitude is the plain baseline, and the settings of the papers stay the papers'
-            never = criterion == "magnitude" or emergent or (soft and not frozen_steps)
+            never = criterion == "magnitude" or emergent
+            if gumbel is None:
+                never |= self.soft_ramp is not None
+            else:  # it is refitted when its mask hardens
+                never |= not frozen_steps
             refit_rows = 0 if never else 256
         if structure is not None:
             refit_rows, num_candidates = 0, 1  # of masks
         elif num_candidates is None:
             num_candidates = 4 if self.method == "random" else 1
+        refits_cuts = refit_rows > 0 and (not soft or gumbel is not None)
         target, exclude = self.target_modules, self.exclude_modules
         metric = None if self.selection_metric is None else self.selection_metric.removeprefix("eval_")
         return ResolvedConfig(
@@ -119,10 +124,11 @@ class PruningConfig(TargetFields, StructureFields, SearchFields, SoftFields, Dis
             target_modules=None if target is None else listed(target),
             exclude_modules=None if exclude is None else listed(exclude),
             searches=num_candidates > 1,
-            scores_after_refit=self._scores_after_refit(num_candidates > 1, refit_rows),
+            scores_after_refit=self._scores_after_refit(num_candidates > 1, refits_cuts),
             needs_selection_split=num_candidates > 1 or self.level_eval_steps > 0 or structure is not None,
             pruning_warmup_steps=self.pruning_warmup_steps,
-            soft_ramp=self._ramp(gumbel, criterion),
+            soft_ramp=self._ramp(gumbel, criterion, refit_rows),
+            lr_rewind=self.lr_rewind and not (soft and gumbel is None),
             last_level_weight=self.last_level_weight,
         )
 

@@ -3,8 +3,8 @@
     python examples/by_feature/pdp.py
     python examples/by_feature/pdp.py --max_steps 100 --pdp_tau 1e-3
 
-The model trains dense for the first part of the run (`pruning_warmup_steps`). Then the sparsity rises at every
-step. At the end the mask hardens, and the kept weights train on (`frozen_steps`).
+The model trains dense for the first part of the run (`pruning_warmup_steps`). Then it is fitted to its target and
+trains through soft masks. At the end the mask hardens, and the kept weights train on (`frozen_steps`).
 """
 
 import sys

@@ -55,6 +55,8 @@ class ResolvedConfig:
         structure: options of a structured run, which has no masks; None for another one. `sparsity` is then the share
             of the layers' parameters that goes, and 0 where the target is a speed-up.
         needs_selection_split: whether the run makes a choice that must not look at the evaluation data.
+        soft_ramp: 0 where a soft phase begins at the target.
+        lr_rewind: whether the schedule of learning rates restarts at every level.
     """
 
     method: str
@@ -82,7 +84,18 @@ class ResolvedConfig:
     needs_selection_split: bool
     pruning_warmup_steps: float
     soft_ramp: float
+    lr_rewind: bool
     last_level_weight: float
+
+    @property
+    def fits_start(self) -> bool:
+        """Whether the model is refitted once, when its soft phase begins (`"pdp"`, `"movement"`)."""
+        return self.refit_rows > 0 and self.soft and self.gumbel is None
+
+    @property
+    def refits_cuts(self) -> bool:
+        """Whether the model is refitted after every cut (`"gumbel"`: when its mask hardens)."""
+        return self.refit_rows > 0 and not self.fits_start
 
     def plan(self, max_steps: int, start: float = 0.0) -> LevelPlan:
         """Return when each level starts in a run of `max_steps` optimizer steps.
@@ -115,7 +128,7 @@ class ResolvedConfig:
         for name, value in {} if self.gumbel is None else asdict(self.gumbel).items():
             values[f"gumbel_{_GUMBEL_NAMES.get(name, name)}"] = value
         if self.soft:
-            values["soft_ramp"] = self.soft_ramp
+            values["soft_ramp"] = self.soft_ramp or None  # None: at the target from the first step
         if self.method == "movement":
             values["movement_prior"] = self.movement_prior
         if self.method == "pdp":

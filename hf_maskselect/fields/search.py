@@ -69,9 +69,10 @@ class SearchFields:
         refit_rows (`int`, *optional*): train rows for the refit of every cut matrix (hard masks): least squares over
             its kept weights against its output before the cut (see [`refit`]); at most so many rows as have 16,384
             positions (tokens, patches or frames). A candidate's refit row costs as much as a training row, and the
-            uncut model's pass, which all candidates share, a third. A soft method refits when its mask hardens,
-            against the weights that its soft phase began with. Defaults to 256, and to 0 (off) where `criterion` is
-            magnitude, the plain baseline, and for soft methods without `frozen_steps` or budget.
+            uncut model's pass, which all candidates share, a third. `"pdp"` and `"movement"` refit once, when
+            their soft phase begins, and `"gumbel"`, whose weights do not train in it, when its mask hardens. Defaults
+            to 256, and to 0 (off) where `criterion` is magnitude, the plain baseline, with `soft_ramp` (not for
+            `"gumbel"`), and for `"gumbel"` without `frozen_steps` or budget.
     """
 
     num_candidates: int | None = option(None, "Masks tried at each level (4 for random).")
@@ -147,6 +148,9 @@ class SearchFields:
             )
         if self.trial_steps != 0:
             return
+        if settings.fits_start:
+            why = "which is refitted before its mask hardens: leave trial_steps unset"
+            raise no_meaning("trial_steps", 0, f"method={method!r}", why)
         if not settings.refit_rows or self.selection != "halving":
             raise ValueError(
                 "trial_steps=0 scores masks after their refit, without any training: it needs refit_rows, which is "
@@ -166,8 +170,8 @@ class SearchFields:
         if self.refit_rows and settings.emergent:
             why = "which keeps the weights as they are: leave refit_rows unset, or set gumbel_budget=True"
             raise no_meaning("refit_rows", self.refit_rows, "gumbel_budget=False", why)
-        if self.refit_rows and not settings.frozen_steps:
-            why = "which ends with the cut: set frozen_steps, such as 0.2"
+        if settings.refits_cuts and self.refit_rows and not settings.frozen_steps:
+            why = "which ends with the cut: set frozen_steps, such as 0.7"
             raise no_meaning("refit_rows", self.refit_rows, f"{method} and frozen_steps=0", why)
 
     def _criterion_of(self, method: str) -> str:
@@ -176,9 +180,9 @@ class SearchFields:
             return method
         return self.criterion or ("magnitude" if listed(self.proposals) == ("paper",) else "taylor")
 
-    def _scores_after_refit(self, searches: bool, refit_rows: int) -> bool:
+    def _scores_after_refit(self, searches: bool, refits_cuts: bool) -> bool:
         """Return whether candidates are scored right after their refit, without training."""
         if self.trial_steps is not None:
             return self.trial_steps == 0
         trains = self.trial_batch_size or self.trial_learning_rate
-        return searches and bool(refit_rows) and self.selection == "halving" and not trains
+        return searches and refits_cuts and self.selection == "halving" and not trains

@@ -21,14 +21,15 @@ class SoftFields:
 
     Args:
         soft_ramp (`float`, *optional*): share of the soft phase in which the sparsity rises to the target, linear in
-            optimizer steps, in (0, 1]. Defaults to 0.8, the pace of PDP's paper (0.015 an epoch from epoch 16 of 100),
-            and to 0.3 for `"gumbel"` with another criterion than magnitude.
+            optimizer steps, in (0, 1]. `"pdp"` and `"movement"` have no ramp with `refit_rows`, the default for all
+            criteria but magnitude: the model is fitted to the target when the soft phase begins. Else defaults to 0.8,
+            the pace of PDP's paper (0.015 an epoch from epoch 16 of 100), and to 0.3 for `"gumbel"` with another
+            criterion than magnitude.
         frozen_steps (`float`, *optional*): steps at the end that train on under the frozen hard mask; below 1 a share
-            of all. Defaults to 0.7 where a soft phase begins from the scores of a criterion: the soft phase only
-            chooses the mask, and most steps train what the refit has made. Defaults to 0.2 for
-            `criterion="magnitude"`, which heals what hardening breaks (`soft_hard_gap`, logged), and to 0 for
-            `gumbel_untrained`; 0 hardens after the last step, as the papers do. Candidates need it: they are drawn
-            when the mask hardens (neighbours of the method's own mask) and tried on these steps.
+            of all. They heal what hardening breaks (`soft_hard_gap`, logged). Defaults to 0.3. For `"gumbel"`, whose
+            weights do not train before, to 0.7. With `criterion="magnitude"` to 0.2. For `gumbel_untrained` to 0: the
+            mask hardens after the last step, as in the papers. Candidates need these steps: they are drawn when the
+            mask hardens (neighbours of the method's own mask).
         pdp_tau (`float`, *optional*): width of the soft band of `sigmoid((w^2 - t^2) / pdp_tau)`, in squared weight
             units (the paper), only for `criterion="magnitude"`. Defaults to 1e-4, which fits weights of standard
             deviation about 0.04, as in BERT's encoder.
@@ -64,8 +65,10 @@ class SoftFields:
             criterion. With 0 all scores start at 0 (the paper), and ties are cut by index.
     """
 
-    soft_ramp: float | None = option(None, "Share of the soft phase in which sparsity rises (0.8; gumbel 0.3).")
-    frozen_steps: float | None = option(None, "Steps at the end under the frozen hard mask; < 1: a share (0.7).")
+    soft_ramp: float | None = option(
+        None, "Share of the soft phase in which sparsity rises (0.8; none with a fit; gumbel 0.3)."
+    )
+    frozen_steps: float | None = option(None, "Steps at the end under the hard mask; < 1: a share (0.3; gumbel 0.7).")
     pdp_tau: float | None = option(None, "Width of PDP's soft band, in squared weight units (magnitude: 1e-4).")
     pdp_relative_tau: float | None = option(None, "The same in units of t^2 (0.1).")
     gumbel_tau: float = option(1.0, "Temperature of the straight-through gradient.")
@@ -106,6 +109,9 @@ class SoftFields:
             if value != own.default and (of_other or own.name == "soft_ramp" and not settings.soft):
                 owner = prefix if of_other else "soft methods"
                 raise no_meaning(own.name, value, method, f"since it belongs to {owner}: leave it unset")
+        if self.soft_ramp is not None and settings.fits_start:
+            why = "which fits the model to its target when the soft phase begins: leave one of them unset"
+            raise no_meaning("soft_ramp", self.soft_ramp, f"refit_rows={settings.refit_rows}", why)
         if self.frozen_steps and not settings.soft:
             why = "whose masks are always hard: use last_level_weight for a longer last level"
             raise no_meaning("frozen_steps", self.frozen_steps, method, why)
@@ -139,13 +145,13 @@ class SoftFields:
             return "magnitude"
         return "taylor"
 
-    def _frozen(self, criterion: str) -> float:
+    def _frozen(self, method: str, criterion: str) -> float:
         """Return `ResolvedConfig.frozen_steps` of a soft method."""
         if self.frozen_steps is not None:
             return self.frozen_steps
         if self.gumbel_untrained:
             return 0.0
-        return 0.2 if criterion == "magnitude" else 0.7
+        return 0.2 if criterion == "magnitude" else 0.7 if method == "gumbel" else 0.3
 
     def _pdp_taus(self, criterion: str) -> tuple[float | None, float]:
         """Return `ResolvedConfig.pdp_taus`."""
@@ -159,8 +165,10 @@ class SoftFields:
             return self.movement_prior
         return 0.01 if criterion == "magnitude" else 1.0
 
-    def _ramp(self, gumbel: GumbelOptions | None, criterion: str) -> float:
-        """Return the share of the soft phase in which the sparsity rises."""
+    def _ramp(self, gumbel: GumbelOptions | None, criterion: str, refit_rows: int) -> float:
+        """Return `ResolvedConfig.soft_ramp`."""
+        if gumbel is None and refit_rows:
+            return 0.0
         return self.soft_ramp or (0.3 if gumbel is not None and criterion != "magnitude" else 0.8)
 
     def _gumbel_options(self, criterion: str) -> GumbelOptions:

@@ -60,6 +60,7 @@ class TargetFields:
         pruning_warmup_steps (`float`, defaults to 0): dense optimizer steps before the first cut; below 1 a share of
             all. The paper of `"pdp"` has 0.16 (16 of 100 epochs): for a model that is not fine-tuned yet.
         lr_rewind (`bool`, defaults to `True`): restart `lr_scheduler_type` (with `warmup_steps`) at every level.
+            `"pdp"` and `"movement"`, whose weights train throughout, have one schedule for the whole run.
         level_eval_steps (`int`, defaults to 0): if positive, score the model on the held-out rows every so many steps;
             each level then ends with its best weights.
         pack_on_save (`bool`, defaults to `False`): `save_model` also writes `packed_model.safetensors`, lossless and
@@ -129,8 +130,7 @@ class TargetFields:
             )
         if settings.soft and not (self.levels in (None, [self.sparsity]) and self.num_levels in (None, 1)):
             raise ValueError(
-                f"levels and num_levels have no meaning with {method}, whose sparsity rises at every step: leave them "
-                "unset"
+                f"levels and num_levels have no meaning with {method}, which has one target: leave them unset"
             )
         if settings.soft and settings.needs_selection_split and not settings.frozen_steps:
             name = "num_candidates" if settings.searches else "level_eval_steps"

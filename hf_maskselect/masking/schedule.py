@@ -78,7 +78,7 @@ class LevelPlan:
     ) -> LevelPlan:
         """Plan dense warm-up, a soft phase, and `frozen_steps` under the hard mask at the end.
 
-        `ramp` is the share of the soft phase, in (0, 1], in which the sparsity rises to the target. Raises a
+        `ramp` is the share of the soft phase, in [0, 1], in which the sparsity rises to the target. Raises a
         ValueError if no step is left for the soft phase.
         """
         soft = max_steps - warmup_steps - frozen_steps

@@ -37,6 +37,11 @@ class Method(Protocol):
     def masks(self) -> MaskSet:
         """The hard masks in force, or those that the soft masks would become now. All rows, on every process."""
 
+    @property
+    def fixed_masks(self) -> MaskSet:
+        """The masks of what can never change again: those in force, or in a soft phase those that it began with."""
+        return self.masks
+
     def attach(self, model: nn.Module) -> None:
         """Find the model's prunable parameters. It may be called again with the same model, which changes nothing."""
 
@@ -51,8 +56,8 @@ class Method(Protocol):
     def begin(self, plan: LevelPlan, optimizer: torch.optim.Optimizer) -> None:
         """Start to train by `plan`, or continue after `load_state_dict`."""
 
-    def scores_due(self, step: int) -> bool:
-        """Whether `take_scores` must be called before optimizer step `step`."""
+    def soft_phase_due(self, step: int) -> bool:
+        """Whether a soft phase begins at optimizer step `step`, which `take_scores` or `take_fit` prepare."""
         return False
 
     def take_scores(self, score_of: ScoreOf, degree: float) -> dict[str, str]:
@@ -62,6 +67,10 @@ class Method(Protocol):
         is that of the criterion. Returns digests of what was made of them, by name; empty where weights are sharded.
         """
         return {}
+
+    def take_fit(self, before: Mapping[str, Tensor], masks: MaskSet) -> None:
+        """Begin a soft phase from a model that was cut by `masks` and refitted; `before` are its weights before."""
+        return None
 
     def level_due(self, step: int) -> int | None:
         """The level whose masks must be chosen before optimizer step `step` (from 0); None if the level stays."""

@@ -12,6 +12,7 @@ from ..masking.base import Pattern
 # Below and above, a half-precision number loses digits or is infinite. A weight whose gradients are zero keeps a
 # factor, so that it can come back.
 _LEAST, _MOST = 2.0**-14, 65504.0
+_CHANGE = 4.0  # by a refit, at most
 
 
 @torch.no_grad()
@@ -41,3 +42,18 @@ def factors(score: Tensor, units: Tensor, weight: Tensor, pattern: Pattern, degr
         return torch.ones_like(factor, dtype=torch.float16)
     factor.div_(mean.float()).masked_fill_(known.logical_not(), 1.0)
     return factor.clamp_(_LEAST, _MOST).half()
+
+
+@torch.no_grad()
+def refitted_factors(factor: Tensor | None, before: Tensor, weight: Tensor) -> Tensor:
+    """Factors (float16) for which the products of refitted weights are what they were before the refit.
+
+    A factor changes at most fourfold: a weight that the refit has made nearly zero may go.
+
+    Args:
+        factor: the factors before; None for ones.
+        before: the weights before the refit.
+        weight: the refitted ones.
+    """
+    change = before.abs().float().div_(weight.abs().float()).clamp_(1 / _CHANGE, _CHANGE).nan_to_num_(nan=1.0)
+    return (change if factor is None else change.mul_(factor)).clamp_(_LEAST, _MOST).half()

@@ -8,7 +8,7 @@ logits of an exact budget (ours). The budget also holds in training: one shift o
 of kept weights on the ramp. So logits only compete with each other, and no penalty has to be tuned.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -66,10 +66,10 @@ class Gumbel(LearnedUnits):
         sparsity: the target; not used without a budget.
         seed_of: returns the seed of an optimizer step's sample.
         scored: whether logits start from the scores of a criterion; else from magnitudes.
-        refits: as in `SoftMethod`.
+        refits: whether the hardened model is refitted. The targets are then the frozen weights without their scales.
     """
 
-    trains_weights, apart, prefix, called = False, True, "logits.", "logit"
+    apart, prefix, called = True, "logits.", "logit"
 
     def __init__(
         self,
@@ -84,7 +84,9 @@ class Gumbel(LearnedUnits):
         keep_zeros: bool = True,
     ) -> None:
         first, prior, rate = options.initial_logit, options.prior, options.logit_rate
-        super().__init__(find_weights, report, pattern, sparsity, first, prior, rate, scored, refits, keep_zeros)
+        super().__init__(find_weights, report, pattern, sparsity, first, prior, rate, scored, False, keep_zeros)
+        self._refits = refits
+        self._targets: dict[str, Tensor] = {}  # while the masks of the hardened model are chosen
         self._options, self._seed_of = options, seed_of
         self._scales: dict[str, nn.Parameter] = {}
         self._shifts: dict[str, float] = {}
@@ -245,6 +247,21 @@ class Gumbel(LearnedUnits):
     def folded(self, name: str, weight: Tensor) -> Tensor:
         """The weight times its scale."""
         return weight * self._scales[name].data.to(weight.dtype)
+
+    def prepare_level(self) -> None:
+        """Leave the soft phase, and note the weights without their scales for the refit."""
+        if self._refits:
+            self._targets = {n: self._weight(n).to(torch.bfloat16, copy=True) for n in self.weights}
+        super().prepare_level()
+
+    def targets(self) -> Mapping[str, Tensor]:
+        """The frozen weights, in bfloat16, while the masks of the hardened model are chosen."""
+        return self._targets
+
+    def start_level(self, level: int, masks: MaskSet) -> None:
+        """Put the hard masks in force; the refit is done."""
+        super().start_level(level, masks)
+        self._targets = {}
 
     # -- resume ------------------------------------------------------------------------------------------------------
 

@@ -43,12 +43,12 @@ class LearnedUnits(SoftMethod):
         prior: float,
         rate: float,
         scored: bool,
-        refits: bool,
+        fits: bool,
         keep_zeros: bool,
     ) -> None:
         # Learned numbers are comparable as they are, so that only the scores of a criterion are balanced.
         learned = pattern.scoped("global") if pattern.scope == "balanced" else pattern
-        super().__init__(find_weights, report, learned, sparsity, scored, refits, keep_zeros)
+        super().__init__(find_weights, report, learned, sparsity, scored, fits, keep_zeros)
         self._scoring, self._first, self._prior, self._rate = pattern, first, prior, rate
         self._learned: dict[str, nn.Parameter] = {}
         self._started = False  # whether they have their values for the weights that the soft phase began with

@@ -29,7 +29,7 @@ class Movement(LearnedUnits):
         prior: the scores start at this many times the standardized logarithms of magnitudes, or of the scores of a
             criterion; 0 is the paper, where the first cuts go by index.
         scored: whether they start from the scores of a criterion.
-        refits: as in `SoftMethod`.
+        fits: as in `SoftMethod`.
     """
 
     prefix, called = "scores.", "score"
@@ -43,10 +43,10 @@ class Movement(LearnedUnits):
         rate: float,
         prior: float,
         scored: bool = False,
-        refits: bool = False,
+        fits: bool = False,
         keep_zeros: bool = True,
     ) -> None:
-        super().__init__(find_weights, report, pattern, sparsity, 0.0, prior, rate, scored, refits, keep_zeros)
+        super().__init__(find_weights, report, pattern, sparsity, 0.0, prior, rate, scored, fits, keep_zeros)
         self._kept: dict[str, Tensor] = {}  # masks of units, for one step
 
     # -- one step ----------------------------------------------------------------------------------------------------

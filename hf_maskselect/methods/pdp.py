@@ -22,7 +22,7 @@ from ..masking.scores import CRITERIA
 from ..masking.votes import number_of_draws, rank_by_votes_
 from .base import ScoreOf
 from .boundary import Boundary
-from .factors import factors
+from .factors import factors, refitted_factors
 from .hard import FindWeights
 from .pdp_mask import soft_gradient_, soft_weight
 from .soft import SoftMethod
@@ -41,7 +41,7 @@ class Pdp(SoftMethod):
         tau: width of the soft band, in squared weight units; None for `relative_tau`.
         relative_tau: the same in units of t^2, whatever the scale of weights and scores.
         scored: whether magnitudes get factors.
-        refits: as in `SoftMethod`.
+        fits: as in `SoftMethod`.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class Pdp(SoftMethod):
         tau: float | None,
         relative_tau: float = 1.0,
         scored: bool = False,
-        refits: bool = False,
+        fits: bool = False,
         keep_zeros: bool = True,
     ) -> None:
-        super().__init__(find_weights, report, pattern, sparsity, scored, refits, keep_zeros)
+        super().__init__(find_weights, report, pattern, sparsity, scored, fits, keep_zeros)
         self._tau, self._relative_tau = tau, relative_tau
         self._factors: dict[str, Tensor] = {}  # local rows, in half precision; empty where magnitudes have none
         self._zeros: dict[str, int] = {}  # units that each matrix will lose, fixed when the soft phase begins
@@ -78,6 +78,14 @@ class Pdp(SoftMethod):
         self._fix_counts(pattern.unit_masks(units, self._sparsity, self._allowed_units(), consume=True))
         self._factors = made
         return made
+
+    @torch.no_grad()
+    def take_fit(self, before: Mapping[str, Tensor], masks: MaskSet) -> None:
+        """Change the factors, too, so that the fitted weights rank as they did before."""
+        super().take_fit(before, masks)
+        for name, weight in self.weights.items():
+            factor = self._factors.get(name)
+            self._factors[name] = refitted_factors(factor, before[name].to(weight), weight.detach())
 
     def _sizes(self, name: str, weight: Tensor) -> Tensor:
         """Magnitudes, times their factors if there are any; float32, a copy."""

@@ -3,7 +3,6 @@
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,6 @@ from .base import ScoreOf
 from .hard import FindWeights, HardMethod
 
 _ALLOWED = "alive."  # prefix in a checkpoint of the packed masks of the zeros that the run began with
-_TARGETS = "targets."  # prefix in a checkpoint of the weights that a refit aims at
 _DENSE = "dense."  # prefix in a checkpoint of the trained weights; its model file holds the baked ones
 
 
@@ -37,12 +35,9 @@ class SoftMethod(HardMethod):
         sparsity: the target.
         scored: whether the soft phase begins from the scores of a criterion, which `take_scores` gets. A run that ends
             before that is cut by magnitude.
-        refits: whether the hardened model is refitted. Its targets are then the weights that the soft phase begins
-            with, in bfloat16: those that it ends with are trained to be masked, and compute nothing without masks.
+        fits: whether the soft phase begins from a model that is refitted under the mask at the target.
         keep_zeros: as in `HardMethod`.
     """
-
-    trains_weights: ClassVar[bool] = True  # in the soft phase
 
     def __init__(
         self,
@@ -51,14 +46,14 @@ class SoftMethod(HardMethod):
         pattern: Pattern,
         sparsity: float,
         scored: bool = False,
-        refits: bool = False,
+        fits: bool = False,
         keep_zeros: bool = True,
     ) -> None:
         super().__init__(find_weights, keep_zeros)
         self._report, self._pattern, self._sparsity = report, pattern, sparsity
-        self._scored, self._refits = scored, refits
-        self._targets: dict[str, Tensor] = {}  # empty before they are needed, and after the refit
-        self._has_scores = False
+        self._scored, self._fits = scored, fits
+        self._begun = False
+        self._untrained = True  # whether no optimizer step has followed since the soft phase was begun
         self._trained: dict[str, Tensor] = {}  # local rows, while the effective weights are in their place
         self._step = -1  # the last step that began
         self._hardened = False
@@ -97,11 +92,12 @@ class SoftMethod(HardMethod):
         """The weight that the hardened model has before its mask."""
         return weight
 
-    # -- the scores that it begins from -------------------------------------------------------------------------------
+    # -- how the soft phase begins ------------------------------------------------------------------------------------
 
-    def scores_due(self, step: int) -> bool:
-        """Whether the soft phase begins at `step`, from scores that are not there yet."""
-        return self._scored and not (self._has_scores or self._hardened) and self.plan.ramp_at(step) > 0
+    def soft_phase_due(self, step: int) -> bool:
+        """Whether the soft phase begins at `step`, from scores or a fit that are not there yet."""
+        prepared = self._begun or self._hardened or not (self._scored or self._fits)
+        return not prepared and self.plan.ramp_at(step) > 0
 
     @torch.no_grad()
     def take_scores(self, score_of: ScoreOf, degree: float) -> dict[str, str]:
@@ -131,8 +127,20 @@ class SoftMethod(HardMethod):
                 "all scores are zero, so they rank nothing: check that the loss depends on the weights, or use "
                 "criterion='magnitude'"
             )
-        self._has_scores = True
+        self._begun = self._untrained = True
         return {} if self.shards is not None else {name: weights_digest({name: t}) for name, t in made.items()}
+
+    @torch.no_grad()
+    def take_fit(self, before: Mapping[str, Tensor], masks: MaskSet) -> None:
+        """Give the pruned weights their values back, so that they can return; the kept ones are fitted without them.
+
+        Args:
+            before: the weights before the cut, by name.
+            masks: those of the cut.
+        """
+        for name, weight in self.weights.items():
+            weight.copy_(torch.where(masks[name].to(weight.device), weight, before[name].to(weight)))
+        self._begun = self._untrained = True
 
     # -- one optimizer step ------------------------------------------------------------------------------------------
 
@@ -141,7 +149,7 @@ class SoftMethod(HardMethod):
         before = self.weights
         super().attach(model)
         if any(before.get(name) is not weight for name, weight in self.weights.items()):
-            self._hardened, self._trained, self._targets = False, {}, {}
+            self._hardened, self._begun, self._trained = False, False, {}
 
     def begin(self, plan: LevelPlan, optimizer: torch.optim.Optimizer) -> None:
         """Start to train by `plan`, or continue in the soft phase of a checkpoint."""
@@ -149,8 +157,9 @@ class SoftMethod(HardMethod):
         self._step = self._steps_done - 1
         super().begin(plan, optimizer)
         self._hardened = self.level >= 0
-        if not self._resumed:
-            self._has_scores, self._targets = False, {}
+        # A run that failed before the first step of its soft phase goes on from its scores and its fit.
+        if not (self._resumed or (self._begun and self._untrained)):
+            self._begun = False
             self.reset()
         self._resumed = False
 
@@ -183,8 +192,6 @@ class SoftMethod(HardMethod):
             return
         self._step = step
         if self.soft:
-            if self.trains_weights:
-                self._keep_targets()
             self.prepare(step)
             for name, weight in self.weights.items():
                 self._trained[name] = swap_data(weight, self.effective(name, local_rows(weight.detach())))
@@ -199,6 +206,11 @@ class SoftMethod(HardMethod):
             if weight.grad is not None:
                 self.carry(name, local_rows(weight.detach()), local_rows(weight.grad), effective)
 
+    def on_optimizer_step(self) -> None:
+        """Set the pruned weights to zero."""
+        super().on_optimizer_step()
+        self._untrained = False
+
     # -- leaving the soft phase --------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -206,25 +218,10 @@ class SoftMethod(HardMethod):
         """Make the weights those of the hard model, still without a mask; log how far `masks` will change them."""
         if self.soft:
             self._report({"soft_hard_gap": self.gap(masks)})
-        self._keep_targets()
         for name, weight in self.weights.items():
             rows = local_rows(weight.detach())
             rows.copy_(self.folded(name, rows))
         self._hardened = True
-
-    def _keep_targets(self) -> None:
-        """Copy the weights as targets of the refit, if there will be one and they are not kept yet."""
-        if self._refits and not self._targets:
-            self._targets = {n: weight.detach().to(torch.bfloat16, copy=True) for n, weight in self.weights.items()}
-
-    def targets(self) -> Mapping[str, Tensor]:
-        """The weights that the soft phase began with; empty if there is no refit."""
-        return self._targets
-
-    def start_level(self, level: int, masks: MaskSet) -> None:
-        """Put the hard masks in force; the refit is done."""
-        super().start_level(level, masks)
-        self._targets = {}
 
     @torch.no_grad()
     def gap(self, masks: MaskSet) -> float:
@@ -251,7 +248,6 @@ class SoftMethod(HardMethod):
             masks = self.candidate(None, 0)
             self._harden(masks)
             self.set_masks(masks)
-        self._targets = {}
         super().finalize()
 
     # -- between steps -----------------------------------------------------------------------------------------------
@@ -262,10 +258,15 @@ class SoftMethod(HardMethod):
         return held[name] if name in held else local_rows(self.weights[name].detach())
 
     @property
+    def fixed_masks(self) -> MaskSet:
+        """The hard masks in force, or in the soft phase those of the zeros that it began with."""
+        return super().masks
+
+    @property
     def masks(self) -> MaskSet:
         """The hard masks in force, or in the soft phase those that the soft masks would become now."""
         if not self.soft:
-            return super().masks
+            return self.fixed_masks
         hard = self.hard_masks()
         if not self._keep:
             return hard
@@ -293,11 +294,10 @@ class SoftMethod(HardMethod):
         return baked
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The trained weights, the zeros of the start and the targets; empty outside the soft phase."""
+        """The trained weights and the zeros of the start; empty outside the soft phase."""
         if not self.soft:
             return {}
         state = {_ALLOWED + name: pack_bits(gathered(keep != 0)) for name, keep in self._keep.items()}
-        state |= {_TARGETS + name: target for name, target in self._targets.items()}
         for name, weight in self.weights.items():
             state[_DENSE + name] = gathered(from_local_rows(self._weight(name), weight))
         return state
@@ -305,17 +305,12 @@ class SoftMethod(HardMethod):
     @torch.no_grad()
     def load_state_dict(self, masks: MaskSet, state: dict[str, Tensor], step: int) -> None:
         """Restore a checkpoint, in the soft phase if it has a state."""
-        self._targets = {
-            name: state[_TARGETS + name].to(weight.device)
-            for name, weight in self.weights.items()
-            if _TARGETS + name in state
-        }
         self._trained.clear()  # left by a run that was interrupted inside a step; the weights were loaded since
         self._resumed = bool(state)
         if not state:
             super().load_state_dict(masks, state, step)
             return
-        self._keep, self._steps_done, self._has_scores = {}, step, True
+        self._keep, self._steps_done, self._begun = {}, step, True
         for name, weight in self.weights.items():
             weight.copy_(sharded_like(state[_DENSE + name], weight))
             if _ALLOWED + name in state:

@@ -77,10 +77,10 @@ _OPTIONS_OF_STRUCTURE = "pattern target_speedup sparsity keep_shape levels num_c
 _OPTIONS_OF_STRUCTURE += " latency_dtype latency_device pruning_warmup_steps"
 _OPTIONS_OF_METHOD = {
     "random": "num_candidates proposals criterion selection trial_steps selection_metric",
-    "pdp": "criterion soft_ramp pdp_tau pdp_relative_tau",
-    "gumbel": "criterion soft_ramp gumbel_prior gumbel_tau gumbel_budget gumbel_untrained gumbel_rescale"
+    "pdp": "criterion refit_rows soft_ramp pdp_tau pdp_relative_tau",
+    "gumbel": "criterion refit_rows soft_ramp gumbel_prior gumbel_tau gumbel_budget gumbel_untrained gumbel_rescale"
     " gumbel_learning_rate",
-    "movement": "criterion soft_ramp movement_learning_rate movement_prior",
+    "movement": "criterion refit_rows soft_ramp movement_learning_rate movement_prior",
 }
 _DISTILLATION = "teacher distill_logits distill_hidden distill_attention distill_temperature hard_label_weight"
 _TRAINING = "learning_rate per_device_train_batch_size gradient_accumulation_steps seed"

@@ -103,7 +103,7 @@ class TrialBench:
         if load_start is not None:
             self.sandbox.put(load_start())
         self.method.set_masks(load_masks())
-        if self.settings.refit_rows and load_start is None:
+        if self.settings.refits_cuts and load_start is None:
             self.last_refit = self.refit(self.sandbox.saved, level)
             if trial.steps:
                 self._dense = None  # its memory goes to the training, which takes much longer than making it again
@@ -189,7 +189,7 @@ class TrialBench:
         )
 
     def refit(self, before: Mapping[str, Tensor], level: int) -> Refit:
-        """Refit the weights that the masks in force keep; `before` are all weights before the cut, by name.
+        """Refit the weights that are not zero; `before` are all weights before the cut, by name.
 
         They are the targets, unless the method has its own. Inside `shared_dense` the uncut model's outputs serve for
         every call with the same mapping `before`.

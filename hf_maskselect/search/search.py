@@ -7,9 +7,10 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -78,13 +79,28 @@ class MaskSearch:
         """The criterion of candidate 0, or the one that a soft phase starts from."""
         return criterion_of(self._config, self._criteria)
 
-    def begin_soft_phase(self) -> None:
-        """Score all weights by the criterion for a soft method; all processes must call it together.
+    def begin_soft_phase(self) -> dict[str, float]:
+        """Score all weights for a soft method, and fit the model to the mask that its soft phase begins with.
+
+        Either happens only where the run asks for it. All processes must call it together.
+
+        Returns:
+            the errors of the fit, to be logged; empty without one.
 
         Raises:
-            RuntimeError: the processes came to different scores, or one of them failed.
+            RuntimeError: the processes came to different scores or masks, or one of them failed.
         """
-        start, bench, criterion = time.monotonic(), self._bench, self._criteria[self.criterion]
+        start, errors = time.monotonic(), {}
+        if self._settings.criterion != "magnitude":
+            self._take_scores()
+        if self._settings.fits_start:
+            errors = self._fit()
+        self._seconds_before = time.monotonic() - start
+        return errors
+
+    def _take_scores(self) -> None:
+        """Let a soft method begin from the scores of the criterion."""
+        bench, criterion = self._bench, self._criteria[self.criterion]
         method = bench.method
 
         def begin() -> dict[str, str]:
@@ -99,7 +115,17 @@ class MaskSearch:
 
         digests = self._team.each(begin)
         self._team.processes.agree(lambda: digests, "the scores that the soft phase starts from")
-        self._seconds_before = time.monotonic() - start
+
+    def _fit(self) -> dict[str, float]:
+        """Let a soft method begin from the model that is refitted under the mask it would end with now."""
+        method = self._bench.method
+        masks = self._team.each(lambda: method.candidate(None, 0))
+        assert masks is not None
+        self._team.processes.agree(masks.digests, "the masks that the soft phase starts from")
+        before, errors = self._cut_and_refit(lambda: masks.apply_(method.weights), level=0)
+        self._team.each(lambda: method.take_fit(before, masks))
+        self._warn_of_others(errors, "; soft_ramp lets the sparsity rise where no layer can be refitted")
+        return {"soft_cut_error": errors.cut, "soft_fit_error": errors.refit} if errors.matrices else {}
 
     def choose(self, level: int, plan: LevelPlan, step: int) -> tuple[MaskSet, LevelSearch]:
         """Choose the masks of `level` from the model as it is; all processes must call it together.
@@ -118,12 +144,14 @@ class MaskSearch:
             candidates = CandidateMasks(self._bench, self._criteria, self._team, folder, record)
             best_refit = BestRefit(folder)
             candidates.draw()
+            if self._settings.fits_start:  # done when the soft phase began; the cost counts here
+                record.step_equivalents += self._bench.steps_of_refit(0) * (1 + DENSE_COST / REFIT_COST)
             winner = record.candidates[0]
             if len(record.candidates) > 1:
                 winner = self._race(record, plan, candidates, best_refit)
             winner.chosen = True
             masks = candidates.take(winner)
-            if not self._adopt(winner) and self._settings.refit_rows:
+            if not self._adopt(winner) and self._settings.refits_cuts:
                 self._refit(winner, masks, record, best_refit)
         self._team.processes.agree(masks.digests, f"the masks of level {level + 1}")
         record.seconds = round(time.monotonic() - start + self._seconds_before, 2)
@@ -182,7 +210,7 @@ class MaskSearch:
     def _counted(self, score_all: ScoreAll, record: LevelSearch, bar: tqdm) -> ScoreAll:
         """Wrap `score_all` so that the record has its cost, and the bar the trials that are not repeated."""
         batches, scorer, done = self._bench.batches, self._bench.scorer, 0
-        refit = self._bench.steps_of_refit(record.level) if self._settings.refit_rows else 0.0
+        refit = self._bench.steps_of_refit(record.level) if self._settings.refits_cuts else 0.0
 
         def counted(candidates: Sequence[Candidate], steps: int) -> Mapping[int, float]:
             nonlocal done
@@ -214,33 +242,47 @@ class MaskSearch:
         The winner's refit is reused if a process kept it. After a resumed search nobody has it, so rank 0 refits;
         identical devices give the same result.
         """
-        bench, method, team = self._bench, self._bench.method, self._team
+        method, team = self._bench.method, self._team
         scored_after_refit = bool(winner.scores) and winner.steps == 0
         kept = team.processes.together(lambda: best_refit.find(winner.index)) if scored_after_refit else []
         source, errors = next(((rank, errors) for rank, errors in enumerate(kept) if errors is not None), (0, None))
         if errors is not None:
             method.set_masks(masks)
-            weights = team.share(best_refit.load, source)
+            self._bench.sandbox.put(team.share(best_refit.load, source))
         else:
-
-            def cut_and_refit() -> Refit:
-                before = bench.sandbox.copied(method.weights.items())
-                method.set_masks(masks)
-                return bench.refit(before, record.level)
-
-            done = team.each(cut_and_refit)
-            errors, weights = RefitErrors.of(done), team.share(lambda: bench.sandbox.of_layers(done.refitted), source)
-        bench.sandbox.put(weights)
+            _, errors = self._cut_and_refit(lambda: method.set_masks(masks), record.level)
+        self._warn_of_others(errors)
         if errors.matrices:
             record.cut_error, record.refit_error = errors.cut, errors.refit
         if not scored_after_refit:
-            record.step_equivalents += bench.steps_of_refit(record.level) * (1 + DENSE_COST / REFIT_COST)
-        others = len(method.weights) - errors.matrices
-        if others and team.processes.rank == 0:
+            record.step_equivalents += self._bench.steps_of_refit(record.level) * (1 + DENSE_COST / REFIT_COST)
+
+    def _cut_and_refit(self, cut: Callable[[], None], level: int) -> tuple[dict[str, Tensor], RefitErrors]:
+        """Cut the model and refit it towards its outputs before; all processes get the weights of rank 0.
+
+        Returns:
+            the weights before the cut, and the errors.
+        """
+        bench, team = self._bench, self._team
+
+        def cut_and_refit() -> tuple[dict[str, Tensor], Refit]:
+            before = bench.sandbox.copied(bench.method.weights.items())
+            with torch.no_grad():
+                cut()
+            return before, bench.refit(before, level)
+
+        before, done = team.each(cut_and_refit)
+        bench.sandbox.put(team.share(lambda: bench.sandbox.of_layers(bench.method.weights), 0))
+        return before, RefitErrors.of(done)
+
+    def _warn_of_others(self, errors: RefitErrors, remedy: str = "") -> None:
+        """Warn of matrices that were not refitted."""
+        others = len(self._bench.method.weights) - errors.matrices
+        if others and self._team.processes.rank == 0:
             logger.warning_once(
-                f"{others} of {len(method.weights)} matrices were not refitted: a refit needs a linear layer that "
-                "runs once per forward pass, at least two tokens per kept weight of an output (raise refit_rows), "
-                "and it must lower the error"
+                f"{others} of {len(self._bench.method.weights)} matrices were not refitted: a refit needs a linear "
+                "layer that runs once per forward pass, at least two tokens per kept weight of an output (raise "
+                f"refit_rows), and it must lower the error{remedy}"
             )
 
     # -- the tables --------------------------------------------------------------------------------------------------

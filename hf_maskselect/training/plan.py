@@ -58,7 +58,9 @@ def rewound_rate(args: PruningConfig, plan: LevelPlan) -> Callable[[int], float]
 
 
 def _rising(settings: ResolvedConfig) -> str:
-    return "emerges" if settings.emergent else f"0 - {settings.sparsity:.4f}"
+    if settings.emergent:
+        return "emerges"
+    return f"0 - {settings.sparsity:.4f}" if settings.soft_ramp else f"{settings.sparsity:.4f}"
 
 
 def _phase(plan: LevelPlan, level: int, emergent: bool) -> str:
@@ -67,7 +69,7 @@ def _phase(plan: LevelPlan, level: int, emergent: bool) -> str:
     if plan.soft_start is None:
         return "dense"
     dense = f"dense to step {plan.soft_start - 1}, " if plan.soft_start else ""
-    if emergent:
+    if emergent or plan.ramp_steps == 1:
         return f"{dense}soft"
     return f"{dense}soft, at the target from step {min(plan.soft_start + plan.ramp_steps - 1, plan.starts[0])}"
 
@@ -104,7 +106,7 @@ def plan_text(
                 _phase(plan, level, settings.emergent),
                 f"{plan.levels[level]:.4f}" if level >= 0 else _rising(settings) if settings.soft else f"{start:.4g}",
                 f"{first}-{last - 1}",
-                rate if args.lr_rewind or first == 0 else "(one schedule)",
+                rate if settings.lr_rewind or first == 0 else "(one schedule)",
                 rungs_text(trials) or "-",
                 sum(count * steps for count, steps in trials),
             ]

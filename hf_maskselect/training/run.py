@@ -47,21 +47,23 @@ def make_method(config: PruningConfig, find_weights: FindWeights, log: Log) -> M
     """
     settings = config.resolved()
     pattern, sparsity, keep_zeros = settings.pattern, settings.sparsity, config.keep_zeros
-    scored, refits = settings.criterion != "magnitude", settings.refit_rows > 0
+    scored, fits = settings.criterion != "magnitude", settings.fits_start
     if settings.gumbel is not None:
 
         def seed_of(step: int) -> int:
             return key_seed(config.seed, "gumbel", step)
 
-        return Gumbel(find_weights, log, pattern, sparsity, settings.gumbel, seed_of, scored, refits, keep_zeros)
+        return Gumbel(
+            find_weights, log, pattern, sparsity, settings.gumbel, seed_of, scored, settings.refits_cuts, keep_zeros
+        )
     if settings.structure is not None:
         return Structured(find_weights)
     if settings.method == "pdp":
         tau, relative_tau = settings.pdp_taus
-        return Pdp(find_weights, log, pattern, sparsity, tau, relative_tau, scored, refits, keep_zeros)
+        return Pdp(find_weights, log, pattern, sparsity, tau, relative_tau, scored, fits, keep_zeros)
     if settings.method == "movement":
         rate, prior = config.movement_learning_rate, settings.movement_prior
-        return Movement(find_weights, log, pattern, sparsity, rate, prior, scored, refits, keep_zeros)
+        return Movement(find_weights, log, pattern, sparsity, rate, prior, scored, fits, keep_zeros)
     return HardMethod(find_weights, keep_zeros)
 
 
@@ -113,7 +115,7 @@ class PruningRun:
             ValueError: the target cannot be reached, or the model's zeros do not allow it.
         """
         self.method.attach(model)  # FSDP has replaced the parameters by sharded ones
-        masks = None if self.resumed or self.structure else self.method.masks
+        masks = None if self.resumed or self.structure else self.method.fixed_masks
         if masks is not None:
             self.start = masks.sparsity()
         self.plan, self.planned = self.settings.plan(max_steps, self.start), True
@@ -256,8 +258,11 @@ class PruningRun:
 
     def on_step_begin(self, step: int) -> None:
         """Prepare the weights for an optimizer step; all ranks call it together."""
-        if self.method.scores_due(step):
-            self.search.begin_soft_phase()
+        if self.method.soft_phase_due(step):
+            with self.bench.sandbox.undone_on_error():
+                errors = self.search.begin_soft_phase()
+            if errors:
+                self._log(errors)
         self.method.on_step_begin(step)
 
     # -- the end -----------------------------------------------------------------------------------------------------

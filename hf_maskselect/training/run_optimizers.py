@@ -93,8 +93,9 @@ class RunOptimizers(Trainer):
                 self.lr_scheduler = _schedule_without_rate(plain(used))
             else:
                 add_groups(plain(used), self.run.method.parameter_groups())
-                if self.args.lr_rewind and self.run.planned:  # else a user calls this, and `train` makes another
-                    self.lr_scheduler = LambdaLR(used, rewound_rate(self.args, self.run.plan))
+                run = self.run
+                if run.settings.lr_rewind and run.planned:  # else a user calls this, and `train` makes another
+                    self.lr_scheduler = LambdaLR(used, rewound_rate(self.args, run.plan))
             self._created_lr_scheduler = self.lr_scheduler is not None
             self._made_schedule = super().create_scheduler(num_training_steps, optimizer)
         return super().create_scheduler(num_training_steps, optimizer)

@@ -180,8 +180,9 @@ def check_run(config: PruningConfig) -> None:
             raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
     check_batches(config)
     check_proposals(config, CRITERIA)
-    plan = config.resolved().plan(config.max_steps)
-    if config.lr_rewind:
+    settings = config.resolved()
+    plan = settings.plan(config.max_steps)
+    if settings.lr_rewind:
         rewound_rate(config, plan)
 
 
@@ -236,15 +237,17 @@ def search_cost(work: Workload, ranks: int) -> Cost:
     survive = config.selection == "survivors"
     once: float = (work.samples + work.shapes) * len(levels)  # what every rank does for itself, or waits for
     # The chosen mask is refitted once more, unless its candidate was scored after refit or its trained weights stay.
+    # A soft method whose weights train is refitted once, when it begins.
     kept = [bool(rungs) and (survive or not any(steps for _, steps in rungs)) for rungs in levels]
-    once += (work.dense + work.refit) * kept.count(False)
+    once += (work.dense + work.refit) * (1 if settings.fits_start else kept.count(False))
+    dense, refit = (work.dense, work.refit) if settings.refits_cuts else (0.0, 0.0)  # of a trial
     trials = longest = 0.0  # in rows, forward and backward
     for rungs in levels:
         for rung, (count, steps) in enumerate(rungs):
             trial = steps * work.trial_rows(ranks) + min(marks, max(steps, 1)) * work.held_out / 3
             if rung == 0 or not survive:
-                trial += work.refit + (work.dense if steps else 0)
-                once += 0 if steps else work.dense
+                trial += refit + (dense if steps else 0)
+                once += 0 if steps else dense
             trials += count * trial
             longest += math.ceil(count / ranks) * trial
     if longest and work.teaches:

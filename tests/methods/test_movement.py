@@ -135,7 +135,7 @@ def test_what_has_no_meaning_is_refused(tmp_path, changes, message):
 
 
 def test_scores_begin_at_the_ranking_of_a_criterion(tmp_path):
-    """And the run ends with its refit, as from magnitudes it ends without one."""
+    """And from a fitted model, as from magnitudes it begins without a fit."""
     fields = {**MOVEMENT, "frozen_steps": 3, "criterion": "obert", "movement_learning_rate": 1e-9}
     trainer = make_trainer(tmp_path, **fields)
     trainer.train()

@@ -13,7 +13,7 @@ from hf_maskselect.masking.scores import CRITERIA
 from hf_maskselect.methods.factors import factors
 from hf_maskselect.storage.state import load_method_state
 
-PDP = {"method": "pdp", "num_levels": None, "pruning_warmup_steps": 2, "frozen_steps": 0}
+PDP = {"method": "pdp", "num_levels": None, "pruning_warmup_steps": 2, "frozen_steps": 0, "soft_ramp": 0.8}
 
 
 def scores(seed=0, degree=1.0):

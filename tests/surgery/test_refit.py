@@ -411,7 +411,10 @@ def test_the_defaults(tmp_path):
     [
         ({"refit_rows": -1}, "refit_rows=-1"),
         ({"refit_rows": 1.5}, "whole number"),
-        ({"method": "pdp", "num_levels": None, "refit_rows": 8, "frozen_steps": 0}, "set frozen_steps, such as 0.2"),
+        (
+            {"method": "gumbel", "num_levels": None, "refit_rows": 8, "frozen_steps": 0},
+            "set frozen_steps, such as 0.7",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(tmp_path, changes, expected):
