@@ -72,7 +72,9 @@ class SearchFields:
             uncut model's pass, which all candidates share, a third. `"pdp"` and `"movement"` refit once, when
             their soft phase begins, and `"gumbel"`, whose weights do not train in it, when its mask hardens. Defaults
             to 256, and to 0 (off) where `criterion` is magnitude, the plain baseline, with `soft_ramp` (not for
-            `"gumbel"`), and for `"gumbel"` without `frozen_steps` or budget.
+            `"gumbel"`), and for `"gumbel"` without `frozen_steps` or budget. The errors after a cut and after its
+            refit are logged as `cut_error` and `refit_error` (for `"pdp"` and `"movement"` as `soft_cut_error` and
+            `soft_fit_error`), as shares of the variance of the outputs.
     """
 
     num_candidates: int | None = option(None, "Masks tried at each level (4 for random).")

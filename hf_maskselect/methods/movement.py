@@ -1,9 +1,10 @@
 """Movement pruning: "Adaptive Sparsity by Fine-Tuning" (Sanh, Wolf, Rush; NeurIPS 2020; arXiv 2005.07683).
 
 One score per weight is trained beside the weights. At every optimizer step the weights with the largest scores are
-kept, as many as the ramp allows, and the model computes with `weight * mask`. The gradient passes the mask straight
-through to all scores, `dL/dscore = dL/d(weight * mask) * weight`: the score of a weight rises while training moves the
-weight away from zero, whether it is kept or not. The weights that are kept train as usual.
+kept, as many as the ramp allows (there is none after a refit), and the model computes with `weight * mask`. The
+gradient passes the mask straight through to all scores, `dL/dscore = dL/d(weight * mask) * weight`: the score of a
+weight rises while training moves the weight away from zero, whether it is kept or not. The weights that are kept train
+as usual.
 """
 
 from collections.abc import Callable

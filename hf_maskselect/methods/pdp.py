@@ -6,7 +6,9 @@ number pruned rises linearly to it. At every step t is computed from the weights
 and the smallest kept magnitude.
 
 Ours: where the soft phase begins from the scores of a criterion, every magnitude is multiplied by a fixed factor, so
-that the products rank as the scores do. Counts, thresholds, masks and gradients are then those of the products.
+that the products rank as the scores do. Counts, thresholds, masks and gradients are then those of the products. Where
+the model is refitted first, the soft phase is at its target from the first step, and the factors make up for what the
+refit has changed.
 """
 
 from collections.abc import Callable, Mapping
@@ -58,7 +60,7 @@ class Pdp(SoftMethod):
     ) -> None:
         super().__init__(find_weights, report, pattern, sparsity, scored, fits, keep_zeros)
         self._tau, self._relative_tau = tau, relative_tau
-        self._factors: dict[str, Tensor] = {}  # local rows, in half precision; empty where magnitudes have none
+        self._factors: dict[str, Tensor] = {}  # local rows, in half precision; empty without scores and fit
         self._zeros: dict[str, int] = {}  # units that each matrix will lose, fixed when the soft phase begins
         self._boundaries: dict[str, Boundary] = {}
         self._thresholds: dict[str, Tensor | float | None] = {}  # None where nothing is pruned

@@ -49,19 +49,16 @@ class CandidateMasks:
                 racing.append(candidate)
 
     def _draw_first(self) -> MaskSet:
-        """Make the gradient samples that the pool needs, and draw candidate 0.
-
-        Those of a soft method were made when it began; their cost counts here.
-        """
+        """Make the gradient samples that the pool needs, except those of a soft method, and draw candidate 0."""
         config, bench = self._config, self._bench
-        needs = statistics_needed(config, self._criteria) if config.criterion_batches else set()
-        if needs and not bench.settings.soft:
+        sampled = config.criterion_batches and not bench.settings.soft
+        needs = statistics_needed(config, self._criteria) if sampled else set()
+        if needs:
             self._stats = stats = bench.gradient_stats(needs, self._record.level)
             if self._processes.count > 1 and len(self._pool) > 1:  # masks may have to be drawn again
                 path = self._folder / "statistics.safetensors"
                 stats.save(path)
                 self._stats = StoredStats(path, config.device)
-        if needs:
             self._record.step_equivalents += bench.sampled_rows(needs) / bench.batches.rows_of_training()
         return self._make(0)
 

@@ -27,7 +27,7 @@ from .continued import ContinuedTrials
 from .draws import CandidateMasks
 from .identity import key_of
 from .journal import Journal, journaled
-from .pool import criterion_of
+from .pool import criterion_of, statistics_needed
 from .race import ScoreAll, race
 from .results import SEARCH_FILE, Candidate, LevelSearch, read_searches, write_searches
 from .schedule import search_rungs
@@ -62,7 +62,8 @@ class MaskSearch:
         self._journal, self._continued = Journal(self._output_dir), ContinuedTrials(self._output_dir, self._team)
         self._continues = self._config.selection == "survivors"
         self.history: list[LevelSearch] = []
-        self._seconds_before = 0.0  # time of `begin_soft_phase`, until the record of its level has it
+        # Time and cost of `begin_soft_phase`, until the record of its level has them.
+        self._seconds_before = self._steps_before = 0.0
         self.adopted: float | None = None  # score of the trained weights that the last choice put into the model
         self._refits: bool | None = None  # whether any matrix can be refitted; None until it is tried
 
@@ -95,8 +96,14 @@ class MaskSearch:
             self._take_scores()
         if self._settings.fits_start:
             errors = self._fit()
-        self._seconds_before = time.monotonic() - start
+        self._seconds_before, self._steps_before = time.monotonic() - start, self._steps_of_start()
         return errors
+
+    def _steps_of_start(self) -> float:
+        """Return the cost of the scores and the fit that a soft phase begins with, in training steps."""
+        needs = statistics_needed(self._config, self._criteria) if self._config.criterion_batches else set()
+        samples = self._bench.sampled_rows(needs) / self._bench.batches.rows_of_training() if needs else 0.0
+        return samples + self._settings.fits_start * self._bench.steps_of_refit(0) * (1 + DENSE_COST / REFIT_COST)
 
     def _take_scores(self) -> None:
         """Let a soft method begin from the scores of the criterion."""
@@ -144,8 +151,8 @@ class MaskSearch:
             candidates = CandidateMasks(self._bench, self._criteria, self._team, folder, record)
             best_refit = BestRefit(folder)
             candidates.draw()
-            if self._settings.fits_start:  # done when the soft phase began; the cost counts here
-                record.step_equivalents += self._bench.steps_of_refit(0) * (1 + DENSE_COST / REFIT_COST)
+            if self._settings.soft:  # also in a run that was resumed since its soft phase began
+                record.step_equivalents += self._steps_of_start()
             winner = record.candidates[0]
             if len(record.candidates) > 1:
                 winner = self._race(record, plan, candidates, best_refit)
@@ -155,7 +162,7 @@ class MaskSearch:
                 self._refit(winner, masks, record, best_refit)
         self._team.processes.agree(masks.digests, f"the masks of level {level + 1}")
         record.seconds = round(time.monotonic() - start + self._seconds_before, 2)
-        self._seconds_before = 0.0
+        self._seconds_before = self._steps_before = 0.0
         return masks, record
 
     def _race(
@@ -319,9 +326,10 @@ class MaskSearch:
 
     def summary(self, main_steps: int) -> dict[str, float]:
         """Return the whole cost: `search_step_equivalents`, `search_seconds`, `search_cost_ratio` to the training."""
-        steps = sum(search.step_equivalents for search in self.history)
+        steps = sum(search.step_equivalents for search in self.history) + self._steps_before
+        seconds = sum(search.seconds for search in self.history) + self._seconds_before
         return {
             "search_step_equivalents": round(steps, 1),
-            "search_seconds": round(sum(search.seconds for search in self.history), 1),
+            "search_seconds": round(seconds, 1),
             "search_cost_ratio": round(steps / max(main_steps, 1), 3),
         }
