@@ -103,7 +103,9 @@ class MaskSearch:
         """Return the cost of the scores and the fit that a soft phase begins with, in training steps."""
         needs = statistics_needed(self._config, self._criteria) if self._config.criterion_batches else set()
         samples = self._bench.sampled_rows(needs) / self._bench.batches.rows_of_training() if needs else 0.0
-        return samples + self._settings.fits_start * self._bench.steps_of_refit(0) * (1 + DENSE_COST / REFIT_COST)
+        if not self._settings.fits_start:
+            return samples
+        return samples + self._bench.steps_of_refit(0) * (1 + DENSE_COST / REFIT_COST)
 
     def _take_scores(self) -> None:
         """Let a soft method begin from the scores of the criterion."""
