@@ -128,7 +128,7 @@ class PruningConfig(TargetFields, StructureFields, SearchFields, SoftFields, Dis
             needs_selection_split=num_candidates > 1 or self.level_eval_steps > 0 or structure is not None,
             pruning_warmup_steps=self.pruning_warmup_steps,
             soft_ramp=self._ramp(gumbel, criterion, refit_rows),
-            lr_rewind=self.lr_rewind and not (soft and gumbel is None),
+            lr_rewind=self.lr_rewind and not (refit_rows > 0 and not refits_cuts),
             last_level_weight=self.last_level_weight,
         )
 

@@ -60,7 +60,7 @@ class TargetFields:
         pruning_warmup_steps (`float`, defaults to 0): dense optimizer steps before the first cut; below 1 a share of
             all. The paper of `"pdp"` has 0.16 (16 of 100 epochs): for a model that is not fine-tuned yet.
         lr_rewind (`bool`, defaults to `True`): restart `lr_scheduler_type` (with `warmup_steps`) at every level.
-            `"pdp"` and `"movement"`, whose weights train throughout, have one schedule for the whole run.
+            `"pdp"` and `"movement"` with `refit_rows` have one schedule for the whole run.
         level_eval_steps (`int`, defaults to 0): if positive, score the model on the held-out rows every so many steps;
             each level then ends with its best weights.
         pack_on_save (`bool`, defaults to `False`): `save_model` also writes `packed_model.safetensors`, lossless and
