@@ -58,11 +58,11 @@ SAVED = {"sparsity": None, "frozen_steps": 3, "save_strategy": "steps", "save_st
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """(method, criterion, pattern) -> the trainer of a run with a checkpoint of every step; trained once."""
+    """(method, pattern) -> the trainer of a run with a checkpoint of every step; trained once."""
     trained = {}
 
     def run(method, pattern):
-        key = method["method"], method.get("criterion"), pattern
+        key = str(method), pattern
         if key not in trained:
             trained[key] = make_trainer(tmp_path_factory.mktemp("whole"), **{**method, "pattern": pattern, **SAVED})
             trained[key].train()
