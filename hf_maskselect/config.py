@@ -99,7 +99,7 @@ class PruningConfig(TargetFields, StructureFields, SearchFields, SoftFields, Dis
             refit_rows, num_candidates = 0, 1  # of masks
         elif num_candidates is None:
             num_candidates = 4 if self.method == "random" else 1
-        refits_cuts = refit_rows > 0 and (not soft or gumbel is not None)
+        fits_start = soft and gumbel is None and refit_rows > 0
         target, exclude = self.target_modules, self.exclude_modules
         metric = None if self.selection_metric is None else self.selection_metric.removeprefix("eval_")
         return ResolvedConfig(
@@ -114,6 +114,7 @@ class PruningConfig(TargetFields, StructureFields, SearchFields, SoftFields, Dis
             num_candidates=num_candidates,
             proposals=listed(self.proposals),
             refit_rows=refit_rows,
+            fits_start=fits_start,
             frozen_steps=frozen_steps,
             pdp_taus=self._pdp_taus(criterion),
             movement_prior=self._movement_prior(criterion),
@@ -124,11 +125,11 @@ class PruningConfig(TargetFields, StructureFields, SearchFields, SoftFields, Dis
             target_modules=None if target is None else listed(target),
             exclude_modules=None if exclude is None else listed(exclude),
             searches=num_candidates > 1,
-            scores_after_refit=self._scores_after_refit(num_candidates > 1, refits_cuts),
+            scores_after_refit=self._scores_after_refit(num_candidates > 1, refit_rows > 0 and not fits_start),
             needs_selection_split=num_candidates > 1 or self.level_eval_steps > 0 or structure is not None,
             pruning_warmup_steps=self.pruning_warmup_steps,
-            soft_ramp=self._ramp(gumbel, criterion, refit_rows),
-            lr_rewind=self.lr_rewind and not (refit_rows > 0 and not refits_cuts),
+            soft_ramp=self._ramp(gumbel, criterion, fits_start),
+            lr_rewind=self.lr_rewind and not fits_start,
             last_level_weight=self.last_level_weight,
         )
 

@@ -55,6 +55,7 @@ class ResolvedConfig:
         structure: options of a structured run, which has no masks; None for another one. `sparsity` is then the share
             of the layers' parameters that goes, and 0 where the target is a speed-up.
         needs_selection_split: whether the run makes a choice that must not look at the evaluation data.
+        fits_start: whether the model is refitted once, when its soft phase begins (`"pdp"`, `"movement"`).
         soft_ramp: 0 where a soft phase begins at the target.
         lr_rewind: whether the schedule of learning rates restarts at every level.
     """
@@ -70,6 +71,7 @@ class ResolvedConfig:
     num_candidates: int
     proposals: tuple[str, ...]
     refit_rows: int
+    fits_start: bool
     frozen_steps: float
     pdp_taus: tuple[float | None, float]
     movement_prior: float
@@ -86,11 +88,6 @@ class ResolvedConfig:
     soft_ramp: float
     lr_rewind: bool
     last_level_weight: float
-
-    @property
-    def fits_start(self) -> bool:
-        """Whether the model is refitted once, when its soft phase begins (`"pdp"`, `"movement"`)."""
-        return self.refit_rows > 0 and self.soft and self.gumbel is None
 
     @property
     def refits_cuts(self) -> bool:

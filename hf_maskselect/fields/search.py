@@ -172,7 +172,7 @@ class SearchFields:
         if self.refit_rows and settings.emergent:
             why = "which keeps the weights as they are: leave refit_rows unset, or set gumbel_budget=True"
             raise no_meaning("refit_rows", self.refit_rows, "gumbel_budget=False", why)
-        if settings.refits_cuts and self.refit_rows and not settings.frozen_steps:
+        if settings.refits_cuts and not settings.frozen_steps:
             why = "which ends with the cut: set frozen_steps, such as 0.7"
             raise no_meaning("refit_rows", self.refit_rows, f"{method} and frozen_steps=0", why)
 

@@ -165,9 +165,9 @@ class SoftFields:
             return self.movement_prior
         return 0.01 if criterion == "magnitude" else 1.0
 
-    def _ramp(self, gumbel: GumbelOptions | None, criterion: str, refit_rows: int) -> float:
+    def _ramp(self, gumbel: GumbelOptions | None, criterion: str, fits_start: bool) -> float:
         """Return `ResolvedConfig.soft_ramp`."""
-        if gumbel is None and refit_rows:
+        if fits_start:
             return 0.0
         return self.soft_ramp or (0.3 if gumbel is not None and criterion != "magnitude" else 0.8)
 

@@ -154,7 +154,7 @@ class MaskSearch:
             best_refit = BestRefit(folder)
             candidates.draw()
             if self._settings.soft:  # also in a run that was resumed since its soft phase began
-                record.step_equivalents += self._steps_of_start()
+                record.step_equivalents += self._steps_before or self._steps_of_start()
             winner = record.candidates[0]
             if len(record.candidates) > 1:
                 winner = self._race(record, plan, candidates, best_refit)
